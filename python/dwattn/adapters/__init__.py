@@ -1,0 +1,100 @@
+"""Library-specific knowledge, and the registry that a third party can extend.
+
+``describe(model)`` finds the Vision Transformer in a model; ``adapter_for(attention)`` knows its layers::
+
+    class MyAdapter(dwattn.adapters.AttentionAdapter):
+        name = "my Attention"
+        def matches(self, module): return type(module) is MyAttention
+        def weights(self, module): return AttentionWeights(...)
+
+    dwattn.adapters.register(MyAdapter())
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dwattn.adapters.base import (
+    AttentionAdapter,
+    BackboneAdapter,
+    BackboneLayout,
+    BlockSite,
+    CallConvention,
+    ConvertedAttention,
+    TupleConvention,
+)
+from dwattn.adapters.dinov2_hub import HubAttentionAdapter, HubBackboneAdapter
+from dwattn.adapters.timm import TimmAttentionAdapter, TimmBackboneAdapter
+from dwattn.adapters.transformers import TransformersAttentionAdapter, TransformersBackboneAdapter
+from dwattn.adapters.unsupported import refusal_by_name
+from dwattn.errors import UnsupportedAttentionError
+
+__all__ = [
+    "AttentionAdapter",
+    "BackboneAdapter",
+    "BackboneLayout",
+    "BlockSite",
+    "CallConvention",
+    "ConvertedAttention",
+    "TupleConvention",
+    "adapter_for",
+    "describe",
+    "refusal",
+    "register",
+]
+
+_attention_adapters: list[AttentionAdapter] = [
+    TimmAttentionAdapter(),
+    TransformersAttentionAdapter(),
+    HubAttentionAdapter(),
+]
+_backbone_adapters: list[BackboneAdapter] = [
+    TimmBackboneAdapter(),
+    TransformersBackboneAdapter(),
+    HubBackboneAdapter(),
+]
+
+
+def register(adapter: AttentionAdapter | BackboneAdapter) -> None:
+    """Add an adapter; it is asked before the built-in ones."""
+    if isinstance(adapter, AttentionAdapter):
+        _attention_adapters.insert(0, adapter)
+    elif isinstance(adapter, BackboneAdapter):
+        _backbone_adapters.insert(0, adapter)
+    else:
+        raise TypeError(f"register takes an AttentionAdapter or BackboneAdapter, got {type(adapter).__name__}.")
+
+
+def adapter_for(module: nn.Module) -> AttentionAdapter | None:
+    """The adapter of an attention module, or None."""
+    return next((adapter for adapter in _attention_adapters if adapter.matches(module)), None)
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why an attention module cannot be replaced, as a sentence, or None if it can."""
+    if isinstance(module, ConvertedAttention):
+        return "It is already replaced; call dwattn.restore(model) first."
+    adapter = adapter_for(module)
+    if adapter is not None:
+        return adapter.refusal(module)
+    return refusal_by_name(type(module).__name__)
+
+
+def describe(model: nn.Module) -> BackboneLayout:
+    """The Vision Transformer in ``model``: the model itself or the first submodule an adapter knows.
+
+    Raises:
+        UnsupportedAttentionError: no known backbone; names the attention classes that were found and why each
+            is not replaceable.
+    """
+    for name, module in model.named_modules():
+        for adapter in _backbone_adapters:
+            if adapter.matches(module):
+                return adapter.layout(name, module)
+    found = sorted({type(m).__name__ for m in model.modules() if "attention" in type(m).__name__.lower()})
+    reasons = "; ".join(f"{name}: {refusal_by_name(name)}" for name in found) or "it has no attention layers"
+    raise UnsupportedAttentionError(
+        f"{type(model).__name__} is not a Vision Transformer that dwattn knows ({reasons}). Supported are timm "
+        f"VisionTransformer, transformers Dinov2, Dinov2WithRegisters, ViT, ViTMAE, DeiT, CLIP and SigLIP vision "
+        f"models, and hub DINOv2; other classes can be added with dwattn.adapters.register()."
+    )

@@ -1,0 +1,104 @@
+"""What a replaced layer gives to the prefix tokens (CLS, registers).
+
+``exact``: prefix queries keep true softmax attention, without keys or values of all tokens being formed.
+``static``: ``Y_t = a V_t + b mean_patches(V)``.
+``drop``: the model has no prefix tokens (``P = 0``).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dwattn.reference import merge_heads, split_heads
+
+PREFIX_MODES = ("exact", "static", "drop")
+
+
+class ExactPrefixRows(nn.Module):
+    """Softmax attention of ``P`` prefix queries over all tokens: ``(B, N, D) -> (B, P, C)``, before Wo.
+
+    Without key normalisation ``q_t Wk`` is absorbed into one D-vector a head (``O(n_h N D)``, no K, no V of
+    all tokens; a key bias cancels in the softmax). A key norm is not linear, so with ``k_norm`` the keys of
+    all tokens are formed: one more ``(N, D) x (D, C)`` product.
+
+    Args:
+        dim: ``D``; num_heads: ``n_h``; head_dim: ``d_h``; num_prefix: ``P``.
+        scale: logit factor, default ``1 / sqrt(d_h)``.
+        q_norm, k_norm: modules on ``(B, n_h, N, d_h)``, or None.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int,
+        num_prefix: int,
+        *,
+        scale: float | None = None,
+        qkv_bias: bool = True,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.num_prefix = num_heads, head_dim, num_prefix
+        self.scale = head_dim**-0.5 if scale is None else scale
+        channels = num_heads * head_dim
+        self.query = nn.Linear(dim, channels, bias=qkv_bias, device=device, dtype=dtype)
+        self.key = nn.Linear(dim, channels, bias=k_norm is not None and qkv_bias, device=device, dtype=dtype)
+        self.q_norm, self.k_norm = q_norm, k_norm
+
+    def forward(self, x: Tensor, value_weight: Tensor, value_bias: Tensor | None) -> Tensor:
+        """``x (B, N, D)``, ``value_weight (C, D)``, ``value_bias (C,)`` -> rows ``(B, P, C)`` before Wo."""
+        q = split_heads(self.query(x[:, : self.num_prefix]), self.num_heads)
+        q = (q if self.q_norm is None else self.q_norm(q)) * self.scale
+        pooled = torch.softmax(self._logits(q, x), dim=-1).to(x.dtype)
+        pooled = (pooled.flatten(1, 2) @ x).unflatten(1, (self.num_heads, self.num_prefix))
+        value = value_weight.unflatten(0, (self.num_heads, self.head_dim))
+        rows = merge_heads(pooled @ value.transpose(1, 2))
+        return rows if value_bias is None else rows + value_bias
+
+    def _logits(self, q: Tensor, x: Tensor) -> Tensor:
+        """``(B, n_h, P, N)`` logits of the scaled prefix queries."""
+        if self.k_norm is not None:
+            keys = self.k_norm(split_heads(self.key(x), self.num_heads))
+            return q @ keys.transpose(-2, -1)
+        absorbed = q @ self.key.weight.unflatten(0, (self.num_heads, self.head_dim))
+        logits = absorbed.flatten(1, 2) @ x.transpose(1, 2)
+        return logits.unflatten(1, (self.num_heads, self.num_prefix))
+
+    def extra_repr(self) -> str:
+        return f"num_prefix={self.num_prefix}, num_heads={self.num_heads}, head_dim={self.head_dim}"
+
+
+class StaticPrefixRows(nn.Module):
+    """``Y_t = a V_t + b mean_patches(V)`` for the prefix tokens: ``(B, N, D) -> (B, P, C)``, before Wo.
+
+    Parameters ``a`` and ``b`` are ``(P, C)``. The default ``a = 0, b = 1`` attends evenly to the patches.
+    """
+
+    def __init__(
+        self,
+        num_prefix: int,
+        channels: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_prefix = num_prefix
+        self.a = nn.Parameter(torch.zeros(num_prefix, channels, device=device, dtype=dtype))
+        self.b = nn.Parameter(torch.ones(num_prefix, channels, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, value_weight: Tensor, value_bias: Tensor | None) -> Tensor:
+        """``mean(V) = mean(x) Wv^T + bv``, so only ``P + 1`` rows are projected."""
+        prefix = x[:, : self.num_prefix]
+        mean = x[:, self.num_prefix :].mean(1, keepdim=True)
+        values = F.linear(torch.cat([prefix, mean], 1), value_weight, value_bias)
+        return self.a * values[:, : self.num_prefix] + self.b * values[:, self.num_prefix :]
+
+    def extra_repr(self) -> str:
+        return f"num_prefix={self.num_prefix}, channels={self.a.shape[1]}"

@@ -1,0 +1,67 @@
+"""The weights of one softmax attention layer, independent of the library it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dwattn.errors import UnsupportedAttentionError
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """Projections of a multi-head attention layer, views of the model's own parameters where possible.
+
+    Args:
+        num_heads, head_dim: ``n_h`` and ``d_h``; ``C = n_h * d_h``.
+        scale: factor of the logits, usually ``1 / sqrt(d_h)``.
+        wq, wk, wv: ``(C, D)``; wo: ``(D, C)``; biases ``(C,)`` or ``(D,)`` or None.
+        q_norm, k_norm: modules applied to ``(B, n_h, N, d_h)`` queries and keys, or None.
+    """
+
+    num_heads: int
+    head_dim: int
+    scale: float
+    wq: Tensor
+    wk: Tensor
+    wv: Tensor
+    wo: Tensor
+    bq: Tensor | None = None
+    bk: Tensor | None = None
+    bv: Tensor | None = None
+    bo: Tensor | None = None
+    q_norm: nn.Module | None = None
+    k_norm: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        channels, dim = self.channels, self.wq.shape[1]
+        for name in ("wq", "wk", "wv"):
+            weight = getattr(self, name)
+            if tuple(weight.shape) != (channels, dim):
+                raise UnsupportedAttentionError(
+                    f"{name} has shape {tuple(weight.shape)}, but num_heads={self.num_heads} and "
+                    f"head_dim={self.head_dim} need ({channels}, {dim}). Attention with fewer key/value heads "
+                    f"than query heads is not supported."
+                )
+        if tuple(self.wo.shape) != (dim, channels):
+            raise UnsupportedAttentionError(
+                f"The output projection has shape {tuple(self.wo.shape)}, expected ({dim}, {channels}): a layer "
+                f"whose output width differs from its input cannot be replaced in place."
+            )
+
+    @property
+    def dim(self) -> int:
+        """Model width ``D``."""
+        return self.wq.shape[1]
+
+    @property
+    def channels(self) -> int:
+        """``C = n_h * d_h``."""
+        return self.num_heads * self.head_dim
+
+    def head_rows(self, heads: list[int]) -> Tensor:
+        """Indices of the channels of ``heads``, in the order given: ``(len(heads) * d_h,)`` int64."""
+        starts = torch.tensor(heads, dtype=torch.long) * self.head_dim
+        return (starts[:, None] + torch.arange(self.head_dim)).flatten()
