@@ -6,6 +6,7 @@ The equations are those of :mod:`dwattn.reference`.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ class ReplacementAttention(TokenGridModule):
         inner_dim: channels ``C`` between value and output projection.
         qkv_bias, proj_bias: whether the projections have biases.
         prefix: ``exact``, ``static`` or ``drop`` (see :mod:`dwattn.prefix`); ``drop`` needs ``num_prefix=0``.
-        prefix_shares: whether exact prefix rows use the layer's own value and output projections instead of
-            copies; possible only while ``C = n_h * d_h``.
+        own_prefix_value, own_prefix_proj: whether exact prefix rows have a value and an output projection of
+            their own instead of using the layer's; always so where the layer's have another width than C.
         context: whether the terms ``kappa (P, C)``, ``mu (C)``, ``beta (C)`` exist.
         q_norm, k_norm: query and key norms of the replaced layer, for exact prefix rows.
 
@@ -51,7 +52,8 @@ class ReplacementAttention(TokenGridModule):
         qkv_bias: bool = True,
         proj_bias: bool = True,
         prefix: str = "exact",
-        prefix_shares: bool = True,
+        own_prefix_value: bool = False,
+        own_prefix_proj: bool = False,
         context: bool = True,
         scale: float | None = None,
         q_norm: nn.Module | None = None,
@@ -75,7 +77,12 @@ class ReplacementAttention(TokenGridModule):
         self.value = nn.Linear(dim, self.value_dim, bias=qkv_bias, **options)
         self.proj = nn.Linear(self.output_dim, dim, bias=proj_bias, **options)
         add_context(self, context, num_prefix, self.inner_dim, options)
-        self._add_prefix(prefix_shares, qkv_bias, proj_bias, q_norm, k_norm, options)
+        self._add_prefix(qkv_bias, q_norm, k_norm, options)
+        channels = num_heads * self.head_dim
+        if self.prefix == "exact" and (own_prefix_value or self.value_dim != channels):
+            self.prefix_value = nn.Linear(dim, channels, bias=qkv_bias, **options)
+        if self.prefix == "exact" and (own_prefix_proj or self.output_dim != channels):
+            self.prefix_proj = nn.Linear(channels, dim, bias=proj_bias, **options)
 
     @property
     def value_dim(self) -> int:
@@ -89,14 +96,11 @@ class ReplacementAttention(TokenGridModule):
 
     def _add_prefix(
         self,
-        shares: bool,
         qkv_bias: bool,
-        proj_bias: bool,
         q_norm: nn.Module | None,
         k_norm: nn.Module | None,
         options: dict[str, Any],
     ) -> None:
-        channels = self.num_heads * self.head_dim
         self.prefix_rows: ExactPrefixRows | StaticPrefixRows | None = None
         self.prefix_value: nn.Linear | None = None
         self.prefix_proj: nn.Linear | None = None
@@ -107,21 +111,23 @@ class ReplacementAttention(TokenGridModule):
                 self.dim, self.num_heads, self.head_dim, self.num_prefix,
                 scale=self.scale, qkv_bias=qkv_bias, q_norm=q_norm, k_norm=k_norm, **options,
             )  # fmt: skip
-            if not shares or (self.value_dim, self.output_dim) != (channels, channels):
-                self.prefix_value = nn.Linear(self.dim, channels, bias=qkv_bias, **options)
-                self.prefix_proj = nn.Linear(channels, self.dim, bias=proj_bias, **options)
 
-    @property
-    def prefix_shares(self) -> bool:
-        """Whether exact prefix rows use the layer's own value and output projections."""
-        return self.prefix_value is None
+    def own_prefix_projections(self) -> None:
+        """Give exact prefix rows copies of value and output projection, so that refitting them leaves the rows exact."""
+        if self.prefix != "exact":
+            return
+        if self.prefix_value is None:
+            self.prefix_value = copy.deepcopy(self.value)
+        if self.prefix_proj is None:
+            self.prefix_proj = copy.deepcopy(self.proj)
 
     def config(self) -> dict[str, Any]:
         """JSON-able constructor arguments that rebuild a module with the same state-dict keys and shapes."""
         return {
             "grid": None if self.grid is None else list(self.grid),
             "prefix": self.prefix,
-            "prefix_shares": self.prefix_shares,
+            "own_prefix_value": self.prefix_value is not None,
+            "own_prefix_proj": self.prefix_proj is not None,
             "context": self.beta is not None,
         }
 
@@ -133,9 +139,13 @@ class ReplacementAttention(TokenGridModule):
             return patches
         return torch.cat([self.prefix_output(x), patches], dim=1)
 
+    def patch_features(self, x: Tensor, geometry: Geometry) -> Tensor:
+        """Patch rows before the output projection: ``(B, H*W, C)``."""
+        raise NotImplementedError
+
     def patch_output(self, x: Tensor, geometry: Geometry) -> Tensor:
         """Patch rows after the output projection: ``(B, H*W, D)``."""
-        raise NotImplementedError
+        return self.output_projection(self.patch_features(x, geometry))
 
     def prefix_output(self, x: Tensor) -> Tensor:
         """Prefix rows after the output projection: ``(B, P, D)``."""
@@ -180,8 +190,9 @@ class ReplacementAttention(TokenGridModule):
             return
         copy_linear(self.prefix_rows.query, weights.wq, weights.bq)
         copy_linear(self.prefix_rows.key, weights.wk, weights.bk)
-        if self.prefix_value is not None and self.prefix_proj is not None:
+        if self.prefix_value is not None:
             copy_linear(self.prefix_value, weights.wv, weights.bv)
+        if self.prefix_proj is not None:
             copy_linear(self.prefix_proj, weights.wo, weights.bo)
 
     def extra_repr(self) -> str:
@@ -233,12 +244,11 @@ class FusedDWAttention(ReplacementAttention):
         self.kernel = nn.Parameter(torch.empty(self.inner_dim, 3, 3, **factory_of(self.value)))
         gaussian_kernel_(self.kernel)
 
-    def patch_output(self, x: Tensor, geometry: Geometry) -> Tensor:
+    def patch_features(self, x: Tensor, geometry: Geometry) -> Tensor:
         weight, bias = self.value_projection()
-        y = functional.dw_attention(
+        return functional.dw_attention(
             x, weight, bias, self.kernel, geometry, self.kappa, self.mu, self.beta
         )
-        return self.output_projection(y)
 
 
 class LowRankDWAttention(FusedDWAttention):
@@ -288,11 +298,11 @@ class ConvAttention(ReplacementAttention):
         self.kernel = nn.Parameter(torch.empty(num_heads, 3, 3, **factory_of(self.value)))
         gaussian_kernel_(self.kernel)
 
-    def patch_output(self, x: Tensor, geometry: Geometry) -> Tensor:
+    def patch_features(self, x: Tensor, geometry: Geometry) -> Tensor:
         weight, bias = self.value_projection()
         y = reference.conv_attention(x, weight, bias, self.kernel, geometry)
         ctx = self.thin_context(x, weight, bias)
-        return self.output_projection(y if ctx is None else y + ctx)
+        return y if ctx is None else y + ctx
 
 
 class EnsembleDWAttention(ReplacementAttention):
@@ -323,12 +333,15 @@ class EnsembleDWAttention(ReplacementAttention):
         """``Wve (d_h, D)``, ``bve (d_h)``, ``Woe (D, d_h)`` of Eq. 12."""
         return reference.ensemble_weights(self.value.weight, self.value.bias, self.proj.weight, self.gamma)
 
-    def patch_output(self, x: Tensor, geometry: Geometry) -> Tensor:
-        weight, bias, out = self.ensemble()
-        y = functional.dw_attention(
+    def patch_features(self, x: Tensor, geometry: Geometry) -> Tensor:
+        weight, bias, _ = self.ensemble()
+        return functional.dw_attention(
             x, weight, bias, self.kernel, geometry, self.kappa, self.mu, self.beta
         )
-        return F.linear(y, out, self.proj.bias)
+
+    def patch_output(self, x: Tensor, geometry: Geometry) -> Tensor:
+        _, _, out = self.ensemble()
+        return F.linear(self.patch_features(x, geometry), out, self.proj.bias)
 
     @torch.no_grad()
     def fold(self) -> LowRankDWAttention:

@@ -38,7 +38,7 @@ def build_replacement(
         weights: the layer's projections.
         num_prefix: prefix tokens ``P``.
         heads: replaced heads; None or all of them replaces the whole layer. A subset is scattered ``dw``.
-        options: ``grid``, ``prefix``, ``prefix_shares``, ``context``, ``rank`` (``lowrank_dw``).
+        options: ``grid``, ``prefix``, ``own_prefix_value``, ``own_prefix_proj``, ``context``, ``rank`` (``lowrank_dw``).
 
     Raises:
         DwattnError: an unknown variant, or a variant that cannot be scattered.
