@@ -7,9 +7,11 @@ Everything else in the package works on :class:`BackboneLayout` and never sees a
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -20,37 +22,54 @@ from dwattn.token_grid import Grid
 from dwattn.variants import Replacement
 
 
+def defined_in(module: nn.Module, package: str, *class_names: str) -> bool:
+    """Whether the module's class, or a base of it, is ``package...class_name``."""
+    return any(
+        cls.__name__ in class_names and (cls.__module__ == package or cls.__module__.startswith(package + "."))
+        for cls in type(module).__mro__
+    )
+
+
 class CallConvention:
     """How a block calls its attention layer: tokens in, tensor out. Subclasses change what they must."""
 
-    #: Keyword arguments (and positions after the tokens) that carry a mask or bias; they must be absent.
-    mask_arguments: tuple[str, ...] = ("attn_mask", "attention_mask", "attn_bias", "head_mask")
+    #: Keyword arguments that carry a mask or bias; they must be absent or None.
+    mask_arguments: tuple[str, ...] = (
+        "attn_mask",
+        "attention_mask",
+        "causal_attention_mask",
+        "attn_bias",
+        "head_mask",
+    )
 
     def tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The ``(B, N, D)`` tokens of a call.
 
         Raises:
-            UnsupportedAttentionError: the call has a mask, a bias or asks for causal attention.
+            UnsupportedAttentionError: the call has a mask, a bias or a rotary embedding, is causal, or asks for
+                the attention weights.
         """
         for name in self.mask_arguments:
             if kwargs.get(name) is not None:
-                raise UnsupportedAttentionError(
-                    f"The layer was called with {name}=...: a replaced layer aggregates a fixed 3x3 neighbourhood "
-                    f"and cannot apply masks. Call the model without masks, or leave this block out of the plan."
-                )
-        if kwargs.get("is_causal") or any(argument is True for argument in args[1:]):
-            raise UnsupportedAttentionError(
-                "The layer was called with is_causal=True: causal attention cannot be replaced. Leave this block "
-                "out of the plan."
+                raise _cannot(f"with {name}=...", "aggregates a fixed 3x3 neighbourhood and cannot apply masks")
+        if kwargs.get("is_causal"):
+            raise _cannot("with is_causal=True", "has no causal order")
+        if any(kwargs.get(name) is not None for name in ("position_embeddings", "rope")):
+            raise _cannot("with a rotary position embedding", "has no queries and keys to rotate")
+        if kwargs.get("output_attentions"):
+            raise _cannot("with output_attentions=True", "forms no attention weights")
+        tokens, rest = (args[0], args[1:]) if args else (kwargs.get("hidden_states", kwargs.get("x")), ())
+        # Positions after the tokens are masks, biases and flags in every library: only None and False are neutral.
+        if any(argument is not None and argument is not False for argument in rest):
+            raise _cannot(
+                f"with a {type(next(a for a in rest if a is not None and a is not False)).__name__} after the tokens",
+                "cannot apply a mask, bias or causal flag",
             )
-        if any(isinstance(argument, Tensor) for argument in args[1:]):
-            raise UnsupportedAttentionError(
-                "The layer was called with a mask or bias tensor after the tokens: a replaced layer cannot apply "
-                "it. Call the model without masks, or leave this block out of the plan."
-            )
-        tokens = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
         if not isinstance(tokens, Tensor):
-            raise UnsupportedAttentionError(f"Expected one tensor of tokens, got {type(tokens).__name__}.")
+            raise UnsupportedAttentionError(
+                f"A replaced layer expects one tensor of tokens, got {type(tokens).__name__}; nested or packed "
+                f"inputs are not supported."
+            )
         return tokens
 
     def pack(self, output: Tensor) -> Any:
@@ -61,6 +80,13 @@ class CallConvention:
         """The inverse of :meth:`pack`, for results of the original layer."""
         tensor: Tensor = result[0] if isinstance(result, (tuple, list)) else result
         return tensor
+
+
+def _cannot(how: str, why: str) -> UnsupportedAttentionError:
+    return UnsupportedAttentionError(
+        f"The layer was called {how}: a replaced layer {why}. Call the model without it, or leave this block out "
+        f"of the plan."
+    )
 
 
 class TupleConvention(CallConvention):
@@ -126,6 +152,15 @@ class BlockSite:
     pre_norm: bool = True
 
 
+class RasterOverride(Protocol):
+    """A callable that takes the place of one method of one module instance."""
+
+    attribute: str
+
+    @property
+    def __call__(self) -> Callable[..., Any]: ...
+
+
 @dataclass(frozen=True)
 class BackboneLayout:
     """A Vision Transformer as dwattn sees it.
@@ -139,6 +174,9 @@ class BackboneLayout:
         patch_size: ``(rows, columns)`` of a patch in pixels.
         patch_embed: the module that is called with the pixel tensor.
         final_norm: the norm behind the last block, or None.
+        padded: whether images are padded up to whole patches, instead of cut down to them.
+        raster_order: ``(module, override)`` of a model whose patches would otherwise arrive in another order:
+            while ``override`` is set on the module as its attribute ``override.attribute``, they do not.
     """
 
     family: str
@@ -150,6 +188,21 @@ class BackboneLayout:
     patch_size: tuple[int, int]
     patch_embed: nn.Module
     final_norm: nn.Module | None = None
+    padded: bool = False
+    raster_order: tuple[nn.Module, RasterOverride] | None = None
+
+    @contextlib.contextmanager
+    def in_raster_order(self) -> Iterator[None]:
+        """Hold the patches in row-major order while the model is observed; a no-op for nearly every model."""
+        if self.raster_order is None or self.raster_order[1].attribute in vars(self.raster_order[0]):
+            yield
+            return
+        module, override = self.raster_order
+        setattr(module, override.attribute, override)
+        try:
+            yield
+        finally:
+            delattr(module, override.attribute)
 
     def grid_of(self, height: int, width: int) -> Grid:
         """Patch grid of an image of ``height`` x ``width`` pixels.
@@ -157,7 +210,10 @@ class BackboneLayout:
         Raises:
             DataError: the image is smaller than one patch.
         """
-        grid = (height // self.patch_size[0], width // self.patch_size[1])
+        rows, columns = self.patch_size
+        if self.padded:
+            height, width = height + rows - 1, width + columns - 1
+        grid = (height // rows, width // columns)
         if min(grid) < 1:
             raise DataError(
                 f"An image of {height} x {width} pixels is smaller than one {self.patch_size[0]} x "

@@ -9,17 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dwattn.adapters.base import AttentionAdapter, BackboneAdapter, BackboneLayout, BlockSite
+from dwattn.adapters.base import (
+    AttentionAdapter,
+    BackboneAdapter,
+    BackboneLayout,
+    BlockSite,
+    defined_in,
+)
 from dwattn.errors import UnsupportedAttentionError
 from dwattn.projections import AttentionWeights
-
-
-def defined_in(module: nn.Module, package: str, *class_names: str) -> bool:
-    """Whether the module's class, or a base of it, is ``package...class_name``."""
-    return any(
-        cls.__name__ in class_names and (cls.__module__ == package or cls.__module__.startswith(package + "."))
-        for cls in type(module).__mro__
-    )
 
 
 def norm_or_none(norm: nn.Module | None) -> nn.Module | None:

@@ -1,0 +1,119 @@
+"""Pretrained Vision Transformers with softmax attention replaced by fixed 3x3 aggregation, where it is fixed anyway.
+
+::
+
+    scores = dwattn.score(model, loader, num_images=1000)
+    plan = dwattn.select(scores, blocks=6)
+    dwattn.replace(model, plan, calibrate=loader)
+    dwattn.save(model, "student.safetensors")
+
+Names are loaded when they are first used: ``import dwattn`` alone imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dwattn import adapters, variance
+    from dwattn.attention import (
+        ConvAttention,
+        EnsembleDWAttention,
+        FusedDWAttention,
+        LowRankDWAttention,
+        SPViTAttention,
+    )
+    from dwattn.checkpoint import load, save
+    from dwattn.costs import flops, params
+    from dwattn.errors import DwattnError
+    from dwattn.export import export
+    from dwattn.geometry import Geometry
+    from dwattn.plan import Plan
+    from dwattn.scattered import ScatteredDWAttention, SelfAttention
+    from dwattn.scoring import Scores, score
+    from dwattn.selection import select
+    from dwattn.surgery import replace, restore
+
+_WHERE = {
+    "ConvAttention": "attention",
+    "EnsembleDWAttention": "attention",
+    "FusedDWAttention": "attention",
+    "LowRankDWAttention": "attention",
+    "SPViTAttention": "attention",
+    "load": "checkpoint",
+    "save": "checkpoint",
+    "flops": "costs",
+    "params": "costs",
+    "DwattnError": "errors",
+    "export": "export",
+    "Geometry": "geometry",
+    "Plan": "plan",
+    "ScatteredDWAttention": "scattered",
+    "SelfAttention": "scattered",
+    "Scores": "scoring",
+    "score": "scoring",
+    "select": "selection",
+    "replace": "surgery",
+    "restore": "surgery",
+}
+_MODULES = ("adapters", "variance")
+
+__all__ = [
+    "ConvAttention",
+    "DwattnError",
+    "EnsembleDWAttention",
+    "FusedDWAttention",
+    "Geometry",
+    "LowRankDWAttention",
+    "Plan",
+    "SPViTAttention",
+    "ScatteredDWAttention",
+    "Scores",
+    "SelfAttention",
+    "adapters",
+    "export",
+    "flops",
+    "load",
+    "params",
+    "replace",
+    "restore",
+    "save",
+    "score",
+    "select",
+    "variance",
+]
+
+try:
+    __version__ = version("dwattn")
+except PackageNotFoundError:  # a source tree that was put on the path without being installed
+    __version__ = "0.0.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        value = getattr(importlib.import_module(f"dwattn.{_WHERE[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"dwattn.{name}")
+    else:
+        raise AttributeError(f"module 'dwattn' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+class _Package(ModuleType):
+    """Keeps ``dwattn.export`` the function: importing the submodule of that name would bind the module over it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WHERE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,104 @@
+"""facebookresearch's own DINOv2, from ``torch.hub`` or vendored: ``DinoVisionTransformer``.
+
+Recognised by class name and by a package called ``dinov2...``; never imported. Blocks may be chunked for
+FSDP, each chunk padded with ``nn.Identity`` so that a block keeps its global index.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dwattn.adapters.base import AttentionAdapter, BackboneAdapter, BackboneLayout, BlockSite
+from dwattn.adapters.timm import split_fused
+from dwattn.errors import UnsupportedAttentionError
+from dwattn.projections import AttentionWeights
+
+_BLOCKS = ("Block", "NestedTensorBlock")
+
+
+def in_dinov2(module: nn.Module) -> bool:
+    """Whether the class lives in a package such as ``dinov2.layers`` or ``some_model.dinov2_layers``."""
+    parts = type(module).__module__.split(".")
+    return parts[0] not in ("transformers", "timm") and any(p.startswith("dinov2") for p in parts)
+
+
+class HubAttentionAdapter(AttentionAdapter):
+    """``Attention`` and ``MemEffAttention``: fused ``qkv``, called with tokens and at most an ``attn_bias``."""
+
+    name = "hub DINOv2 attention"
+
+    def matches(self, module: nn.Module) -> bool:
+        return type(module).__name__ in ("Attention", "MemEffAttention") and in_dinov2(module)
+
+    def refusal(self, module: nn.Module) -> str | None:
+        if not isinstance(getattr(module, "qkv", None), nn.Linear):
+            return f"This {type(module).__name__} has no fused qkv nn.Linear, so its weights cannot be mapped."
+        return None
+
+    def weights(self, module: nn.Module) -> AttentionWeights:
+        attention: Any = module
+        return AttentionWeights(
+            num_heads=attention.num_heads,
+            head_dim=attention.qkv.out_features // 3 // attention.num_heads,
+            scale=float(attention.scale),
+            wo=attention.proj.weight,
+            bo=attention.proj.bias,
+            **split_fused(attention.qkv),  # type: ignore[arg-type]
+        )
+
+
+class HubBackboneAdapter(BackboneAdapter):
+    """``DinoVisionTransformer``, with or without registers, chunked or not."""
+
+    def matches(self, module: nn.Module) -> bool:
+        kinds = [cls.__name__ for cls in type(module).__mro__]
+        return "DinoVisionTransformer" in kinds and in_dinov2(module) and hasattr(module, "blocks")
+
+    def layout(self, name: str, module: nn.Module) -> BackboneLayout:
+        model: Any = module
+        prefix = f"{name}." if name else ""
+        blocks = [_block(f"{prefix}blocks.{path}", block) for path, block in _flat_blocks(model.blocks)]
+        patch = model.patch_embed
+        grid, size = patch.patches_resolution, patch.patch_size
+        return BackboneLayout(
+            family=f"hub DINOv2 {type(module).__name__}",
+            name=name,
+            module=module,
+            blocks=tuple(blocks),
+            num_prefix=1 + int(getattr(model, "num_register_tokens", 0)),
+            grid=(int(grid[0]), int(grid[1])),
+            patch_size=(int(size[0]), int(size[1])),
+            patch_embed=patch,
+            final_norm=getattr(model, "norm", None),
+        )
+
+
+def _flat_blocks(blocks: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Paths and blocks in depth order, without the padding of chunks."""
+    flat: list[tuple[str, nn.Module]] = []
+    for name, child in blocks.named_children():
+        if isinstance(child, nn.ModuleList):
+            flat += [(f"{name}.{path}", block) for path, block in _flat_blocks(child)]
+        elif not isinstance(child, nn.Identity):
+            flat.append((name, child))
+    return flat
+
+
+def _block(name: str, block: Any) -> BlockSite:
+    if type(block).__name__ not in _BLOCKS:
+        raise UnsupportedAttentionError(
+            f"{name} is a {type(block).__name__}; of hub DINOv2 only {' and '.join(_BLOCKS)} can be replaced "
+            f"(causal blocks see only earlier tokens)."
+        )
+    out = next((getattr(block.mlp, n) for n in ("fc2", "w3") if hasattr(block.mlp, n)), None)
+    return BlockSite(
+        name=name,
+        module=block,
+        attention_name=f"{name}.attn",
+        attention=block.attn,
+        attention_scale=getattr(block.ls1, "gamma", None),
+        mlp_out=out if isinstance(out, nn.Linear) else None,
+        mlp_scale=getattr(block.ls2, "gamma", None),
+    )

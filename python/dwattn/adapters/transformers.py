@@ -1,0 +1,212 @@
+"""transformers 5.x and 4.57: DINOv2 (with registers), ViT, ViT-MAE, DeiT, and the CLIP and SigLIP vision towers.
+
+transformers is recognised by class and module name, never imported. 5.x keeps ``q_proj k_proj v_proj`` beside
+their output projection and returns ``(output, weights)``; 4.57 nests ``attention.attention`` and returns the
+output alone. The outer module, the one the block calls, is replaced in both.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from dwattn.adapters.base import (
+    AttentionAdapter,
+    BackboneAdapter,
+    BackboneLayout,
+    BlockSite,
+    CallConvention,
+    TupleConvention,
+    defined_in,
+)
+from dwattn.adapters.vit_mae import IdentityMasking
+from dwattn.errors import UnsupportedAttentionError
+from dwattn.projections import AttentionWeights
+
+_ATTENTION_CLASSES = (
+    "Dinov2Attention",
+    "Dinov2WithRegistersAttention",
+    "ViTAttention",
+    "ViTMAEAttention",
+    "DeiTAttention",
+    "CLIPAttention",
+    "SiglipAttention",
+)
+# 4.57 keeps the CLIP and SigLIP towers in ...VisionTransformer, inside ...VisionModel; 5.x has no such level.
+_BACKBONE_CLASSES = (
+    "Dinov2Model",
+    "Dinov2Backbone",
+    "Dinov2WithRegistersModel",
+    "Dinov2WithRegistersBackbone",
+    "ViTModel",
+    "ViTMAEModel",
+    "DeiTModel",
+    "CLIPVisionModel",
+    "CLIPVisionTransformer",
+    "SiglipVisionModel",
+    "SiglipVisionTransformer",
+)
+
+
+class SingleTupleConvention(CallConvention):
+    """Releases before 4.56: the block takes ``outputs[0]`` and passes the rest on."""
+
+    def pack(self, output: Tensor) -> Any:
+        return (output,)
+
+
+class TransformersAttentionAdapter(AttentionAdapter):
+    """The seven attention classes, with flat (5.x, CLIP, SigLIP) or nested (4.57) projections."""
+
+    name = "transformers attention"
+
+    def matches(self, module: nn.Module) -> bool:
+        kind = type(module)
+        return kind.__name__ in _ATTENTION_CLASSES and kind.__module__.startswith("transformers.")
+
+    def refusal(self, module: nn.Module) -> str | None:
+        inner = _projections(module)
+        if inner is None:
+            return (
+                f"This {type(module).__name__} has neither q_proj, k_proj, v_proj nor attention.query, so its "
+                f"weights cannot be mapped; transformers 4.57 and 5.x are supported."
+            )
+        if getattr(inner, "is_causal", False):
+            return "Causal attention sees only earlier tokens, which a 3x3 neighbourhood does not."
+        if not all(isinstance(layer, nn.Linear) for layer in _linears(module)):
+            kinds = sorted({type(layer).__name__ for layer in _linears(module)})
+            return f"Its projections are {', '.join(kinds)}, not nn.Linear; merge or dequantise them first."
+        return None
+
+    def weights(self, module: nn.Module) -> AttentionWeights:
+        inner: Any = _projections(module)
+        query, key, value, out = _linears(module)
+        return AttentionWeights(
+            num_heads=_first(inner, "num_attention_heads", "num_heads"),
+            head_dim=_first(inner, "head_dim", "attention_head_size"),
+            scale=float(_first(inner, "scaling", "scale")),
+            wq=query.weight,
+            wk=key.weight,
+            wv=value.weight,
+            wo=out.weight,
+            bq=query.bias,
+            bk=key.bias,
+            bv=value.bias,
+            bo=out.bias,
+        )
+
+    def convention(self, module: nn.Module) -> CallConvention:
+        if hasattr(module, "q_proj"):
+            return TupleConvention()
+        old = "output_attentions" in inspect.signature(module.forward).parameters
+        return SingleTupleConvention() if old else CallConvention()
+
+
+def _projections(module: nn.Module) -> Any:
+    """The module that holds query, key and value: the layer itself, or the nested one of 4.57."""
+    if all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj")):
+        return module
+    inner = getattr(module, "attention", None)
+    return inner if hasattr(inner, "query") and hasattr(inner, "value") else None
+
+
+def _linears(module: Any) -> tuple[Any, Any, Any, Any]:
+    """Query, key, value and output projection."""
+    if hasattr(module, "q_proj"):
+        out = _first(module, "o_proj", "out_proj")
+        return module.q_proj, module.k_proj, module.v_proj, out
+    inner = module.attention
+    return inner.query, inner.key, inner.value, module.output.dense
+
+
+def _first(module: Any, *names: str) -> Any:
+    """The first attribute that exists; the releases disagree on names, not on meaning."""
+    for name in names:
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise UnsupportedAttentionError(
+        f"{type(module).__name__} has none of {', '.join(names)}; transformers 4.57 and 5.x are supported."
+    )
+
+
+class TransformersBackboneAdapter(BackboneAdapter):
+    """The vision models; heads, ``For...`` classes and wrappers are looked into by ``describe``."""
+
+    def matches(self, module: nn.Module) -> bool:
+        return defined_in(module, "transformers", *_BACKBONE_CLASSES) and hasattr(module, "embeddings")
+
+    def layout(self, name: str, module: nn.Module) -> BackboneLayout:
+        model: Any = module
+        embeddings = model.embeddings
+        path, layers = _layers(model)
+        prefix = f"{name}." if name else ""
+        blocks = [_block(f"{prefix}{path}.{child}", block) for child, block in layers.named_children()]
+        patch, image_size, patch_size = _patches(embeddings)
+        return BackboneLayout(
+            family=f"transformers {type(module).__name__}",
+            name=name,
+            module=module,
+            blocks=tuple(blocks),
+            num_prefix=_num_prefix(embeddings),
+            grid=(image_size[0] // patch_size[0], image_size[1] // patch_size[1]),
+            patch_size=patch_size,
+            patch_embed=patch,
+            final_norm=getattr(model, "layernorm", getattr(model, "post_layernorm", None)),
+            raster_order=IdentityMasking.of(embeddings),
+        )
+
+
+def _layers(model: Any) -> tuple[str, nn.ModuleList]:
+    for path in ("layers", "encoder.layer", "encoder.layers"):
+        found = model
+        for part in path.split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, nn.ModuleList):
+            return path, found
+    raise UnsupportedAttentionError(
+        f"{type(model).__name__} keeps its blocks neither in layers nor in encoder.layer(s); transformers 4.57 and "
+        f"5.x are supported."
+    )
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _patches(embeddings: Any) -> tuple[nn.Module, tuple[int, int], tuple[int, int]]:
+    """The module called with pixels, image size and patch size."""
+    patch = getattr(embeddings, "patch_embeddings", None)
+    if patch is not None:
+        return patch, _pair(patch.image_size), _pair(patch.patch_size)
+    return embeddings.patch_embedding, _pair(embeddings.image_size), _pair(embeddings.patch_size)
+
+
+def _num_prefix(embeddings: Any) -> int:
+    single = ("cls_token", "class_embedding", "distillation_token")
+    count = sum(getattr(embeddings, name, None) is not None for name in single)
+    registers = getattr(embeddings, "register_tokens", None)
+    return count + (0 if registers is None else int(registers.shape[1]))
+
+
+def _block(name: str, block: Any) -> BlockSite:
+    child = "attention" if hasattr(block, "attention") else "self_attn"
+    out = _mlp_out(block)
+    return BlockSite(
+        name=name,
+        module=block,
+        attention_name=f"{name}.{child}",
+        attention=getattr(block, child),
+        attention_scale=getattr(getattr(block, "layer_scale1", None), "lambda1", None),
+        mlp_out=out if isinstance(out, nn.Linear) else None,
+        mlp_scale=getattr(getattr(block, "layer_scale2", None), "lambda1", None),
+    )
+
+
+def _mlp_out(block: Any) -> Any:
+    """``fc2``, the SwiGLU's last projection, or ViT 4.57's ``output.dense``."""
+    mlp = getattr(block, "mlp", None)
+    if mlp is None:
+        return getattr(getattr(block, "output", None), "dense", None)
+    return next((getattr(mlp, n) for n in ("fc2", "down_proj", "weights_out") if hasattr(mlp, n)), None)
