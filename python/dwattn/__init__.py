@@ -1,4 +1,5 @@
-"""Pretrained Vision Transformers with softmax attention replaced by fixed 3x3 aggregation, where it is fixed anyway.
+"""Pretrained Vision Transformers with softmax attention replaced by fixed 3x3 aggregation, where it
+is fixed anyway.
 
 ::
 
@@ -7,7 +8,8 @@
     dwattn.replace(model, plan, calibrate=loader)
     dwattn.save(model, "student.safetensors")
 
-Names are loaded when they are first used: ``import dwattn`` alone imports nothing but the standard library.
+Names are loaded when they are first used: ``import dwattn`` alone imports nothing but the standard
+library.
 """
 
 from __future__ import annotations
@@ -105,7 +107,9 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Keeps ``dwattn.export`` the function: importing the submodule of that name would bind the module over it."""
+    """Keeps ``dwattn.export`` the function: importing the submodule of that name would bind the
+    module over it.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _WHERE and isinstance(value, ModuleType)):

@@ -1,6 +1,7 @@
 """Library-specific knowledge, and the registry that a third party can extend.
 
-``describe(model)`` finds the Vision Transformer in a model; ``adapter_for(attention)`` knows its layers::
+``describe(model)`` finds the Vision Transformer in a model; ``adapter_for(attention)`` knows its
+layers::
 
     class MyAdapter(dwattn.adapters.AttentionAdapter):
         name = "my Attention"
@@ -62,7 +63,9 @@ def register(adapter: AttentionAdapter | BackboneAdapter) -> None:
     elif isinstance(adapter, BackboneAdapter):
         _backbone_adapters.insert(0, adapter)
     else:
-        raise TypeError(f"register takes an AttentionAdapter or BackboneAdapter, got {type(adapter).__name__}.")
+        raise TypeError(
+            f"register takes an AttentionAdapter or BackboneAdapter, got {type(adapter).__name__}."
+        )
 
 
 def adapter_for(module: nn.Module) -> AttentionAdapter | None:
@@ -77,24 +80,32 @@ def refusal(module: nn.Module) -> str | None:
     adapter = adapter_for(module)
     if adapter is not None:
         return adapter.refusal(module)
-    return refusal_by_name(type(module).__name__)
+    return refusal_by_name(type(module).__name__, type(module).__module__)
 
 
 def describe(model: nn.Module) -> BackboneLayout:
-    """The Vision Transformer in ``model``: the model itself or the first submodule an adapter knows.
+    """The Vision Transformer in ``model``: the model itself or the first submodule an adapter
+    knows.
 
     Raises:
-        UnsupportedAttentionError: no known backbone; names the attention classes that were found and why each
-            is not replaceable.
+        UnsupportedAttentionError: no known backbone; names the attention classes that were found
+            and why each is not replaceable.
     """
     for name, module in model.named_modules():
         for adapter in _backbone_adapters:
             if adapter.matches(module):
                 return adapter.layout(name, module)
-    found = sorted({type(m).__name__ for m in model.modules() if "attention" in type(m).__name__.lower()})
-    reasons = "; ".join(f"{name}: {refusal_by_name(name)}" for name in found) or "it has no attention layers"
+    found = {type(m): m for m in model.modules() if "attention" in type(m).__name__.lower()}
+    sentences = sorted(
+        {
+            refusal(m) or f"{kind.__name__} is known, but not this model."
+            for kind, m in found.items()
+        }
+    )
+    reasons = " ".join(sentences) or "It has no attention layers."
     raise UnsupportedAttentionError(
-        f"{type(model).__name__} is not a Vision Transformer that dwattn knows ({reasons}). Supported are timm "
-        f"VisionTransformer, transformers Dinov2, Dinov2WithRegisters, ViT, ViTMAE, DeiT, CLIP and SigLIP vision "
-        f"models, and hub DINOv2; other classes can be added with dwattn.adapters.register()."
+        f"{type(model).__name__} is not a Vision Transformer that dwattn knows ({reasons}). "
+        "Supported are timm VisionTransformer, transformers Dinov2, Dinov2WithRegisters, ViT, "
+        "ViTMAE, DeiT, CLIP and SigLIP vision models, and hub DINOv2; other classes can be added "
+        "with dwattn.adapters.register()."
     )

@@ -1,8 +1,9 @@
 """What dwattn needs to know of a library's Vision Transformer, as data and two small interfaces.
 
-An :class:`AttentionAdapter` knows one attention class: its weights, why it may have to be refused, how it is
-called. A :class:`BackboneAdapter` knows one model class: its blocks in depth order and its patch grid.
-Everything else in the package works on :class:`BackboneLayout` and never sees a library's classes.
+An :class:`AttentionAdapter` knows one attention class: its weights, why it may have to be refused,
+how it is called. A :class:`BackboneAdapter` knows one model class: its blocks in depth order and
+its patch grid. Everything else in the package works on :class:`BackboneLayout` and never sees a
+library's classes.
 """
 
 from __future__ import annotations
@@ -25,13 +26,31 @@ from dwattn.variants import Replacement
 def defined_in(module: nn.Module, package: str, *class_names: str) -> bool:
     """Whether the module's class, or a base of it, is ``package...class_name``."""
     return any(
-        cls.__name__ in class_names and (cls.__module__ == package or cls.__module__.startswith(package + "."))
+        cls.__name__ in class_names
+        and (cls.__module__ == package or cls.__module__.startswith(package + "."))
         for cls in type(module).__mro__
     )
 
 
+def refuse_projections(*layers: object) -> str | None:
+    """A sentence unless all are plain linear layers: LoRA and quantised layers compute something
+    else.
+    """
+    for layer in layers:
+        if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+            return (
+                f"One of its projections is a {type(layer).__name__} instead of a plain nn.Linear; "
+                "merge adapters or dequantise it first."
+            )
+        if layer.weight.is_meta:
+            return "Its weights are on the meta device; load the model's weights first."
+    return None
+
+
 class CallConvention:
-    """How a block calls its attention layer: tokens in, tensor out. Subclasses change what they must."""
+    """How a block calls its attention layer: tokens in, tensor out. Subclasses change what they
+    must.
+    """
 
     #: Keyword arguments that carry a mask or bias; they must be absent or None.
     mask_arguments: tuple[str, ...] = (
@@ -46,29 +65,37 @@ class CallConvention:
         """The ``(B, N, D)`` tokens of a call.
 
         Raises:
-            UnsupportedAttentionError: the call has a mask, a bias or a rotary embedding, is causal, or asks for
-                the attention weights.
+            UnsupportedAttentionError: the call has a mask, a bias or a rotary embedding, is causal,
+                or asks for the attention weights.
         """
         for name in self.mask_arguments:
             if kwargs.get(name) is not None:
-                raise _cannot(f"with {name}=...", "aggregates a fixed 3x3 neighbourhood and cannot apply masks")
+                raise _cannot(
+                    f"with {name}=...",
+                    "aggregates a fixed 3x3 neighbourhood and cannot apply masks",
+                )
         if kwargs.get("is_causal"):
             raise _cannot("with is_causal=True", "has no causal order")
         if any(kwargs.get(name) is not None for name in ("position_embeddings", "rope")):
             raise _cannot("with a rotary position embedding", "has no queries and keys to rotate")
         if kwargs.get("output_attentions"):
             raise _cannot("with output_attentions=True", "forms no attention weights")
-        tokens, rest = (args[0], args[1:]) if args else (kwargs.get("hidden_states", kwargs.get("x")), ())
-        # Positions after the tokens are masks, biases and flags in every library: only None and False are neutral.
+        tokens, rest = (
+            (args[0], args[1:]) if args else (kwargs.get("hidden_states", kwargs.get("x")), ())
+        )
+        # Positions after the tokens are masks, biases and flags in every library: only None and
+        # False are neutral.
         if any(argument is not None and argument is not False for argument in rest):
             raise _cannot(
-                f"with a {type(next(a for a in rest if a is not None and a is not False)).__name__} after the tokens",
+                "with a "
+                f"{type(next(a for a in rest if a is not None and a is not False)).__name__} after "
+                "the tokens",
                 "cannot apply a mask, bias or causal flag",
             )
         if not isinstance(tokens, Tensor):
             raise UnsupportedAttentionError(
-                f"A replaced layer expects one tensor of tokens, got {type(tokens).__name__}; nested or packed "
-                f"inputs are not supported."
+                f"A replaced layer expects one tensor of tokens, got {type(tokens).__name__}; "
+                "nested or packed inputs are not supported."
             )
         return tokens
 
@@ -84,8 +111,8 @@ class CallConvention:
 
 def _cannot(how: str, why: str) -> UnsupportedAttentionError:
     return UnsupportedAttentionError(
-        f"The layer was called {how}: a replaced layer {why}. Call the model without it, or leave this block out "
-        f"of the plan."
+        f"The layer was called {how}: a replaced layer {why}. Call the model without it, or leave "
+        "this block out of the plan."
     )
 
 
@@ -103,6 +130,8 @@ class ConvertedAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.convention = convention
+        # What dwattn.fingerprint knew of the replaced layer: a converted model keeps its identity.
+        self.original_print: dict[str, Any] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.convention.pack(self.layer(self.convention.tokens(args, kwargs)))
@@ -116,7 +145,9 @@ class AttentionAdapter(ABC):
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
-        """Whether ``module`` is this adapter's class (exactly: a subclass may compute something else)."""
+        """Whether ``module`` is this adapter's class (exactly: a subclass may compute something
+        else).
+        """
 
     def refusal(self, module: nn.Module) -> str | None:
         """Why this instance cannot be replaced, as a sentence, or None."""
@@ -133,12 +164,14 @@ class AttentionAdapter(ABC):
 
 @dataclass(frozen=True)
 class BlockSite:
-    """One transformer block, ``mid = t + s1 * attention(norm(t)); out = mid + s2 * mlp(norm(mid))``.
+    """One transformer block, ``mid = t + s1 * attention(norm(t)); out = mid + s2 *
+    mlp(norm(mid))``.
 
     Args:
         name, attention_name: dotted paths from the model's root.
         attention_scale, mlp_scale: LayerScale ``(D,)`` or None for 1.
-        mlp_out: the linear layer that writes the MLP's result to the residual stream, or None if unknown.
+        mlp_out: the linear layer that writes the MLP's result to the residual stream, or None if
+            unknown.
         pre_norm: whether the equation above holds; error compensation needs it.
     """
 
@@ -175,8 +208,9 @@ class BackboneLayout:
         patch_embed: the module that is called with the pixel tensor.
         final_norm: the norm behind the last block, or None.
         padded: whether images are padded up to whole patches, instead of cut down to them.
-        raster_order: ``(module, override)`` of a model whose patches would otherwise arrive in another order:
-            while ``override`` is set on the module as its attribute ``override.attribute``, they do not.
+        raster_order: ``(module, override)`` of a model whose patches would otherwise arrive in
+            another order: while ``override`` is set on the module as its attribute
+            ``override.attribute``, they do not.
     """
 
     family: str
@@ -193,8 +227,12 @@ class BackboneLayout:
 
     @contextlib.contextmanager
     def in_raster_order(self) -> Iterator[None]:
-        """Hold the patches in row-major order while the model is observed; a no-op for nearly every model."""
-        if self.raster_order is None or self.raster_order[1].attribute in vars(self.raster_order[0]):
+        """Hold the patches in row-major order while the model is observed; a no-op for nearly every
+        model.
+        """
+        if self.raster_order is None or self.raster_order[1].attribute in vars(
+            self.raster_order[0]
+        ):
             yield
             return
         module, override = self.raster_order
@@ -229,7 +267,8 @@ class BackboneLayout:
         """
         if self.grid is None:
             raise UnsupportedAttentionError(
-                f"{self.family} fixes no image size; pass grid=(height, width) in patches, or dynamic_grid=True."
+                f"{self.family} fixes no image size; pass grid=(height, width) in patches, or "
+                "dynamic_grid=True."
             )
         return Geometry(self.grid[0], self.grid[1], self.num_prefix)
 
@@ -246,5 +285,6 @@ class BackboneAdapter(ABC):
         """Describe the backbone; ``name`` is its dotted path in the user's model.
 
         Raises:
-            UnsupportedAttentionError: by name and with the reason, when nothing in it can be replaced.
+            UnsupportedAttentionError: by name and with the reason, when nothing in it can be
+                replaced.
         """

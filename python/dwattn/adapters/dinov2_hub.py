@@ -1,7 +1,7 @@
 """facebookresearch's own DINOv2, from ``torch.hub`` or vendored: ``DinoVisionTransformer``.
 
-Recognised by class name and by a package called ``dinov2...``; never imported. Blocks may be chunked for
-FSDP, each chunk padded with ``nn.Identity`` so that a block keeps its global index.
+Recognised by class name and by a package called ``dinov2...``; never imported. Blocks may be
+chunked for FSDP, each chunk padded with ``nn.Identity`` so that a block keeps its global index.
 """
 
 from __future__ import annotations
@@ -10,7 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from dwattn.adapters.base import AttentionAdapter, BackboneAdapter, BackboneLayout, BlockSite
+from dwattn.adapters.base import (
+    AttentionAdapter,
+    BackboneAdapter,
+    BackboneLayout,
+    BlockSite,
+    refuse_projections,
+)
 from dwattn.adapters.timm import split_fused
 from dwattn.errors import UnsupportedAttentionError
 from dwattn.projections import AttentionWeights
@@ -19,13 +25,17 @@ _BLOCKS = ("Block", "NestedTensorBlock")
 
 
 def in_dinov2(module: nn.Module) -> bool:
-    """Whether the class lives in a package such as ``dinov2.layers`` or ``some_model.dinov2_layers``."""
+    """Whether the class lives in a package such as ``dinov2.layers`` or
+    ``some_model.dinov2_layers``.
+    """
     parts = type(module).__module__.split(".")
     return parts[0] not in ("transformers", "timm") and any(p.startswith("dinov2") for p in parts)
 
 
 class HubAttentionAdapter(AttentionAdapter):
-    """``Attention`` and ``MemEffAttention``: fused ``qkv``, called with tokens and at most an ``attn_bias``."""
+    """``Attention`` and ``MemEffAttention``: fused ``qkv``, called with tokens and at most an
+    ``attn_bias``.
+    """
 
     name = "hub DINOv2 attention"
 
@@ -33,9 +43,7 @@ class HubAttentionAdapter(AttentionAdapter):
         return type(module).__name__ in ("Attention", "MemEffAttention") and in_dinov2(module)
 
     def refusal(self, module: nn.Module) -> str | None:
-        if not isinstance(getattr(module, "qkv", None), nn.Linear):
-            return f"This {type(module).__name__} has no fused qkv nn.Linear, so its weights cannot be mapped."
-        return None
+        return refuse_projections(getattr(module, "qkv", None), getattr(module, "proj", None))
 
     def weights(self, module: nn.Module) -> AttentionWeights:
         attention: Any = module
@@ -59,7 +67,9 @@ class HubBackboneAdapter(BackboneAdapter):
     def layout(self, name: str, module: nn.Module) -> BackboneLayout:
         model: Any = module
         prefix = f"{name}." if name else ""
-        blocks = [_block(f"{prefix}blocks.{path}", block) for path, block in _flat_blocks(model.blocks)]
+        blocks = [
+            _block(f"{prefix}blocks.{path}", block) for path, block in _flat_blocks(model.blocks)
+        ]
         patch = model.patch_embed
         grid, size = patch.patches_resolution, patch.patch_size
         return BackboneLayout(
@@ -89,8 +99,8 @@ def _flat_blocks(blocks: nn.Module) -> list[tuple[str, nn.Module]]:
 def _block(name: str, block: Any) -> BlockSite:
     if type(block).__name__ not in _BLOCKS:
         raise UnsupportedAttentionError(
-            f"{name} is a {type(block).__name__}; of hub DINOv2 only {' and '.join(_BLOCKS)} can be replaced "
-            f"(causal blocks see only earlier tokens)."
+            f"{name} is a {type(block).__name__}; of hub DINOv2 only {' and '.join(_BLOCKS)} can "
+            "be replaced (causal blocks see only earlier tokens)."
         )
     out = next((getattr(block.mlp, n) for n in ("fc2", "w3") if hasattr(block.mlp, n)), None)
     return BlockSite(

@@ -1,6 +1,8 @@
-"""timm 1.x: ``VisionTransformer`` (DINOv2, registers, CLIP pre-norm, MAE, DeiT, SigLIP, ...) and its ``Attention``.
+"""timm 1.x: ``VisionTransformer`` (DINOv2, registers, CLIP pre-norm, MAE, DeiT, SigLIP, ...) and
+its ``Attention``.
 
-timm is recognised by class and module name, never imported: a model made by timm implies it is there.
+timm is recognised by class and module name, never imported: a model made by timm implies it is
+there.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dwattn.adapters.base import (
     BackboneLayout,
     BlockSite,
     defined_in,
+    refuse_projections,
 )
 from dwattn.errors import UnsupportedAttentionError
 from dwattn.projections import AttentionWeights
@@ -32,28 +35,41 @@ def split_fused(qkv: nn.Linear) -> dict[str, Tensor | None]:
     return dict(zip(("wq", "wk", "wv", "bq", "bk", "bv"), (*weights, *biases), strict=True))
 
 
+_MODULES = ("timm.layers.attention", "timm.models.vision_transformer")
+
+
 class TimmAttentionAdapter(AttentionAdapter):
     """``timm.layers.Attention`` and the older ``timm.models.vision_transformer.Attention``."""
 
     name = "timm Attention"
 
     def matches(self, module: nn.Module) -> bool:
-        return type(module).__name__ == "Attention" and type(module).__module__.startswith("timm.")
+        # Other timm models (BEiT, LeViT, ...) have an Attention of their own that computes more.
+        return type(module).__name__ == "Attention" and type(module).__module__ in _MODULES
 
     def refusal(self, module: nn.Module) -> str | None:
-        if not hasattr(module, "qkv"):
-            return "This timm Attention has no fused qkv projection, so its weights cannot be mapped."
         if getattr(module, "gate", None) is not None:
-            return "Gated attention multiplies its output by a sigmoid gate, which the replacement does not have."
+            return (
+                "Gated attention multiplies its output by a sigmoid gate, which the replacement "
+                "does not have."
+            )
         if norm_or_none(getattr(module, "norm", None)) is not None:
-            return "scale_norm normalises all heads together before the output projection, which cannot be replaced."
+            return (
+                "scale_norm normalises all heads together before the output projection, which "
+                "cannot be replaced."
+            )
         if getattr(module, "rope", None) is not None:
-            return "Rotary position embedding makes queries and keys depend on the position; not supported."
-        return None
+            return (
+                "Rotary position embedding makes queries and keys depend on the position, which "
+                "is not supported."
+            )
+        return refuse_projections(getattr(module, "qkv", None), getattr(module, "proj", None))
 
     def weights(self, module: nn.Module) -> AttentionWeights:
         attention: Any = module
-        head_dim = getattr(attention, "head_dim", attention.qkv.out_features // 3 // attention.num_heads)
+        head_dim = getattr(
+            attention, "head_dim", attention.qkv.out_features // 3 // attention.num_heads
+        )
         return AttentionWeights(
             num_heads=attention.num_heads,
             head_dim=head_dim,
@@ -80,10 +96,13 @@ class TimmBackboneAdapter(BackboneAdapter):
             )
         prefix = f"{name}." if name else ""
         blocks = [
-            _block(f"{prefix}blocks.{child}", block) for child, block in model.blocks.named_children()
+            _block(f"{prefix}blocks.{child}", block)
+            for child, block in model.blocks.named_children()
         ]
         patch = model.patch_embed
         grid = getattr(patch, "grid_size", None)
+        # Hybrid embeddings put patches on the features of a CNN; feat_ratio is in pixels for both.
+        size = patch.feat_ratio(as_scalar=False)
         return BackboneLayout(
             family=f"timm {type(module).__name__}",
             name=name,
@@ -91,17 +110,18 @@ class TimmBackboneAdapter(BackboneAdapter):
             blocks=tuple(blocks),
             num_prefix=int(model.num_prefix_tokens),
             grid=None if grid is None else (int(grid[0]), int(grid[1])),
-            patch_size=(int(patch.patch_size[0]), int(patch.patch_size[1])),
+            patch_size=(int(size[0]), int(size[1])),
             patch_embed=patch,
             final_norm=norm_or_none(getattr(model, "norm", None)),
+            padded=bool(getattr(patch, "dynamic_img_pad", False)),
         )
 
 
 def _block(name: str, block: Any) -> BlockSite:
     if type(block).__name__ not in ("Block", "ResPostBlock"):
         raise UnsupportedAttentionError(
-            f"{name} is a {type(block).__name__}; only timm's sequential Block (and ResPostBlock) has an attention "
-            f"layer of its own that can be replaced."
+            f"{name} is a {type(block).__name__}; only timm's sequential Block (and ResPostBlock) "
+            "has an attention layer of its own that can be replaced."
         )
     mlp = getattr(block, "mlp", None)
     out = getattr(mlp, "fc2", None)

@@ -1,8 +1,10 @@
-"""transformers 5.x and 4.57: DINOv2 (with registers), ViT, ViT-MAE, DeiT, and the CLIP and SigLIP vision towers.
+"""transformers 5.x and 4.57: DINOv2 (with registers), ViT, ViT-MAE, DeiT, and the CLIP and SigLIP
+vision towers.
 
-transformers is recognised by class and module name, never imported. 5.x keeps ``q_proj k_proj v_proj`` beside
-their output projection and returns ``(output, weights)``; 4.57 nests ``attention.attention`` and returns the
-output alone. The outer module, the one the block calls, is replaced in both.
+transformers is recognised by class and module name, never imported. 5.x keeps ``q_proj k_proj
+v_proj`` beside their output projection and returns ``(output, weights)``; 4.57 nests
+``attention.attention`` and returns the output alone. The outer module, the one the block calls, is
+replaced in both.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dwattn.adapters.base import (
     CallConvention,
     TupleConvention,
     defined_in,
+    refuse_projections,
 )
 from dwattn.adapters.vit_mae import IdentityMasking
 from dwattn.errors import UnsupportedAttentionError
@@ -34,7 +37,8 @@ _ATTENTION_CLASSES = (
     "CLIPAttention",
     "SiglipAttention",
 )
-# 4.57 keeps the CLIP and SigLIP towers in ...VisionTransformer, inside ...VisionModel; 5.x has no such level.
+# 4.57 keeps the CLIP and SigLIP towers in ...VisionTransformer, inside ...VisionModel; 5.x has no
+# such level.
 _BACKBONE_CLASSES = (
     "Dinov2Model",
     "Dinov2Backbone",
@@ -70,15 +74,13 @@ class TransformersAttentionAdapter(AttentionAdapter):
         inner = _projections(module)
         if inner is None:
             return (
-                f"This {type(module).__name__} has neither q_proj, k_proj, v_proj nor attention.query, so its "
-                f"weights cannot be mapped; transformers 4.57 and 5.x are supported."
+                f"This {type(module).__name__} has neither q_proj, k_proj, v_proj nor "
+                "attention.query, so its weights cannot be mapped; transformers 4.57 and 5.x are "
+                "supported."
             )
         if getattr(inner, "is_causal", False):
             return "Causal attention sees only earlier tokens, which a 3x3 neighbourhood does not."
-        if not all(isinstance(layer, nn.Linear) for layer in _linears(module)):
-            kinds = sorted({type(layer).__name__ for layer in _linears(module)})
-            return f"Its projections are {', '.join(kinds)}, not nn.Linear; merge or dequantise them first."
-        return None
+        return refuse_projections(*_linears(module))
 
     def weights(self, module: nn.Module) -> AttentionWeights:
         inner: Any = _projections(module)
@@ -127,7 +129,8 @@ def _first(module: Any, *names: str) -> Any:
         if hasattr(module, name):
             return getattr(module, name)
     raise UnsupportedAttentionError(
-        f"{type(module).__name__} has none of {', '.join(names)}; transformers 4.57 and 5.x are supported."
+        f"{type(module).__name__} has none of {', '.join(names)}; transformers 4.57 and 5.x are "
+        "supported."
     )
 
 
@@ -135,14 +138,18 @@ class TransformersBackboneAdapter(BackboneAdapter):
     """The vision models; heads, ``For...`` classes and wrappers are looked into by ``describe``."""
 
     def matches(self, module: nn.Module) -> bool:
-        return defined_in(module, "transformers", *_BACKBONE_CLASSES) and hasattr(module, "embeddings")
+        return defined_in(module, "transformers", *_BACKBONE_CLASSES) and hasattr(
+            module, "embeddings"
+        )
 
     def layout(self, name: str, module: nn.Module) -> BackboneLayout:
         model: Any = module
         embeddings = model.embeddings
         path, layers = _layers(model)
         prefix = f"{name}." if name else ""
-        blocks = [_block(f"{prefix}{path}.{child}", block) for child, block in layers.named_children()]
+        blocks = [
+            _block(f"{prefix}{path}.{child}", block) for child, block in layers.named_children()
+        ]
         patch, image_size, patch_size = _patches(embeddings)
         return BackboneLayout(
             family=f"transformers {type(module).__name__}",
@@ -166,8 +173,8 @@ def _layers(model: Any) -> tuple[str, nn.ModuleList]:
         if isinstance(found, nn.ModuleList):
             return path, found
     raise UnsupportedAttentionError(
-        f"{type(model).__name__} keeps its blocks neither in layers nor in encoder.layer(s); transformers 4.57 and "
-        f"5.x are supported."
+        f"{type(model).__name__} keeps its blocks neither in layers nor in encoder.layer(s); "
+        "transformers 4.57 and 5.x are supported."
     )
 
 
@@ -209,4 +216,6 @@ def _mlp_out(block: Any) -> Any:
     mlp = getattr(block, "mlp", None)
     if mlp is None:
         return getattr(getattr(block, "output", None), "dense", None)
-    return next((getattr(mlp, n) for n in ("fc2", "down_proj", "weights_out") if hasattr(mlp, n)), None)
+    return next(
+        (getattr(mlp, n) for n in ("fc2", "down_proj", "weights_out") if hasattr(mlp, n)), None
+    )

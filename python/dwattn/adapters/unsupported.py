@@ -4,27 +4,43 @@ from __future__ import annotations
 
 _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (
-        ("rope", "rotary", "eva", "dinov3"),
-        "rotary position embedding makes its queries and keys depend on the position, which the absorbed prefix "
-        "attention and the scoring of this package do not cover",
+        ("rope", "rotary", "eva", "dinov3", "pixtral"),
+        "rotary position embedding makes its queries and keys depend on the position, which the "
+        "absorbed prefix attention and the scoring of this package do not cover",
     ),
-    (("window", "swin"), "windowed attention never sees the whole grid, so the patterns scored here do not apply"),
-    (("beit", "relpos", "relative"), "it adds a relative position bias to the logits, which has no counterpart here"),
-    (("diff",), "differential attention subtracts two softmax maps and is not one attention map per head"),
+    (
+        ("window", "swin", "hiera"),
+        "windowed attention never sees the whole grid, so the patterns scored here do not apply",
+    ),
+    (
+        ("beit", "relpos", "relative", "data2vec", "samvision"),
+        "it adds a relative position bias to the logits, which has no counterpart here",
+    ),
+    (
+        ("diff",),
+        "differential attention subtracts two softmax maps and is not one attention map per head",
+    ),
     (("gated",), "a gate multiplies its output, which the replacement does not have"),
-    (("cross", "pool", "latent"), "its queries are not the tokens themselves, so there is no grid to aggregate on"),
+    (
+        ("cross", "pool", "latent"),
+        "its queries are not the tokens themselves, so there is no grid to aggregate on",
+    ),
     (("text", "causal"), "text attention is causal or masked and has no patch grid"),
     (("linear", "xca", "channel"), "it does not form a token-by-token attention map"),
 )
 
 
-def refusal_by_name(class_name: str) -> str:
-    """A sentence for an attention class that no adapter knows."""
-    lowered = class_name.lower()
+def refusal_by_name(class_name: str, module_name: str = "") -> str:
+    """A sentence for an attention class that no adapter knows.
+
+    Args:
+        module_name: the module that defines it: some libraries call every attention ``Attention``.
+    """
+    lowered = f"{module_name.rpartition('.')[2]} {class_name}".lower()
     for words, reason in _REASONS:
         if any(word in lowered for word in words):
             return f"{class_name} cannot be replaced: {reason}."
     return (
-        f"{class_name} is not known to dwattn; register an adapter for it with dwattn.adapters.register() if it "
-        f"computes plain softmax attention over a patch grid."
+        f"{class_name} is not known to dwattn; register an adapter for it with "
+        "dwattn.adapters.register() if it computes plain softmax attention over a patch grid."
     )

@@ -11,11 +11,12 @@ from dwattn.errors import UnsupportedAttentionError
 
 
 class IdentityMasking:
-    """Takes the place of ``ViTMAEEmbeddings.random_masking`` on one instance: nothing masked, nothing moved.
+    """Takes the place of ``ViTMAEEmbeddings.random_masking`` on one instance: nothing masked,
+    nothing moved.
 
-    The original sorts random noise even with ``mask_ratio=0``: the patches come out complete, but in a random
-    order, on which no 3x3 neighbourhood exists. The function computed is the same either way, because
-    attention does not depend on the order and ``ids_restore`` undoes it.
+    The original sorts random noise even with ``mask_ratio=0``: the patches come out complete, but
+    in a random order, on which no 3x3 neighbourhood exists. The function computed is the same
+    either way, because attention does not depend on the order and ``ids_restore`` undoes it.
     """
 
     attribute = "random_masking"
@@ -36,13 +37,17 @@ class IdentityMasking:
         _check_ratio(config)
         return embeddings, IdentityMasking(config)
 
-    def __call__(self, sequence: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """``sequence (B, N, D)`` unchanged, a mask ``(B, N)`` of zeros, and the identity order ``(B, N)``."""
+    def __call__(
+        self, sequence: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``sequence (B, N, D)`` unchanged, a mask ``(B, N)`` of zeros, and the identity order
+        ``(B, N)``.
+        """
         _check_ratio(self.config)
         if noise is not None:
             raise UnsupportedAttentionError(
-                "ViTMAE was called with noise=...: a replaced layer needs the patches in raster order. Call it "
-                "without noise, or dwattn.restore(model) first."
+                "ViTMAE was called with noise=...: a replaced layer needs the patches in raster "
+                "order. Call it without noise, or dwattn.restore(model) first."
             )
         batch, tokens = sequence.shape[:2]
         order = torch.arange(tokens, device=sequence.device).expand(batch, tokens)
@@ -52,6 +57,7 @@ class IdentityMasking:
 def _check_ratio(config: Any) -> None:
     if config.mask_ratio != 0:
         raise UnsupportedAttentionError(
-            f"ViTMAE drops patches at random (config.mask_ratio={config.mask_ratio}), which leaves no grid to "
-            f"aggregate on. Set model.config.mask_ratio = 0 to use it as an encoder of whole images."
+            f"ViTMAE drops patches at random (config.mask_ratio={config.mask_ratio}), which leaves "
+            "no grid to aggregate on. Set model.config.mask_ratio = 0 to use it as an encoder of "
+            "whole images."
         )

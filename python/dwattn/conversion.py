@@ -1,0 +1,207 @@
+"""What was done to a model, kept with it so that it can be undone; and changes that happen all or
+not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dwattn.adapters import ConvertedAttention
+from dwattn.errors import PlanError
+from dwattn.grid_hook import GridHook
+from dwattn.plan import Plan
+
+ATTRIBUTE = "_dwattn"
+
+
+class Transaction:
+    """A block of changes to a model that are all undone if the block is left by any exception.
+
+    Each change is logged before it is made, and undoing is idempotent, so that Ctrl-C may come at
+    any point.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            for undo in reversed(self._undo):
+                undo()
+
+    def swap(self, root: nn.Module, name: str, module: nn.Module) -> None:
+        """Put ``module`` in the place called ``name``."""
+        parent_name, _, child = name.rpartition(".")
+        parent = root.get_submodule(parent_name)
+        old = getattr(parent, child)
+        self._undo.append(lambda: setattr(parent, child, old))
+        setattr(parent, child, module)
+
+    @torch.no_grad()
+    def copy(self, target: Tensor, value: Tensor) -> None:
+        """Overwrite a parameter or buffer in place."""
+        old = target.detach().clone()
+        self._undo.append(lambda: _copy(target, old))
+        target.copy_(value)
+
+    def set(self, owner: object, name: str, value: Any) -> None:
+        """Set a plain attribute that lives in ``vars(owner)``; None deletes it."""
+        missing = name not in vars(owner)
+        old = vars(owner).get(name)
+        self._undo.append(lambda: _set(owner, name, None if missing else old))
+        _set(owner, name, value)
+
+    def hook(self, hook: GridHook, module: nn.Module, *, remove: bool = False) -> None:
+        """Install or remove the hook at the patch embedding."""
+        undo, do = (hook.install, hook.remove) if remove else (hook.remove, hook.install)
+        self._undo.append(lambda: undo(module))
+        do(module)
+
+
+@torch.no_grad()
+def _copy(target: Tensor, value: Tensor) -> None:
+    target.copy_(value)
+
+
+def _set(owner: object, name: str, value: Any) -> None:
+    if value is not None:
+        setattr(owner, name, value)
+    elif name in vars(owner):
+        delattr(owner, name)
+
+
+@dataclass
+class ReplacedLayer:
+    """One replaced layer: ``name`` is its dotted path, ``original`` what was there (None: not at
+    hand).
+    """
+
+    name: str
+    variant: str
+    original: nn.Module | None
+    converted: ConvertedAttention
+    training: bool
+    placement: tuple[torch.device, torch.dtype]
+
+
+@dataclass
+class Conversion:
+    """The record of a converted model; it is part of no state dict and follows a deep copy of the
+    model.
+
+    Args:
+        plan: of all layers replaced so far.
+        backbone: dotted path of the ViT.
+        layers: by dotted name.
+        updates: original values of other parameters that calibration changed, by name.
+        hook: at the patch embedding, and the module it is on.
+        raster_order: module and attribute of the override that keeps the patches in raster order.
+        source: the file the model was loaded from; its original weights are not at hand then.
+    """
+
+    plan: Plan
+    backbone: str
+    dynamic_grid: bool
+    layers: dict[str, ReplacedLayer] = field(default_factory=dict)
+    updates: dict[str, Tensor] = field(default_factory=dict)
+    hook: tuple[GridHook, nn.Module] | None = None
+    raster_order: tuple[nn.Module, str] | None = None
+    source: str | None = None
+
+
+def find_conversion(model: nn.Module) -> tuple[nn.Module, str, Conversion] | None:
+    """The submodule that was converted, its dotted path in ``model``, and the record; None if there
+    is none.
+    """
+    for name, module in model.named_modules():
+        record = vars(module).get(ATTRIBUTE)
+        if isinstance(record, Conversion):
+            return module, name, record
+    return None
+
+
+def conversion(model: nn.Module) -> Conversion | None:
+    """The record of what was replaced in ``model``, or None if it is not converted."""
+    found = find_conversion(model)
+    return None if found is None else found[2]
+
+
+def placement(layer: ConvertedAttention) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a replaced layer."""
+    weight = layer.layer.value.weight
+    return weight.device, weight.dtype
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Put the original attention layers and weights back, in place, bit for bit.
+
+    The originals come back as they were, with their hooks and flags. What was done to the whole
+    model meanwhile is done to them now: a device or dtype other than at the conversion, and train()
+    or eval().
+
+    Returns:
+        ``model``.
+
+    Raises:
+        PlanError: the model is not converted, was loaded from a file (which does not hold the
+            originals), or its replaced layers were exchanged by somebody else. The model is
+            unchanged then.
+    """
+    found = find_conversion(model)
+    if found is None:
+        raise PlanError(
+            f"{type(model).__name__} has no layers replaced by dwattn; pass the model that "
+            f"dwattn.replace() was called on, or one that contains it."
+        )
+    holder, _, record = found
+    if record.source is not None:
+        raise PlanError(
+            f"The model was loaded from {record.source!r}, which does not hold the original "
+            f"attention "
+            f"weights; build the original model anew instead."
+        )
+    for layer in record.layers.values():
+        if holder.get_submodule(layer.name) is not layer.converted:
+            raise PlanError(
+                f"{layer.name} is no longer the layer that dwattn put there but a "
+                f"{type(holder.get_submodule(layer.name)).__name__}; put that back before "
+                f"restoring."
+            )
+    _restore(holder, record)
+    return model
+
+
+def _restore(holder: nn.Module, record: Conversion) -> None:
+    tensors = dict([*holder.named_parameters(), *holder.named_buffers()])
+    for layer in record.layers.values():
+        assert layer.original is not None
+        now = placement(layer.converted)
+        if now != layer.placement:
+            layer.original.to(device=now[0], dtype=now[1])
+        if layer.converted.training != layer.training:
+            layer.original.train(layer.converted.training)
+    with Transaction() as change:
+        for layer in record.layers.values():
+            assert layer.original is not None
+            change.swap(holder, layer.name, layer.original)
+        for name, value in record.updates.items():
+            change.copy(tensors[name], value)
+        if record.hook is not None:
+            change.hook(*record.hook, remove=True)
+        if record.raster_order is not None:
+            change.set(*record.raster_order, None)
+        change.set(holder, ATTRIBUTE, None)

@@ -1,0 +1,68 @@
+"""First values of a replacement's kernels, before any calibration."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dwattn.attention import (
+    ConvAttention,
+    EnsembleDWAttention,
+    LowRankDWAttention,
+    SPViTAttention,
+)
+from dwattn.plan import KernelInit
+from dwattn.variants import Replacement
+
+KERNEL_INITS = ("mean", "gaussian")
+
+
+@torch.no_grad()
+def gaussian_init(layer: Replacement, seed: int) -> None:
+    """The paper's initialisation from a generator of its own: reproducible, global state untouched.
+    """
+    parameter = layer.logits if isinstance(layer, SPViTAttention) else layer.kernel
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.empty(parameter.shape, dtype=torch.float32)
+    parameter.copy_(draw.normal_(std=0.02, generator=generator))
+
+
+@torch.no_grad()
+def mean_init(layer: Replacement, init: KernelInit, heads: list[int] | None) -> None:
+    """Kernels, ``kappa`` and ``mu`` from the mean attention map of the replaced heads.
+
+    A mean map is ``k`` at the 3x3 displacements, ``p_t`` on the prefix tokens and a uniform floor
+    ``f`` elsewhere. The floor also lies under the 3x3 window, so with context terms the kernel is
+    ``k - f`` and ``mu`` takes what is left of the row's mass of one: ``mu = 1 - sum(p) - sum(k -
+    f)``, which is ``f H W`` on the grid that was scored and right on any other.
+
+    Args:
+        init: per head; all heads of the layer, or those in ``heads``.
+        heads: replaced heads in the order of ``init``, None for all.
+    """
+    kernel = torch.tensor(init.kernel, dtype=torch.float64)
+    prefix = torch.tensor(init.prefix, dtype=torch.float64).reshape(len(init.kernel), -1)
+    floor = torch.tensor(init.uniform, dtype=torch.float64)
+    if heads is not None and heads != sorted(heads):
+        order = torch.tensor(heads).argsort()
+        kernel, prefix, floor = kernel[order], prefix[order], floor[order]
+    if isinstance(layer, SPViTAttention):
+        layer.logits.copy_(kernel.clamp_min(1e-8).log())
+        return
+    if layer.beta is not None:
+        kernel = kernel - floor[:, None, None]
+    uniform = (1 - prefix.sum(1) - kernel.sum((1, 2))).clamp_min(0)
+    if isinstance(layer, (LowRankDWAttention, EnsembleDWAttention)):
+        # Their channels mix all heads.
+        kernel, prefix, uniform = (t.mean(0, keepdim=True) for t in (kernel, prefix, uniform))
+    per_head = layer.inner_dim // kernel.shape[0]
+    layer.kernel.copy_(kernel if isinstance(layer, ConvAttention) else _spread(kernel, per_head))
+    if layer.mu is not None:
+        layer.mu.copy_(_spread(uniform, per_head))
+    if layer.kappa is not None:
+        layer.kappa.copy_(_spread(prefix, per_head).T)
+
+
+def _spread(per_head: Tensor, channels: int) -> Tensor:
+    """``(n, ...) -> (n * channels, ...)``."""
+    return per_head.repeat_interleave(channels, dim=0)
