@@ -1,0 +1,177 @@
+"""The compiled CPU ``dw_attention`` against PyTorch: value projection and aggregation, before Wo.
+
+    python benchmarks/bench_cpu_dw.py --threads 1 2 --json cpu_dw.json
+
+Candidates run in interleaved rounds, so that whatever else the machine does hits all of them alike; read
+the ratios before the times. ``linear`` is the projection alone, the floor of everything that computes V.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dwattn import functional, library
+from dwattn.geometry import Geometry
+
+SIZES = {"n=256,D=384": (16, 16, 384), "n=576,D=1024": (24, 24, 1024)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Case:
+    """Tensors of one layer; ``context`` adds kappa and mu to the beta that every case has."""
+
+    geometry: Geometry
+    x: Tensor
+    wv: Tensor
+    bv: Tensor
+    kernel: Tensor
+    kappa: Tensor | None
+    mu: Tensor | None
+    beta: Tensor | None
+
+
+def make_case(
+    height: int, width: int, dim: int, batch: int, dtype: torch.dtype, context: bool
+) -> Case:
+    """Random tensors with one prefix token."""
+    torch.manual_seed(0)
+    geometry = Geometry(height, width, 1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape).to(dtype)
+
+    return Case(
+        geometry,
+        draw(batch, geometry.num_tokens, dim),
+        draw(dim, dim) / dim**0.5,
+        draw(dim),
+        draw(dim, 3, 3),
+        draw(1, dim) if context else None,
+        draw(dim) if context else None,
+        draw(dim) if context else None,
+    )
+
+
+def nchw(case: Case) -> Tensor:
+    """The usual way to write it: copy to NCHW, convolve, copy back (without ctx)."""
+    v = F.linear(case.x, case.wv, case.bv)[:, case.geometry.num_prefix :]
+    image = v.transpose(1, 2).unflatten(2, case.geometry.grid).contiguous()
+    y = F.conv2d(image, case.kernel.unsqueeze(1), padding=1, groups=image.shape[1])
+    return y.flatten(2).transpose(1, 2).contiguous()
+
+
+def candidates(case: Case) -> dict[str, Callable[[], Tensor]]:
+    """What is compared; ``torch`` is the channels-last form without copies, the best of PyTorch's."""
+
+    def run(backend: str) -> Callable[[], Tensor]:
+        return lambda: functional.dw_attention(
+            case.x, case.wv, case.bv, case.kernel, case.geometry, case.kappa, case.mu, case.beta,
+            backend=backend,
+        )  # fmt: skip
+
+    return {
+        "linear": lambda: F.linear(case.x, case.wv, case.bv),
+        "torch": run("torch"),
+        "cpp": run("cpp"),
+        "nchw": lambda: nchw(case),
+    }
+
+
+def measure(functions: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str, list[float]]:
+    """Times in ms of interleaved rounds, until they have taken ``seconds`` (at least 7 rounds)."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    start = time.perf_counter()
+    names = list(functions)
+    while time.perf_counter() - start < seconds or len(times[names[0]]) < 7:
+        for name in names:
+            begin = time.perf_counter()
+            functions[name]()
+            times[name].append((time.perf_counter() - begin) * 1e3)
+        names.append(names.pop(0))  # nobody always runs after the same one
+    return times
+
+
+def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
+    """Median over rounds of the time of ``name`` over that of ``base`` in the same round."""
+    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+
+
+def summarise(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Median, p20 and p80 in ms of every candidate, and the two ratios that matter."""
+    summary: dict[str, Any] = {}
+    for name, values in times.items():
+        cuts = statistics.quantiles(values, n=5)
+        summary[name] = {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3]}
+    summary["cpp/torch"] = ratio(times, "cpp", "torch")
+    summary["cpp/linear"] = ratio(times, "cpp", "linear")
+    summary["rounds"] = len(times["cpp"])
+    return summary
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on."""
+    native = library.native
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "cpu_info": native.cpu_info() if native else None,
+        "build_info": native.build_info() if native else None,
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--context", nargs="+", type=int, choices=[0, 1], default=[0, 1])
+    parser.add_argument("--seconds", type=float, default=2.0, help="per case")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
+    return parser.parse_args()
+
+
+@torch.inference_mode()
+def main() -> None:
+    args = parse()
+    if not library.AVAILABLE:
+        raise SystemExit(library.load_error())
+    results = []
+    print(f"{'case':44} {'linear':>8} {'torch':>8} {'cpp':>8} ms   cpp/torch  cpp/linear")
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        for size in args.size:
+            for dtype in args.dtype:
+                for batch in args.batch:
+                    for context in args.context:
+                        case = make_case(*SIZES[size], batch, DTYPES[dtype], bool(context))
+                        summary = summarise(measure(candidates(case), args.seconds))
+                        name = f"{size} {dtype} batch={batch} ctx={context} threads={threads}"
+                        results.append({"case": name, **summary})
+                        print(
+                            f"{name:44} {summary['linear']['median']:8.3f} "
+                            f"{summary['torch']['median']:8.3f} {summary['cpp']['median']:8.3f}      "
+                            f"{summary['cpp/torch']:8.3f}    {summary['cpp/linear']:8.3f}",
+                            flush=True,
+                        )
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

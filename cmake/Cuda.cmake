@@ -1,0 +1,41 @@
+# CUDA: optional. Kernels live in csrc/kernels/cuda/*.cu; as long as there are none, the build is
+# CPU-only and says so, also at run time (dwattn doctor).
+set(DWATTN_CUDA AUTO CACHE STRING "Build CUDA kernels: AUTO (when nvcc is found), ON (or fail), OFF")
+set_property(CACHE DWATTN_CUDA PROPERTY STRINGS AUTO ON OFF)
+set(DWATTN_CUDA_ARCHITECTURES
+    "80-real;86-real;87-real;89-real;90a-real;100-real;120-real;90-virtual"
+    CACHE STRING "CUDA architectures; 87 is Jetson Orin, the virtual one is PTX for later GPUs")
+
+set(DWATTN_HAVE_CUDA OFF)
+set(DWATTN_CUDA_ARCHS_BUILT "")
+file(GLOB DWATTN_CUDA_SOURCES CONFIGURE_DEPENDS csrc/kernels/cuda/*.cu)
+if(DWATTN_CUDA STREQUAL "OFF")
+  set(DWATTN_CUDA_REASON "switched off (DWATTN_CUDA=OFF)")
+elseif(NOT DWATTN_CUDA_SOURCES)
+  set(DWATTN_CUDA_REASON "this version has no CUDA kernels")
+  if(DWATTN_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "dwattn: DWATTN_CUDA=ON, but ${DWATTN_CUDA_REASON}.")
+  endif()
+else()
+  # Before check_language: the default architecture of CMake is one that nvcc 13 rejects.
+  set(CMAKE_CUDA_ARCHITECTURES "${DWATTN_CUDA_ARCHITECTURES}")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    enable_language(CUDA)
+    set(DWATTN_HAVE_CUDA ON)
+    set(DWATTN_CUDA_ARCHS_BUILT "${DWATTN_CUDA_ARCHITECTURES}")
+    set(DWATTN_CUDA_REASON "nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
+  else()
+    set(DWATTN_CUDA_REASON "no nvcc was found (put it on PATH or set CUDACXX)")
+    if(DWATTN_CUDA STREQUAL "ON")
+      message(FATAL_ERROR "dwattn: DWATTN_CUDA=ON, but ${DWATTN_CUDA_REASON}.")
+    endif()
+  endif()
+endif()
+
+if(DWATTN_HAVE_CUDA)
+  message(STATUS "dwattn: building with CUDA: ${DWATTN_CUDA_REASON}, ${DWATTN_CUDA_ARCHS_BUILT}")
+else()
+  message(STATUS "dwattn: CPU-only build: ${DWATTN_CUDA_REASON}")
+endif()

@@ -1,0 +1,236 @@
+// A vector of accumulators for the instruction set this translation unit is compiled for.
+//
+// Each unit defines DWATTN_ISA (avx512, avx2, generic) and everything here lives in the namespace
+// of that name, so that units with different compiler flags never share a symbol.
+//
+//   Vec<T>::width        lanes; T is the accumulation type, float or double
+//   load(p), load_n(p,n) `width` elements, or the first n of them and zeros; converts to T
+//   store, store_n       converts back to the stored type, rounding to nearest even
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/half.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace dwattn::cpu::DWATTN_ISA {
+
+template <class T>
+struct Vec;
+
+#if defined(__AVX512F__)
+
+template <>
+struct Vec<float> {
+  static constexpr int width = 16;
+  __m512 r;
+
+  static Vec zero() { return {_mm512_setzero_ps()}; }
+  static Vec all(float a) { return {_mm512_set1_ps(a)}; }
+  static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec load(const BFloat16* p) { return widen_bf16(_mm256_loadu_si256(as256(p))); }
+  static Vec load(const Float16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(as256(p)))}; }
+  static Vec load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(mask(n), p)}; }
+  static Vec load_n(const BFloat16* p, int n) {
+    return widen_bf16(_mm256_maskz_loadu_epi16(mask(n), p));
+  }
+  static Vec load_n(const Float16* p, int n) {
+    return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask(n), p))};
+  }
+  void store(float* p) const { _mm512_storeu_ps(p, r); }
+  void store(BFloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bf16()); }
+  void store(Float16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), fp16()); }
+  void store_n(float* p, int n) const { _mm512_mask_storeu_ps(p, mask(n), r); }
+  void store_n(BFloat16* p, int n) const { _mm256_mask_storeu_epi16(p, mask(n), bf16()); }
+  void store_n(Float16* p, int n) const { _mm256_mask_storeu_epi16(p, mask(n), fp16()); }
+
+ private:
+  static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+  static const __m256i* as256(const void* p) { return static_cast<const __m256i*>(p); }
+  static Vec widen_bf16(__m256i half) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+  }
+  __m256i fp16() const { return _mm512_cvtps_ph(r, _MM_FROUND_TO_NEAREST_INT); }
+  __m256i bf16() const {
+    const __m512i bits = _mm512_castps_si512(r);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    rounded = _mm512_srli_epi32(rounded, 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(r, r, _CMP_UNORD_Q);
+    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+    return _mm512_cvtepi32_epi16(rounded);
+  }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int width = 8;
+  __m512d r;
+
+  static Vec zero() { return {_mm512_setzero_pd()}; }
+  static Vec all(double a) { return {_mm512_set1_pd(a)}; }
+  static Vec load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  static Vec load_n(const double* p, int n) { return {_mm512_maskz_loadu_pd(mask(n), p)}; }
+  void store(double* p) const { _mm512_storeu_pd(p, r); }
+  void store_n(double* p, int n) const { _mm512_mask_storeu_pd(p, mask(n), r); }
+
+ private:
+  static __mmask8 mask(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
+};
+
+static inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return {_mm512_add_ps(a.r, b.r)}; }
+static inline Vec<float> operator*(Vec<float> a, Vec<float> b) { return {_mm512_mul_ps(a.r, b.r)}; }
+static inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return {_mm512_fmadd_ps(a.r, b.r, c.r)};
+}
+static inline Vec<double> operator+(Vec<double> a, Vec<double> b) {
+  return {_mm512_add_pd(a.r, b.r)};
+}
+static inline Vec<double> operator*(Vec<double> a, Vec<double> b) {
+  return {_mm512_mul_pd(a.r, b.r)};
+}
+static inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return {_mm512_fmadd_pd(a.r, b.r, c.r)};
+}
+
+#elif defined(__AVX2__)
+
+template <>
+struct Vec<float> {
+  static constexpr int width = 8;
+  __m256 r;
+
+  static Vec zero() { return {_mm256_setzero_ps()}; }
+  static Vec all(float a) { return {_mm256_set1_ps(a)}; }
+  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec load(const BFloat16* p) { return widen_bf16(load128(p)); }
+  static Vec load(const Float16* p) { return {_mm256_cvtph_ps(load128(p))}; }
+  static Vec load_n(const float* p, int n) { return {_mm256_maskload_ps(p, mask(n))}; }
+  template <class Half>
+  static Vec load_n(const Half* p, int n) {
+    Half lanes[width] = {};
+    for (int i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+  }
+  void store(float* p) const { _mm256_storeu_ps(p, r); }
+  void store(BFloat16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bf16()); }
+  void store(Float16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), fp16()); }
+  void store_n(float* p, int n) const { _mm256_maskstore_ps(p, mask(n), r); }
+  template <class Half>
+  void store_n(Half* p, int n) const {
+    Half lanes[width];
+    store(lanes);
+    for (int i = 0; i < n; ++i) p[i] = lanes[i];
+  }
+
+ private:
+  static __m256i mask(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  static Vec widen_bf16(__m128i half) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
+  }
+  __m128i fp16() const { return _mm256_cvtps_ph(r, _MM_FROUND_TO_NEAREST_INT); }
+  __m128i bf16() const {
+    const __m256i bits = _mm256_castps_si256(r);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    rounded = _mm256_srli_epi32(rounded, 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(r, r, _CMP_UNORD_Q));
+    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+    const __m256i packed = _mm256_packus_epi32(rounded, rounded);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+  }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int width = 4;
+  __m256d r;
+
+  static Vec zero() { return {_mm256_setzero_pd()}; }
+  static Vec all(double a) { return {_mm256_set1_pd(a)}; }
+  static Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  static Vec load_n(const double* p, int n) { return {_mm256_maskload_pd(p, mask(n))}; }
+  void store(double* p) const { _mm256_storeu_pd(p, r); }
+  void store_n(double* p, int n) const { _mm256_maskstore_pd(p, mask(n), r); }
+
+ private:
+  static __m256i mask(int n) {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+  }
+};
+
+static inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return {_mm256_add_ps(a.r, b.r)}; }
+static inline Vec<float> operator*(Vec<float> a, Vec<float> b) { return {_mm256_mul_ps(a.r, b.r)}; }
+static inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return {_mm256_fmadd_ps(a.r, b.r, c.r)};
+}
+static inline Vec<double> operator+(Vec<double> a, Vec<double> b) {
+  return {_mm256_add_pd(a.r, b.r)};
+}
+static inline Vec<double> operator*(Vec<double> a, Vec<double> b) {
+  return {_mm256_mul_pd(a.r, b.r)};
+}
+static inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return {_mm256_fmadd_pd(a.r, b.r, c.r)};
+}
+
+#else  // any other target: plain loops of a fixed length, which compilers turn into SSE2 or NEON
+
+template <class T>
+struct Vec {
+  static constexpr int width = 16 / sizeof(T);
+  T r[width];
+
+  static Vec zero() { return all(T(0)); }
+  static Vec all(T a) {
+    Vec v;
+    for (int i = 0; i < width; ++i) v.r[i] = a;
+    return v;
+  }
+  template <class In>
+  static Vec load(const In* p) {
+    Vec v;
+    for (int i = 0; i < width; ++i) v.r[i] = to_float(p[i]);
+    return v;
+  }
+  template <class In>
+  static Vec load_n(const In* p, int n) {
+    Vec v = zero();
+    for (int i = 0; i < n; ++i) v.r[i] = to_float(p[i]);
+    return v;
+  }
+  template <class Out>
+  void store(Out* p) const {
+    for (int i = 0; i < width; ++i) from_float(r[i], p + i);
+  }
+  template <class Out>
+  void store_n(Out* p, int n) const {
+    for (int i = 0; i < n; ++i) from_float(r[i], p + i);
+  }
+};
+
+template <class T>
+static inline Vec<T> operator+(Vec<T> a, Vec<T> b) {
+  for (int i = 0; i < Vec<T>::width; ++i) a.r[i] += b.r[i];
+  return a;
+}
+template <class T>
+static inline Vec<T> operator*(Vec<T> a, Vec<T> b) {
+  for (int i = 0; i < Vec<T>::width; ++i) a.r[i] *= b.r[i];
+  return a;
+}
+template <class T>
+static inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  for (int i = 0; i < Vec<T>::width; ++i) c.r[i] += a.r[i] * b.r[i];
+  return c;
+}
+
+#endif
+
+}  // namespace dwattn::cpu::DWATTN_ISA

@@ -1,0 +1,14 @@
+// Schemas of the torch operators. Shapes and equations: ../kernels/params.h and
+// python/dwattn/library.py, which also registers their fake and autograd implementations.
+// Implementations for a device are registered in the file of that device.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(dwattn, m) {
+  // height and width are SymInt so that a traced graph keeps a dynamic resolution.
+  m.def(
+      "dw_aggregate(Tensor v, Tensor kernel, Tensor? kappa, Tensor? mu, Tensor? beta, "
+      "SymInt height, SymInt width, int num_prefix) -> Tensor");
+  m.def(
+      "dw_attention(Tensor x, Tensor wv, Tensor? bv, Tensor kernel, Tensor? kappa, Tensor? mu, "
+      "Tensor? beta, SymInt height, SymInt width, int num_prefix) -> Tensor");
+}

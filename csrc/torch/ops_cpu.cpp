@@ -1,0 +1,196 @@
+// The operators on CPU tensors.
+#include "kernels/cpu/dw_aggregate.h"
+#include "kernels/cpu/scratch.h"
+#include "torch/checks.h"
+
+namespace dwattn::torch_ops {
+namespace {
+
+// The loop of torch's own thread pool.
+cpu::ParallelFor torch_parallel_for() {
+  return {[](void*, int64_t tasks, int64_t cost, cpu::LoopBody body, void* context) {
+            torch::stable::parallel_for(
+                0, tasks, cpu::min_tasks_per_thread(cost),
+                [&](int64_t begin, int64_t end) { body(context, begin, end); });
+          },
+          nullptr};
+}
+
+int64_t workspace_bytes(ScalarType v_type, int64_t batch, int64_t channels) {
+  DwAggregateParams p{};
+  p.v_dtype = kernel_dtype(v_type);
+  p.batch = batch;
+  p.channels = channels;
+  return cpu::dw_aggregate_workspace(p);
+}
+
+// y (B, H*W, C) = aggregation of v (B, N, C); coefficients and v_bias prepared.
+void aggregate(const Tensor& v, const OptionalTensor& v_bias, const Coefficients& k,
+               const Geometry& g, const Tensor& y, void* workspace) {
+  DwAggregateParams p{};
+  p.v = v.const_data_ptr();
+  p.v_dtype = kernel_dtype(v.scalar_type());
+  p.v_stride_batch = v.stride(0);
+  p.v_stride_token = v.stride(1);
+  p.y = y.mutable_data_ptr();
+  p.y_dtype = kernel_dtype(y.scalar_type());
+  p.y_stride_batch = y.stride(0);
+  p.y_stride_token = y.stride(1);
+  p.kernel = k.kernel.const_data_ptr();
+  p.kappa = data_or_null(k.kappa);
+  p.mu = data_or_null(k.mu);
+  p.beta = data_or_null(k.beta);
+  p.v_bias = data_or_null(v_bias);
+  p.batch = v.size(0);
+  p.height = g.height;
+  p.width = g.width;
+  p.num_prefix = g.num_prefix;
+  p.channels = v.size(2);
+  const Status status = cpu::dw_aggregate(p, workspace, torch_parallel_for());
+  DWATTN_CHECK(status == Status::kOk, "The CPU kernel failed: ", status_text(status), ".");
+}
+
+Tensor dw_aggregate_cpu(const Tensor& v, const Tensor& kernel, const OptionalTensor& kappa,
+                        const OptionalTensor& mu, const OptionalTensor& beta, int64_t height,
+                        int64_t width, int64_t num_prefix) {
+  const Geometry geometry{height, width, num_prefix};
+  const Coefficients given{kernel, kappa, mu, beta};
+  check_tokens("v", v, geometry);
+  check_coefficients(v, v.size(2), geometry, given);
+  const ScalarType type = v.scalar_type();
+  const Tensor rows = v.size(2) == 1 || v.stride(2) == 1 ? v : torch::stable::contiguous(v);
+  const Tensor y = torch::stable::new_empty(v, {v.size(0), height * width, v.size(2)});
+  if (y.numel() == 0) return y;
+  const int64_t bytes = workspace_bytes(type, v.size(0), v.size(2));
+  cpu::Scratch scratch(cpu::Scratch::padded(bytes));
+  aggregate(rows, std::nullopt, given.prepared(accumulation_type(type)), geometry, y,
+            scratch.take(bytes));
+  return y;
+}
+
+// Whether products in this dtype are emulated on this CPU, several times slower than in fp32.
+bool product_in_float(ScalarType type) {
+  return (type == ScalarType::BFloat16 && !cpu::native_bf16_gemm()) ||
+         (type == ScalarType::Half && !cpu::native_fp16_gemm());
+}
+
+// Rows of V whose stride is a multiple of a page fall into the same few cache sets.
+int64_t padded_row(int64_t channels, ScalarType type) {
+  const int64_t size = dtype_size(kernel_dtype(type));
+  return channels * size % 2048 == 0 ? channels + 64 / size : channels;
+}
+
+// Images per chunk: large enough that the product and its threads are worth starting, small enough
+// that the values are still in the cache when they are aggregated (measured:
+// benchmarks/bench_cpu_dw.py).
+int64_t images_per_chunk(int64_t batch, int64_t image_bytes) {
+  constexpr int64_t kBytesPerThread = 4 << 20;
+  const int64_t bytes = kBytesPerThread * static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t fitting = image_bytes > 0 ? bytes / image_bytes : batch;
+  return fitting < 1 ? 1 : fitting > batch ? batch : fitting;
+}
+
+// dw_attention of one batch: sizes, the scratch tensors, and the loop over chunks of images.
+//
+// V of a chunk is aggregated while it is still in the cache, and V of the whole batch never exists.
+// The bias of the projection is added by the aggregation, where it costs nothing.
+class Attention {
+ public:
+  Attention(const Tensor& x, const Tensor& wv, const OptionalTensor& bv, const Coefficients& given,
+            const Geometry& geometry)
+      : x_(x),
+        wv_(wv),
+        geometry_(geometry),
+        type_(product_in_float(x.scalar_type()) ? ScalarType::Float : x.scalar_type()),
+        convert_(type_ != x.scalar_type()),
+        element_(dtype_size(kernel_dtype(type_))),
+        batch_(x.size(0)),
+        tokens_(x.size(1)),
+        dim_(x.size(2)),
+        channels_(wv.size(0)),
+        row_(type_ == accumulation_type(type_) ? padded_row(channels_, type_) : channels_),
+        chunk_(images_per_chunk(batch_, tokens_ * row_ * element_)),
+        coefficients_(given.prepared(accumulation_type(type_))),
+        bias_(dense(bv, accumulation_type(type_))) {}
+
+  void run(const Tensor& y) const {
+    const int64_t v_bytes = chunk_ * tokens_ * row_ * element_;
+    const int64_t work_bytes = workspace_bytes(type_, chunk_, channels_);
+    const int64_t x_bytes = convert_ ? chunk_ * tokens_ * dim_ * element_ : 0;
+    const int64_t w_bytes = convert_ ? channels_ * dim_ * element_ : 0;
+    using cpu::Scratch;
+    Scratch scratch(Scratch::padded(v_bytes) + Scratch::padded(work_bytes) +
+                    Scratch::padded(x_bytes) + Scratch::padded(w_bytes));
+    void* const v_memory = scratch.take(v_bytes);
+    void* const workspace = scratch.take(work_bytes);
+    void* const x_memory = scratch.take(x_bytes);
+    void* const w_memory = scratch.take(w_bytes);
+
+    const Tensor weight = converted(wv_, w_memory);
+    const Tensor weight_t = torch::stable::transpose(weight, 0, 1);
+    for (int64_t first = 0; first < batch_; first += chunk_) {
+      const int64_t images = batch_ - first < chunk_ ? batch_ - first : chunk_;
+      const int64_t rows = images * tokens_;
+      const Tensor inputs = converted(slice(x_, first, images), x_memory);
+      const Tensor v = blob(v_memory, {images, tokens_, channels_}, {tokens_ * row_, row_, 1});
+      mm_out(blob(v_memory, {rows, channels_}, {row_, 1}),
+             torch::stable::reshape(inputs, {rows, dim_}), weight_t);
+      aggregate(v, bias_, coefficients_, geometry_, slice(y, first, images), workspace);
+    }
+  }
+
+ private:
+  using Sizes = std::initializer_list<int64_t>;
+
+  Tensor blob(void* memory, Sizes sizes, Sizes strides) const {
+    return torch::stable::from_blob(memory, sizes, strides, x_.device(), type_);
+  }
+
+  Tensor slice(const Tensor& t, int64_t first, int64_t images) const {
+    if (images == batch_) return t;
+    Tensor whole = t;
+    return torch::stable::narrow(whole, 0, first, images);
+  }
+
+  // `t` in the dtype of the product: itself, or a copy in `memory`.
+  Tensor converted(const Tensor& t, void* memory) const {
+    if (!convert_) return t;
+    Tensor copy = t.dim() == 2 ? blob(memory, {t.size(0), t.size(1)}, {t.size(1), 1})
+                               : blob(memory, {t.size(0), t.size(1), t.size(2)},
+                                      {t.size(1) * t.size(2), t.size(2), 1});
+    return torch::stable::copy_(copy, t);
+  }
+
+  const Tensor& x_;
+  const Tensor& wv_;
+  const Geometry geometry_;
+  const ScalarType type_;  // of the product and of V
+  const bool convert_;     // whether that differs from the dtype of x
+  const int64_t element_, batch_, tokens_, dim_, channels_;
+  const int64_t row_;    // stride between tokens of V
+  const int64_t chunk_;  // images
+  const Coefficients coefficients_;
+  const OptionalTensor bias_;
+};
+
+Tensor dw_attention_cpu(const Tensor& x, const Tensor& wv, const OptionalTensor& bv,
+                        const Tensor& kernel, const OptionalTensor& kappa, const OptionalTensor& mu,
+                        const OptionalTensor& beta, int64_t height, int64_t width,
+                        int64_t num_prefix) {
+  const Geometry geometry{height, width, num_prefix};
+  const Coefficients given{kernel, kappa, mu, beta};
+  check_tokens("x", x, geometry);
+  check_projection(x, wv, bv);
+  check_coefficients(x, wv.size(0), geometry, given);
+  const Tensor y = torch::stable::new_empty(x, {x.size(0), height * width, wv.size(0)});
+  if (y.numel() > 0) Attention(x, wv, bv, given, geometry).run(y);
+  return y;
+}
+
+}  // namespace
+}  // namespace dwattn::torch_ops
+
+STABLE_TORCH_LIBRARY_IMPL(dwattn, CPU, m) {
+  m.impl("dw_aggregate", TORCH_BOX(&dwattn::torch_ops::dw_aggregate_cpu));
+  m.impl("dw_attention", TORCH_BOX(&dwattn::torch_ops::dw_attention_cpu));
+}

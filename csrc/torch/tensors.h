@@ -1,0 +1,104 @@
+// Small helpers over the LibTorch stable ABI: error text with values in it, dtypes, aten calls.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/params.h"
+
+namespace dwattn::torch_ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Like STD_TORCH_CHECK, without the source location in front of the sentence.
+#define DWATTN_CHECK(condition, ...)                                      \
+  if (!(condition)) {                                                     \
+    throw std::runtime_error(::dwattn::torch_ops::sentence(__VA_ARGS__)); \
+  }
+
+template <class... Parts>
+std::string sentence(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
+  text << (t.dim() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    default:
+      return "a dtype other than float32, float64, float16 and bfloat16";
+  }
+}
+
+inline bool is_supported(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+         type == ScalarType::BFloat16;
+}
+
+inline DType kernel_dtype(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+inline ScalarType accumulation_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Converted and contiguous; the tensor itself where it is both already (the usual case, no
+// dispatch).
+inline Tensor dense(const Tensor& t, ScalarType type) {
+  Tensor out = t.scalar_type() == type ? t : torch::stable::to(t, type);
+  return out.is_contiguous() ? out : torch::stable::contiguous(out);
+}
+
+inline OptionalTensor dense(const OptionalTensor& t, ScalarType type) {
+  return t.has_value() ? OptionalTensor(dense(*t, type)) : std::nullopt;
+}
+
+inline const void* data_or_null(const OptionalTensor& t) {
+  return t.has_value() ? t->const_data_ptr() : nullptr;
+}
+
+// aten::mm.out: `out` may have a row stride larger than its width.
+inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // releases the returned handle
+}
+
+}  // namespace dwattn::torch_ops

@@ -1,0 +1,170 @@
+"""Which implementation runs a call: what each backend can run, and which of them is preferred.
+
+Every backend has a ``can_run_<name>`` that says yes or gives its reasons. :func:`choose` asks them in the
+order of ``backend_rules.json`` (a measured table), :func:`explain` prints the same answers for
+``dwattn doctor``, and forcing a backend that cannot run raises :class:`BackendError` with the same text.
+
+Forcing, strongest first: ``backend=`` of a call, ``with backends.use(name)``, the environment variable
+``DWATTN_BACKEND``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dwattn import library
+from dwattn.errors import BackendError
+
+OPS = ("dw_aggregate", "dw_attention")
+ENVIRONMENT_VARIABLE = "DWATTN_BACKEND"
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# Process-wide on purpose: torch.compile and torch.export read it as a guarded constant while they trace.
+_forced: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a backend can run a call; true when it can, else it holds the reasons as sentences."""
+
+    backend: str
+    reasons: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return not self.reasons
+
+
+def can_run_reference(
+    op: str, *, device: str, dtype: torch.dtype, raise_error: bool = False
+) -> Verdict:
+    """The specification: any device, any floating dtype."""
+    return _verdict("reference", op, _check_dtype(dtype), raise_error)
+
+
+def can_run_torch(
+    op: str, *, device: str, dtype: torch.dtype, raise_error: bool = False
+) -> Verdict:
+    """Linear layer and channels-last depthwise convolution: any device, any floating dtype."""
+    return _verdict("torch", op, _check_dtype(dtype), raise_error)
+
+
+def can_run_cpp(op: str, *, device: str, dtype: torch.dtype, raise_error: bool = False) -> Verdict:
+    """The compiled CPU kernels: CPU tensors in fp32, fp64, fp16 or bf16, outside ONNX export."""
+    reasons = _check_dtype(dtype)
+    if device != "cpu":
+        reasons += (f"The compiled kernels run on the CPU; the tensors are on {device!r}.",)
+    if torch.onnx.is_in_onnx_export():
+        reasons += ("An ONNX export is running and needs standard operators.",)
+    if not library.AVAILABLE:
+        reasons += (library.load_error(),)
+    return _verdict("cpp", op, reasons, raise_error)
+
+
+class _Backend(NamedTuple):
+    name: str
+    can_run: Callable[..., Verdict]
+
+
+BACKENDS: tuple[_Backend, ...] = (
+    _Backend("cpp", can_run_cpp),
+    _Backend("torch", can_run_torch),
+    _Backend("reference", can_run_reference),
+)
+NAMES = tuple(backend.name for backend in BACKENDS)
+
+
+class _Rule(NamedTuple):
+    device: str
+    order: tuple[str, ...]
+
+
+def _load_rules() -> tuple[_Rule, ...]:
+    table = json.loads((Path(__file__).parent / "backend_rules.json").read_text(encoding="utf-8"))
+    return tuple(_Rule(rule["device"], tuple(rule["order"])) for rule in table["rules"])
+
+
+_RULES = _load_rules()
+
+
+def choose(op: str, *, device: str, dtype: torch.dtype, backend: str | None = None) -> str:
+    """Name of the backend that runs ``op`` on tensors of this device type and dtype.
+
+    Args:
+        op: ``dw_aggregate`` or ``dw_attention``.
+        device: device type, e.g. ``"cpu"`` or ``"cuda"``.
+        dtype: dtype of the tokens, after autocast.
+        backend: force this one.
+
+    Raises:
+        BackendError: a forced backend is unknown or cannot run this call (with its reasons), or none can.
+    """
+    forced = backend or forced_backend()
+    if forced is not None:
+        _by_name(forced).can_run(op, device=device, dtype=dtype, raise_error=True)
+        return forced
+    for rule in _RULES:
+        if rule.device in (device, "*"):
+            for name in rule.order:
+                if _by_name(name).can_run(op, device=device, dtype=dtype):
+                    return name
+    raise BackendError(f"No backend can run {op} on {device!r} tensors of {dtype}.")
+
+
+def forced_backend() -> str | None:
+    """Backend forced by :func:`use` or by ``DWATTN_BACKEND``, or None."""
+    return _forced or os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Force a backend for the calls inside the block (all threads of the process).
+
+    Raises:
+        BackendError: the name is not one of :data:`NAMES`.
+    """
+    global _forced
+    _by_name(name)
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def explain(op: str, *, device: str, dtype: torch.dtype) -> list[Verdict]:
+    """The verdict of every backend on such a call, the preferred one first."""
+    order = next(rule.order for rule in _RULES if rule.device in (device, "*"))
+    names = [*order, *(name for name in NAMES if name not in order)]
+    return [_by_name(name).can_run(op, device=device, dtype=dtype) for name in names]
+
+
+def _by_name(name: str) -> _Backend:
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    raise BackendError(
+        f"There is no backend {name!r}; choose one of {', '.join(NAMES)} "
+        f"(backend=, backends.use() or {ENVIRONMENT_VARIABLE})."
+    )
+
+
+def _check_dtype(dtype: torch.dtype) -> tuple[str, ...]:
+    if dtype in _FLOATS:
+        return ()
+    return (f"It computes in float32, float64, float16 and bfloat16, not in {dtype}.",)
+
+
+def _verdict(backend: str, op: str, reasons: tuple[str, ...], raise_error: bool) -> Verdict:
+    if op not in OPS:
+        raise BackendError(f"There is no operator {op!r}; choose one of {', '.join(OPS)}.")
+    if reasons and raise_error:
+        raise BackendError(f"Backend {backend!r} cannot run {op}: {' '.join(reasons)}")
+    return Verdict(backend, reasons)

@@ -1,0 +1,229 @@
+"""The operators as functions, on whichever backend runs them best.
+
+Both are differentiable in every tensor argument, follow autocast (tokens and value projection take the
+autocast dtype, the coefficients keep theirs) and trace under ``torch.compile(fullgraph=True)``,
+``torch.export`` and ``torch.onnx``. The equations are those of :mod:`dwattn.reference`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dwattn import backends, library, reference
+from dwattn.errors import DwattnError
+from dwattn.geometry import Geometry
+
+
+def dw_aggregate(
+    v: Tensor,
+    kernel: Tensor,
+    geometry: Geometry,
+    kappa: Tensor | None = None,
+    mu: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """3x3 depthwise aggregation of the patch values plus ``ctx``: the patch rows ``Y (B, H*W, C)``.
+
+    ``Y[b, (i,j), c] = sum_{r,s in -1..1} kernel[c, r+1, s+1] V[b, (i+r, j+s), c] + ctx[b, c]``, zero
+    outside the grid, ``ctx = sum_t kappa[t] V[t] + mu * mean_patches(V) + beta``.
+
+    Args:
+        v: ``(B, N, C)`` values of all tokens, prefix first; fp32, fp64, fp16 or bf16; any strides.
+        kernel: ``(C, 3, 3)``; it and the other coefficients may be fp32 while ``v`` is fp16 or bf16.
+        geometry: grid and number of prefix tokens; ``N`` must be ``P + H*W``.
+        kappa: ``(P, C)``; mu: ``(C,)``; beta: ``(C,)``.
+        backend: force one of :data:`dwattn.backends.NAMES`.
+
+    Returns:
+        ``(B, H*W, C)`` in the dtype of ``v``, accumulated in fp32 (fp64 for fp64).
+
+    Raises:
+        GeometryError: token count and geometry do not agree.
+        DwattnError: a tensor has the wrong shape, device or dtype.
+        BackendError: a forced backend cannot run the call.
+    """
+    _check_tokens("v", v, geometry)
+    _check_coefficients(v, v.shape[-1], kernel, geometry, kappa, mu, beta)
+    name = backends.choose("dw_aggregate", device=v.device.type, dtype=v.dtype, backend=backend)
+    if name == "cpp":
+        return library.dw_aggregate(v, kernel, kappa, mu, beta, *_sizes(geometry))
+    with _autocast_off(v.device.type):
+        if name == "torch":
+            return _torch_dw_aggregate(v, kernel, geometry, kappa, mu, beta)
+        return _reference_dw_aggregate(v, kernel, geometry, kappa, mu, beta)
+
+
+def dw_attention(
+    x: Tensor,
+    wv: Tensor,
+    bv: Tensor | None,
+    kernel: Tensor,
+    geometry: Geometry,
+    kappa: Tensor | None = None,
+    mu: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Value projection and :func:`dw_aggregate` in one: ``V = x wv^T + bv``, then ``Y (B, H*W, C)``.
+
+    Args:
+        x: ``(B, N, D)`` tokens, prefix first.
+        wv: ``(C, D)``; bv: ``(C,)``; both in the dtype of ``x`` unless autocast is on.
+        kernel, geometry, kappa, mu, beta, backend: as in :func:`dw_aggregate`.
+
+    Returns:
+        ``(B, H*W, C)`` in the dtype of ``x``, or in the autocast dtype.
+
+    Raises:
+        GeometryError, DwattnError, BackendError: as :func:`dw_aggregate`.
+    """
+    x, wv, bv = _autocast(x, wv, bv)
+    _check_tokens("x", x, geometry)
+    _check_projection(x, wv, bv)
+    _check_coefficients(x, wv.shape[0], kernel, geometry, kappa, mu, beta)
+    device = x.device.type
+    name = backends.choose("dw_attention", device=device, dtype=x.dtype, backend=backend)
+    with _autocast_off(device):
+        if name == "cpp" and not _needs_grad(x, wv, bv, kernel, kappa, mu, beta):
+            return library.dw_attention(x, wv, bv, kernel, kappa, mu, beta, *_sizes(geometry))
+        # With gradients the values are kept for the backward pass, instead of being projected again.
+        v = F.linear(x, wv, bv)
+        if name == "cpp":
+            return library.dw_aggregate(v, kernel, kappa, mu, beta, *_sizes(geometry))
+        if name == "torch":
+            return _torch_dw_aggregate(v, kernel, geometry, kappa, mu, beta)
+        return _reference_dw_aggregate(v, kernel, geometry, kappa, mu, beta)
+
+
+def _torch_dw_aggregate(
+    v: Tensor,
+    kernel: Tensor,
+    geometry: Geometry,
+    kappa: Tensor | None,
+    mu: Tensor | None,
+    beta: Tensor | None,
+) -> Tensor:
+    """Depthwise convolution of a channels-last view of the patches: no copies of V."""
+    height, width, num_prefix = _sizes(geometry)
+    channels = v.shape[2]
+    image = v[:, num_prefix:].unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    weight = kernel.to(v.dtype).unsqueeze(1)
+    y = F.conv2d(image, weight, padding=1, groups=channels).permute(0, 2, 3, 1).flatten(1, 2)
+    wide = _accumulation_dtype(v.dtype)
+    kappa, mu, beta = (None if t is None else t.to(wide) for t in (kappa, mu, beta))
+    ctx = reference.context(v.to(wide), geometry, kappa, mu, beta)
+    return y if ctx is None else y + ctx.to(y.dtype)
+
+
+def _reference_dw_aggregate(
+    v: Tensor,
+    kernel: Tensor,
+    geometry: Geometry,
+    kappa: Tensor | None,
+    mu: Tensor | None,
+    beta: Tensor | None,
+) -> Tensor:
+    """The specification, evaluated in the accumulation dtype and rounded once."""
+    wide = _accumulation_dtype(v.dtype)
+    kappa, mu, beta = (None if t is None else t.to(wide) for t in (kappa, mu, beta))
+    y = reference.dw_aggregate(v.to(wide), kernel.to(wide), geometry, kappa, mu, beta)
+    return y.to(v.dtype)
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _sizes(geometry: Geometry) -> tuple[int, int, int]:
+    return geometry.height, geometry.width, geometry.num_prefix
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _autocast(x: Tensor, wv: Tensor, bv: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast as autocast does for a linear layer: every floating dtype but fp64."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x, wv, bv
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return cast(x), cast(wv), None if bv is None else cast(bv)
+
+
+def _autocast_off(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Everything has been cast already; entering autocast costs more than a small kernel."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _check_tokens(name: str, t: Tensor, geometry: Geometry) -> None:
+    if t.dim() != 3:
+        raise DwattnError(
+            f"{name} must have the three dimensions (batch, tokens, channels), got shape {tuple(t.shape)}."
+        )
+    if not t.is_floating_point():
+        raise DwattnError(
+            f"{name} must be a floating-point tensor, got {t.dtype}; use {name}.float()."
+        )
+    geometry.check(t.shape[1])
+
+
+def _check_projection(x: Tensor, wv: Tensor, bv: Tensor | None) -> None:
+    if wv.dim() != 2 or wv.shape[1] != x.shape[2]:
+        raise DwattnError(
+            f"wv must have shape (C, {x.shape[2]}) to project the {x.shape[2]} features of x, "
+            f"got {tuple(wv.shape)}."
+        )
+    for name, t, shape in (("wv", wv, wv.shape), ("bv", bv, wv.shape[:1])):
+        if t is None:
+            continue
+        _check_tensor(name, t, tuple(shape), x)
+        if t.dtype != x.dtype:
+            raise DwattnError(
+                f"{name} is {t.dtype} but x is {x.dtype}; convert the layer with .to({x.dtype}) or run it "
+                f"under torch.autocast({x.device.type!r})."
+            )
+
+
+def _check_coefficients(
+    x: Tensor,
+    channels: int,
+    kernel: Tensor,
+    geometry: Geometry,
+    kappa: Tensor | None,
+    mu: Tensor | None,
+    beta: Tensor | None,
+) -> None:
+    _check_tensor("kernel", kernel, (channels, 3, 3), x)
+    if kappa is not None:
+        _check_tensor("kappa", kappa, (geometry.num_prefix, channels), x)
+    if mu is not None:
+        _check_tensor("mu", mu, (channels,), x)
+    if beta is not None:
+        _check_tensor("beta", beta, (channels,), x)
+
+
+def _check_tensor(name: str, t: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if tuple(t.shape) != shape:
+        raise DwattnError(f"{name} must have shape {shape}, got {tuple(t.shape)}.")
+    if t.device != like.device:
+        raise DwattnError(
+            f"{name} is on {t.device} but the tokens are on {like.device}; move the layer and its input "
+            f"to one device."
+        )
+    if not t.is_floating_point():
+        raise DwattnError(f"{name} must be a floating-point tensor, got {t.dtype}.")

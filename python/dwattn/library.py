@@ -1,0 +1,274 @@
+"""Loads the compiled modules and teaches PyTorch about the operators: fake tensors and autograd.
+
+``torch.ops.dwattn.dw_aggregate`` and ``dw_attention`` come from ``_C.so``, which uses LibTorch's stable ABI
+and holds no Python symbol. The package works without it: :data:`AVAILABLE` is then false,
+:func:`load_error` says why, and other backends run. ``DWATTN_DISABLE_NATIVE=1`` simulates that.
+
+Gradients of ``Y = aggregate(V; K, kappa, mu, beta)`` for ``G = dL/dY``, with ``S[c] = sum_patches G``:
+
+- ``dV_patches = aggregate(G; K flipped, mu)``: the mean term of the forward pass, ``mu * mean(V)``, hands
+  ``mu * S / (H*W)`` to every patch, which is again a mean term;
+- ``dV[t] = kappa[t] S`` for prefix tokens; ``dkappa[t] = sum_b V[t] S``; ``dmu = sum_b mean(V) S``;
+  ``dbeta = sum_b S``;
+- ``dK`` is the weight gradient of a depthwise convolution.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DISABLE_VARIABLE = "DWATTN_DISABLE_NATIVE"
+_BUILD_HINT = (
+    "Reinstall dwattn with a C++17 compiler at hand (pip install .) to get the compiled kernels."
+)
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _load_operators() -> str:
+    """Load ``_C.so``; returns why it could not be loaded, or an empty string."""
+    if os.environ.get(DISABLE_VARIABLE, "") not in ("", "0"):
+        return f"The compiled kernels are switched off by {DISABLE_VARIABLE}."
+    # find_spec instead of a path next to this file: an editable install keeps binaries elsewhere.
+    spec = importlib.util.find_spec("dwattn._C")
+    if spec is None or spec.origin is None:
+        return f"The compiled operators (_C.so) are not installed. {_BUILD_HINT}"
+    try:
+        torch.ops.load_library(spec.origin)
+    except (OSError, RuntimeError) as error:
+        return f"The compiled operators could not be loaded ({spec.origin}: {error}). {_BUILD_HINT}"
+    return ""
+
+
+def _load_native() -> tuple[ModuleType | None, str]:
+    """Import the pybind11 module; returns it, or why it could not be imported."""
+    if os.environ.get(DISABLE_VARIABLE, "") not in ("", "0"):
+        return None, f"The compiled kernels are switched off by {DISABLE_VARIABLE}."
+    try:
+        return importlib.import_module("dwattn._native"), ""
+    except ImportError as error:
+        return None, f"The module dwattn._native could not be imported ({error}). {_BUILD_HINT}"
+
+
+_operator_error = _load_operators()
+AVAILABLE = not _operator_error
+#: The pybind11 module (build information, kernels over numpy arrays), or None.
+native, _native_error = _load_native()
+
+
+def load_error() -> str:
+    """Why the torch operators are not available, as a sentence; empty when they are."""
+    return _operator_error
+
+
+def native_error() -> str:
+    """Why :data:`native` is None, as a sentence; empty when it is not."""
+    return _native_error
+
+
+def dw_aggregate(
+    v: Tensor,
+    kernel: Tensor,
+    kappa: Tensor | None,
+    mu: Tensor | None,
+    beta: Tensor | None,
+    height: int,
+    width: int,
+    num_prefix: int,
+) -> Tensor:
+    """The compiled operator: ``v (B, N, C) -> (B, H*W, C)``; see :func:`dwattn.functional.dw_aggregate`."""
+    out: Tensor = torch.ops.dwattn.dw_aggregate.default(
+        v, kernel, kappa, mu, beta, height, width, num_prefix
+    )
+    return out
+
+
+def dw_attention(
+    x: Tensor,
+    wv: Tensor,
+    bv: Tensor | None,
+    kernel: Tensor,
+    kappa: Tensor | None,
+    mu: Tensor | None,
+    beta: Tensor | None,
+    height: int,
+    width: int,
+    num_prefix: int,
+) -> Tensor:
+    """The compiled operator: ``x (B, N, D) -> (B, H*W, C)``; see :func:`dwattn.functional.dw_attention`."""
+    out: Tensor = torch.ops.dwattn.dw_attention.default(
+        x, wv, bv, kernel, kappa, mu, beta, height, width, num_prefix
+    )
+    return out
+
+
+def _fake_aggregate(
+    v: Tensor,
+    kernel: Tensor,
+    kappa: Tensor | None,
+    mu: Tensor | None,
+    beta: Tensor | None,
+    height: int,
+    width: int,
+    num_prefix: int,
+) -> Tensor:
+    _check_fake("v", v, kernel, v.shape[-1], height, width, num_prefix)
+    return v.new_empty(v.shape[0], height * width, v.shape[2])
+
+
+def _fake_attention(
+    x: Tensor,
+    wv: Tensor,
+    bv: Tensor | None,
+    kernel: Tensor,
+    kappa: Tensor | None,
+    mu: Tensor | None,
+    beta: Tensor | None,
+    height: int,
+    width: int,
+    num_prefix: int,
+) -> Tensor:
+    torch._check(wv.dim() == 2, lambda: f"wv must have shape (C, D), got {tuple(wv.shape)}.")
+    _check_fake("x", x, kernel, wv.shape[0], height, width, num_prefix)
+    torch._check(
+        wv.shape[1] == x.shape[2],
+        lambda: f"wv must have shape (C, {x.shape[2]}), got {tuple(wv.shape)}.",
+    )
+    return x.new_empty(x.shape[0], height * width, wv.shape[0])
+
+
+def _check_fake(
+    name: str, t: Tensor, kernel: Tensor, channels: int, height: int, width: int, num_prefix: int
+) -> None:
+    torch._check(
+        t.dim() == 3, lambda: f"{name} must be (batch, tokens, channels), got {tuple(t.shape)}."
+    )
+    torch._check(
+        t.shape[1] == num_prefix + height * width,
+        lambda: (
+            f"The sequence has N={t.shape[1]} tokens, but num_prefix={num_prefix} and a grid of "
+            f"height={height} x width={width} make {num_prefix + height * width}."
+        ),
+    )
+    torch._check(
+        kernel.dim() == 3 and kernel.shape[1] == 3 and kernel.shape[2] == 3,
+        lambda: f"kernel must have shape (C, 3, 3), got {tuple(kernel.shape)}.",
+    )
+    torch._check(
+        kernel.shape[0] == channels,
+        lambda: f"kernel must have shape ({channels}, 3, 3), got {tuple(kernel.shape)}.",
+    )
+
+
+def _save_aggregate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    v, kernel, kappa, mu, _beta, *ctx.sizes = inputs
+    ctx.save_for_backward(v, kernel, kappa, mu)
+
+
+def _backward_aggregate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    v, kernel, kappa, mu = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:5]
+    return (*_aggregate_gradients(grad, v, kernel, kappa, mu, *ctx.sizes, needs), None, None, None)
+
+
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, wv, bv, kernel, kappa, mu, _beta, *ctx.sizes = inputs
+    ctx.save_for_backward(x, wv, bv, kernel, kappa, mu)
+
+
+def _backward_attention(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """V is projected again rather than kept: callers that train save it themselves (functional.py)."""
+    x, wv, bv, kernel, kappa, mu = ctx.saved_tensors
+    needs_x, needs_wv, needs_bv, *needs = ctx.needs_input_grad[:7]
+    needs_v = needs_x or needs_wv or needs_bv
+    v = F.linear(x, wv, bv)
+    dv, *coefficients = _aggregate_gradients(
+        grad, v, kernel, kappa, mu, *ctx.sizes, (needs_v, *needs)
+    )
+    dx = dwv = dbv = None
+    if dv is not None:
+        dx = dv @ wv if needs_x else None
+        dwv = dv.flatten(0, 1).t() @ x.flatten(0, 1) if needs_wv else None
+        dbv = dv.sum((0, 1)) if needs_bv else None
+    return (dx, dwv, dbv, *coefficients, None, None, None)
+
+
+def _aggregate_gradients(
+    grad: Tensor,
+    v: Tensor,
+    kernel: Tensor,
+    kappa: Tensor | None,
+    mu: Tensor | None,
+    height: int,
+    width: int,
+    num_prefix: int,
+    needs: tuple[bool, ...],
+) -> Gradients:
+    """Gradients of v, kernel, kappa, mu and beta (None where not needed); the equations are on top."""
+    needs_v, needs_kernel, needs_kappa, needs_mu, needs_beta = needs
+    prefix, patches = v[:, :num_prefix], v[:, num_prefix:]
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    total = grad.sum(1, dtype=wide)  # S (B, C)
+    dv = dkernel = dkappa = dmu = dbeta = None
+    if needs_v:
+        dv = dw_aggregate(grad, kernel.flip(1, 2), None, mu, None, height, width, 0)
+        if num_prefix:
+            rows = (
+                v.new_zeros(prefix.shape) if kappa is None else (kappa * total[:, None]).to(v.dtype)
+            )
+            dv = torch.cat([rows, dv], 1)
+    if needs_kernel:
+        dkernel = _kernel_gradient(grad, patches, height, width).to(kernel.dtype)
+    if needs_kappa and kappa is not None:
+        dkappa = (prefix * total[:, None]).sum(0).to(kappa.dtype)
+    if needs_mu and mu is not None:
+        dmu = (patches.mean(1, dtype=wide) * total).sum(0).to(mu.dtype)
+    if needs_beta:
+        dbeta = total.sum(0)
+    return dv, dkernel, dkappa, dmu, dbeta
+
+
+def _kernel_gradient(grad: Tensor, patches: Tensor, height: int, width: int) -> Tensor:
+    """``dK[c, r, s] = sum G[b, (i, j), c] V[b, (i+r-1, j+s-1), c]``: ``(C, 3, 3)``."""
+    channels = grad.shape[2]
+    if grad.dtype == torch.float16 and grad.device.type == "cpu":  # fp16 convolutions crawl there
+        grad, patches = grad.float(), patches.float()
+
+    def image(t: Tensor) -> Tensor:
+        return t.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+    like = grad.new_empty(channels, 1, 3, 3)
+    no_bias, one, zero = None, [1, 1], [0, 0]
+    gradients = torch.ops.aten.convolution_backward(
+        image(grad), image(patches), like, no_bias, one, one, one, False, zero, channels,
+        [False, True, False],
+    )  # fmt: skip
+    dkernel: Tensor = gradients[1].squeeze(1)
+    return dkernel
+
+
+def _register() -> str:
+    """Register fake and autograd implementations; returns why that failed, or an empty string."""
+    try:
+        for name, fake, backward, save in (
+            ("dwattn::dw_aggregate", _fake_aggregate, _backward_aggregate, _save_aggregate),
+            ("dwattn::dw_attention", _fake_attention, _backward_attention, _save_attention),
+        ):
+            torch.library.register_fake(name, fake)
+            torch.library.register_autograd(name, backward, setup_context=save)
+    except RuntimeError as error:
+        return f"The compiled operators do not fit this version of dwattn ({error}). {_BUILD_HINT}"
+    return ""
+
+
+if AVAILABLE:
+    _operator_error = _register()
+    AVAILABLE = not _operator_error
