@@ -1,0 +1,189 @@
+"""What every command shares: errors as sentences with exit codes, JSON on stdout, everything else
+on stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+
+from dwattn.errors import DwattnError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dwattn.models import Preprocessing
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+
+# Built at each call, so that they follow a redirected sys.stdout and sys.stderr.
+
+
+def out() -> Console:
+    """Results."""
+    return Console()
+
+
+def err() -> Console:
+    """Progress, notes and errors."""
+    return Console(stderr=True)
+
+
+def command(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn the package's errors into one sentence and exit code 1, Ctrl-C into 130; bugs keep their
+    traceback.
+    """
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except DwattnError as error:
+            err().print(
+                f"[bold red]Error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True
+            )
+            raise typer.Exit(EXIT_ERROR) from error
+        except KeyboardInterrupt as interrupt:
+            err().print("Interrupted; no file was left half-written.", highlight=False)
+            raise typer.Exit(EXIT_INTERRUPTED) from interrupt
+
+    return guarded
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def emit(result: Any, as_json: bool) -> None:
+    """Print a result: its table, or with ``--json`` its ``to_dict()`` alone."""
+    if as_json:
+        plain = result.to_dict() if hasattr(result, "to_dict") else result
+        sys.stdout.write(json.dumps(plain, indent=2, default=_plain) + "\n")
+        sys.stdout.flush()
+    else:
+        out().print(result)
+
+
+def _plain(value: Any) -> Any:
+    """JSON for numpy and torch numbers, arrays, paths and dataclasses of the library."""
+    if isinstance(value, Path):
+        return str(value)
+    for name in ("to_dict", "tolist"):
+        if hasattr(value, name):
+            return getattr(value, name)()
+    raise TypeError(f"{type(value).__name__} has no JSON form.")
+
+
+def note(text: str) -> None:
+    """A line for the person, on stderr."""
+    err().print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+@contextlib.contextmanager
+def busy(text: str) -> Iterator[None]:
+    """A spinner on stderr for work without countable steps; nothing where it is no terminal."""
+    console = err()
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(text):
+        yield
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``224`` or ``224x336`` (height x width) in pixels."""
+    match = re.fullmatch(r"(\d+)(?:[xX,](\d+))?", text.strip())
+    if match is None or int(match[1]) < 1 or (match[2] is not None and int(match[2]) < 1):
+        raise typer.BadParameter(
+            f"{text!r} is not a size; write 224, or 224x336 for height x width."
+        )
+    return int(match[1]), int(match[2] or match[1])
+
+
+def parse_triple(text: str) -> tuple[float, float, float]:
+    """Three numbers, ``0.485,0.456,0.406``."""
+    try:
+        numbers = [float(item) for item in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 3:
+        raise typer.BadParameter(f"{text!r} is not three numbers such as 0.485,0.456,0.406.")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def image_size(model: nn.Module, text: str | None) -> tuple[int, int]:
+    """The size that was asked for, or the one the model is configured for."""
+    from dwattn.adapters import describe
+
+    if text is not None:
+        return parse_size(text)
+    layout = describe(model)
+    grid = layout.geometry().grid
+    return grid[0] * layout.patch_size[0], grid[1] * layout.patch_size[1]
+
+
+def normalisation(model: nn.Module, spec: str, mean: str | None, std: str | None) -> Preprocessing:
+    """Mean and standard deviation from the options, else from the model, else ImageNet's."""
+    from dwattn.models import Preprocessing, preprocessing
+
+    found = preprocessing(model, spec)
+    if mean is None and std is None:
+        return found
+    return Preprocessing(
+        parse_triple(mean) if mean else found.mean,
+        parse_triple(std) if std else found.std,
+        "options",
+    )
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="timm:NAME, hf:DIR_OR_ID, hub:NAME, module:function or file.py:function; "
+        "then ?option=value&...",
+    ),
+]
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Local weights (.safetensors, or .pth with tensors only) instead of pretrained ones."
+    ),
+]
+SizeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="Image size, 224 or 224x336 (height x width); default: the model's."
+    ),
+]
+MeanOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R,G,B",
+        help="Pixel mean; default: what the model was trained with, else ImageNet's.",
+    ),
+]
+StdOption = Annotated[
+    str | None,
+    typer.Option(metavar="R,G,B", help="Pixel standard deviation; default as for --mean."),
+]
+DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON on stdout and nothing else there.")
+]

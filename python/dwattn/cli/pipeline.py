@@ -1,0 +1,337 @@
+"""``dwattn score | select | replace | export``: from a pretrained model to an ONNX file, one file
+at a time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dwattn.cli.common import (
+    BatchOption,
+    DeviceOption,
+    JsonOption,
+    MeanOption,
+    ModelArgument,
+    SizeOption,
+    StdOption,
+    WeightsOption,
+    busy,
+    command,
+    emit,
+    image_size,
+    normalisation,
+    note,
+)
+from dwattn.errors import DataError, DwattnError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ImagesOption = Annotated[
+    Path, typer.Option(metavar="DIR", help="Folder of images, searched with its subfolders.")
+]
+ProgressOption = Annotated[
+    bool, typer.Option("--progress/--no-progress", help="Progress with time left, on stderr.")
+]
+
+
+@command
+def score(
+    model: ModelArgument,
+    images: ImagesOption,
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="Scores to write (.safetensors).")
+    ] = Path("scores.safetensors"),
+    num_images: Annotated[
+        int, typer.Option(min=2, help="How many images to look at, at most.")
+    ] = 1000,
+    size: SizeOption = None,
+    weights: WeightsOption = None,
+    batch_size: BatchOption = 16,
+    entries: Annotated[
+        str, typer.Option(help="Attention entries that count: patches, or all with prefix tokens.")
+    ] = "patches",
+    residual: Annotated[bool, typer.Option(help="Also compute the residual criterion.")] = True,
+    memory_budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MB", help="Memory for the statistics; blocks are spread over passes."
+        ),
+    ] = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    device: DeviceOption = "cpu",
+    progress: ProgressOption = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how much every head's attention map varies from image to image."""
+    import dwattn
+
+    loaded = _model(model, weights, device)
+    data = _images(loaded, model, images, size, mean, std, batch_size, num_images)
+    budget = None if memory_budget is None else int(memory_budget * 2**20)
+    scores = dwattn.score(
+        loaded, data, num_images, batch_size=batch_size, entries=entries, residual=residual,
+        memory_budget=budget, progress=progress,
+    )  # fmt: skip
+    scores.save(out)
+    emit(scores if as_json else scores.table(), as_json)
+    note(f"Wrote {out}.")
+
+
+@command
+def select(
+    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="File written by dwattn score.")],
+    blocks: Annotated[
+        int | None, typer.Option(min=1, help="Replace this many whole blocks.")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Replace this many heads, wherever they are.")
+    ] = None,
+    target_speedup: Annotated[
+        float | None,
+        typer.Option(help="Replace as many blocks as this speed-up of the model needs."),
+    ] = None,
+    criterion: Annotated[str, typer.Option(help="variance or residual.")] = "variance",
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Plan to write.")] = Path("plan.json"),
+    as_json: JsonOption = False,
+) -> None:
+    """Choose the blocks or heads whose attention varies least, as a plan that a person can read and
+    edit.
+    """
+    import dwattn
+
+    given = [name for name, value in _choices(blocks, heads, target_speedup) if value is not None]
+    if len(given) != 1:
+        raise typer.BadParameter(
+            "Give exactly one of --blocks, --heads and --target-speedup; got "
+            f"{', '.join(given) or 'none'}."
+        )
+    plan = dwattn.select(
+        dwattn.Scores.load(scores),
+        blocks=blocks,
+        heads=heads,
+        target_speedup=target_speedup,
+        criterion=criterion,
+    )
+    plan.save(out)
+    emit(plan.model_dump(mode="json") if as_json else _plan_table(plan), as_json)
+    note(f"Wrote {out}.")
+
+
+def _choices(blocks: Any, heads: Any, speedup: Any) -> list[tuple[str, Any]]:
+    return [("--blocks", blocks), ("--heads", heads), ("--target-speedup", speedup)]
+
+
+@command
+def replace(
+    model: ModelArgument,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="File written by dwattn select.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Student to write (.safetensors); needed unless --dry-run."
+        ),
+    ] = None,
+    variant: Annotated[str, typer.Option(help="dw, lowrank_dw, conv, ens_dw or spvit.")] = "dw",
+    rank: Annotated[
+        str | None,
+        typer.Option(help="lowrank_dw: inner width (96), share of C (0.25), or fidelity=0.95."),
+    ] = None,
+    prefix: Annotated[
+        str, typer.Option(help="What CLS and registers get: exact, static or drop.")
+    ] = "exact",
+    context: Annotated[
+        bool | None,
+        typer.Option(
+            "--context/--no-context",
+            help="Let patches see prefix tokens, the mean and a constant; default: yes, but not for spvit.",
+        ),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder of images to fit the new weights on (closed form)."
+        ),
+    ] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="Calibration images, at most.")] = 120,
+    size: SizeOption = None,
+    weights: WeightsOption = None,
+    batch_size: BatchOption = 16,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    device: DeviceOption = "cpu",
+    dynamic_grid: Annotated[
+        bool, typer.Option("--dynamic-grid", help="Let the image size vary at run time.")
+    ] = False,
+    allow_stale: Annotated[
+        bool,
+        typer.Option(
+            "--allow-stale", help="Accept a plan that was made for other weights of this model."
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be replaced and refused, and stop.")
+    ] = False,
+    progress: ProgressOption = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Replace what the plan names, fit the new weights without training, and write the student."""
+    import dwattn
+    from dwattn.plan import Plan
+
+    if out is None and not dry_run:
+        raise typer.BadParameter(
+            "Say where the student goes with --out student.safetensors, or ask for --dry-run."
+        )
+    wanted_rank = _parse_rank(rank)
+    chosen = Plan.load(plan)
+    loaded = _model(model, weights, device)
+    data = None
+    if calibrate is not None and not dry_run:
+        data = _images(loaded, model, calibrate, size, mean, std, batch_size, num_images)
+    options: dict[str, Any] = {}
+    if data is not None:
+        options["batch_size"] = batch_size
+    report = dwattn.replace(
+        loaded, chosen, variant=variant, rank=wanted_rank, calibrate=data, dry_run=dry_run,
+        prefix=prefix, context=context, dynamic_grid=dynamic_grid, allow_stale=allow_stale,
+        progress=progress, **options,
+    )  # fmt: skip
+    if out is not None and not dry_run:
+        dwattn.save(loaded, out)
+    emit(report, as_json)
+    if out is not None and not dry_run:
+        note(
+            f"Wrote {out}."
+            + ("" if calibrate else " It is not calibrated; --calibrate DIR fits its weights.")
+        )
+
+
+@command
+def export(
+    model: ModelArgument,
+    student: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[STUDENT]",
+            help="File written by dwattn replace; without it the model as it is.",
+        ),
+    ] = None,
+    size: SizeOption = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="ONNX file to write.")] = Path(
+        "model.onnx"
+    ),
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Half-precision weights and activations.")
+    ] = False,
+    fp32_io: Annotated[
+        bool, typer.Option("--fp32-io", help="With --fp16, take and return fp32 tensors.")
+    ] = False,
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="Leave the image size open, in whole patches.")
+    ] = False,
+    static_batch: Annotated[
+        bool, typer.Option("--static-batch", help="Fix the batch at 1.")
+    ] = False,
+    opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 21.")] = 18,
+    lowering: Annotated[str, typer.Option(help="native: standard operators.")] = "native",
+    output: Annotated[
+        str | None, typer.Option(help="Export one output only, for example last_hidden_state.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="What to call, for example forward_features.")
+    ] = "forward",
+    check: Annotated[
+        bool, typer.Option(help="Compare with PyTorch on onnxruntime before the file appears.")
+    ] = True,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Bound on the relative error of that comparison.")
+    ] = None,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Also measure onnxruntime's CPU latency.")
+    ] = False,
+    weights: WeightsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write ONNX with standard operators, checked against PyTorch on onnxruntime."""
+    import dwattn
+
+    if fp32_io and not fp16:
+        raise typer.BadParameter("--fp32-io changes nothing without --fp16.")
+    with busy("Loading the model"):
+        loaded = _model(model, weights, "cpu", pretrained=student is None)
+        if student is not None:
+            loaded = dwattn.load(loaded, student)
+    with busy("Exporting and checking on onnxruntime"):
+        report = dwattn.export(
+            loaded, out, image_size(loaded, size), lowering=lowering, opset=opset,
+            dynamic_batch=not static_batch, dynamic_size=dynamic_size,
+            dtype="fp16" if fp16 else "fp32", keep_io_fp32=fp32_io, output=output, method=method, check=check, tolerance=tolerance,
+            latency=latency,
+        )  # fmt: skip
+    emit(report, as_json)
+    note(f"Wrote {out}.")
+
+
+def _model(spec: str, weights: Path | None, device: str, *, pretrained: bool = True) -> nn.Module:
+    from dwattn.models import load_model
+
+    model = load_model(spec, weights, pretrained=pretrained)
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise DwattnError(f"The model cannot be moved to device {device!r}: {reason}") from error
+
+
+def _images(
+    model: nn.Module,
+    spec: str,
+    folder: Path,
+    size: str | None,
+    mean: str | None,
+    std: str | None,
+    batch_size: int,
+    num_images: int,
+) -> Any:
+    from dwattn.data import image_folder
+
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder} to read images from.")
+    pixels = image_size(model, size)
+    norm = normalisation(model, spec, mean, std)
+    note(f"Images from {folder} at {pixels[0]} x {pixels[1]}, normalised with {norm.source}.")
+    return image_folder(
+        folder, pixels, norm.mean, norm.std, batch_size=batch_size, limit=num_images
+    )
+
+
+def _parse_rank(text: str | None) -> int | float | dict[str, float] | None:
+    """``96`` is a width, ``0.25`` a share of C, ``fidelity=0.95`` a target."""
+    if text is None:
+        return None
+    try:
+        if text.startswith("fidelity="):
+            return {"fidelity": float(text.removeprefix("fidelity="))}
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"--rank {text} is neither a width (96), nor a share of C (0.25), nor fidelity=0.95."
+        ) from None
+
+
+def _plan_table(plan: Any) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"Plan for {plan.model.family}, by {plan.criterion}", title_justify="left")
+    table.add_column("layer")
+    table.add_column("heads")
+    table.add_column("score", justify="right")
+    for layer in plan.layers:
+        heads = "all" if layer.heads is None else ", ".join(str(head) for head in layer.heads)
+        table.add_row(layer.name, heads, "" if layer.score is None else f"{layer.score:.4g}")
+    return table

@@ -1,0 +1,63 @@
+"""``dwattn demo | doctor | report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dwattn.cli.common import JsonOption, command, emit, note
+
+
+@command
+def demo(
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="DIR", help="Folder for the report and everything it shows."),
+    ] = Path("dwattn-demo"),
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Fewer photos and settings: a minute instead of minutes."),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """The whole journey on a real model and real photos, with a report to look at."""
+    from dwattn.demo import run
+
+    result = run(out, quick=quick, json=as_json)
+    if as_json:
+        emit(result, as_json)
+
+
+@command
+def doctor(as_json: JsonOption = False) -> None:
+    """What is installed, what was built, which backend would run, and why not the others."""
+    from dwattn import environment
+
+    collected = environment.collect()
+    if as_json:
+        emit(collected, as_json)
+    else:
+        emit(environment.explain(collected), as_json)
+
+
+@command
+def report(
+    results: Annotated[
+        Path,
+        typer.Argument(metavar="RESULTS", help="Folder or results.json written by dwattn demo."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="HTML file to write; default: beside the results."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the HTML report again from the demo's results."""
+    from dwattn.report import write
+
+    if results.is_dir():
+        results = results / "results.json"
+    path = write(results, out or results.with_name("report.html"))
+    emit({"report": str(path)}, True) if as_json else note(f"Wrote {path}.")

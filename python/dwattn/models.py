@@ -1,0 +1,447 @@
+"""Models by name: ``timm:NAME``, ``hf:DIR_OR_ID``, ``hub:NAME``, ``module:function`` or
+``file.py:function``.
+
+A question mark passes options on: ``timm:vit_small_patch14_dinov2?img_size=224x336&num_classes=0``.
+Weights
+come with the model (pretrained), or from a local file; nothing is ever unpickled as code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dwattn.errors import CheckpointError, DwattnError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_HUB_REPOSITORY = "facebookresearch/dinov2"
+_PICKLED = (".pth", ".pt", ".bin")
+_VISION_TOWERS = {
+    "clip": "CLIPVisionModel",
+    "clip_vision_model": "CLIPVisionModel",
+    "siglip": "SiglipVisionModel",
+    "siglip_vision_model": "SiglipVisionModel",
+}
+
+Triple = tuple[float, float, float]
+
+
+class ModelError(DwattnError):
+    """A model that cannot be made from its name."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A parsed model name.
+
+    Args:
+        kind: ``timm``, ``hf``, ``hub`` or ``python``.
+        name: what follows the colon; for ``python`` the module or file.
+        function: the factory's name, for ``python`` only.
+        options: keyword arguments behind the question mark.
+    """
+
+    kind: str
+    name: str
+    function: str
+    options: dict[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> ModelSpec:
+        """Parse a name.
+
+        Raises:
+            ModelError: the text has none of the forms.
+        """
+        body, _, query = text.partition("?")
+        # The last colon, so that a path may contain one; the libraries' prefixes stand first.
+        kind, colon, name = body.partition(":")
+        if colon and name and kind in ("timm", "hf", "hub"):
+            return cls(kind, name, "", _parse_options(query, text))
+        place, colon, function = body.rpartition(":")
+        if colon and place and function.isidentifier():
+            return cls("python", place, function, _parse_options(query, text))
+        raise ModelError(
+            f"{text!r} is not a model name; use timm:NAME, hf:DIRECTORY_OR_ID, hub:NAME, "
+            "package.module:function or path/to/file.py:function, optionally followed by "
+            "?option=value&option=value."
+        )
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a model wants its pixels: ``(pixel - mean) / std`` for pixels in 0..1, and where that is
+    known from.
+    """
+
+    mean: Triple
+    std: Triple
+    source: str
+
+
+def load_model(
+    spec: str, weights: str | Path | None = None, *, pretrained: bool = True, **options: Any
+) -> nn.Module:
+    """Make a model, in eval mode on the CPU.
+
+    Args:
+        spec: see the module's text.
+        weights: a local ``.safetensors`` file, or a ``.pth``/``.pt``/``.bin`` of tensors; instead
+            of the pretrained weights that a library would download.
+        pretrained: without ``weights``, whether timm, hf and hub models get their pretrained ones
+            or random ones; ``?pretrained=false`` in the name says the same.
+        options: further keyword arguments of the factory, beside those in ``spec``.
+
+    Raises:
+        ModelError: a library that is not installed, a name it does not know, no network, a factory
+            that fails.
+        CheckpointError: a weights file that is missing, damaged, pickled code, or of another model.
+    """
+    parsed = ModelSpec.parse(spec)
+    state = None if weights is None else read_weights(weights)
+    makers: dict[str, Callable[..., nn.Module]] = {
+        "timm": _timm, "hf": _transformers, "hub": _hub, "python": _python,
+    }  # fmt: skip
+    options = {**parsed.options, **options}
+    if parsed.kind != "python":
+        options["pretrained"] = bool(options.get("pretrained", pretrained)) and state is None
+    model = makers[parsed.kind](parsed, state, options)
+    if state is not None and parsed.kind != "hf":
+        _load_state(model, state, f"{weights}")
+    return model.eval()
+
+
+def preprocessing(model: nn.Module, spec: str | None = None) -> Preprocessing:
+    """Mean and standard deviation the model was trained with, else ImageNet's."""
+    config = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, dict) and config.get("mean") and config.get("std"):
+        return Preprocessing(_triple(config["mean"]), _triple(config["std"]), "timm pretrained_cfg")
+    parsed = None if spec is None else ModelSpec.parse(spec)
+    if parsed is not None and parsed.kind == "hf":
+        found = _hf_preprocessor(parsed.name)
+        if found.get("image_mean") and found.get("image_std"):
+            mean, std = _triple(found["image_mean"]), _triple(found["image_std"])
+            return Preprocessing(mean, std, "preprocessor_config.json")
+    return Preprocessing(IMAGENET_MEAN, IMAGENET_STD, "ImageNet defaults")
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Tensors by name from a local file.
+
+    ``.safetensors`` holds nothing but tensors. A ``.pth`` is a pickle, which can run code when it
+    is read; it is opened with ``torch.load(weights_only=True)``, which admits tensors and plain
+    containers alone.
+
+    Raises:
+        CheckpointError: missing, damaged, of another kind, or not a state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"There is no weights file {path}.")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is not a complete safetensors file: {error}.") from error
+    if path.suffix not in _PICKLED:
+        raise CheckpointError(
+            f"{path} has the ending {path.suffix or '(none)'!r}; weights are read from "
+            f".safetensors, or from {', '.join(_PICKLED)} files that hold tensors only."
+        )
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path} is damaged or holds pickled objects besides tensors, which could run code "
+            f"when they are read ({reason}). Where you trust its origin, load it yourself and save "
+            "it with safetensors.torch.save_file(state_dict, 'weights.safetensors')."
+        ) from error
+    return _state_dict_in(loaded, path)
+
+
+def import_timm() -> ModuleType:
+    """timm, or a sentence that says what to install.
+
+    Raises:
+        ModelError: timm is not installed, or torchvision, which it imports, is broken.
+    """
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        if error.name not in (None, "timm"):
+            raise ModelError(
+                f"timm cannot be imported: {error}. Install with pip install 'dwattn[timm]'."
+            ) from error
+        raise ModelError(
+            "timm is not installed; install it with pip install 'dwattn[timm]'."
+        ) from error
+    except (RuntimeError, AttributeError) as error:
+        if "torchvision" not in str(error):
+            raise ModelError(f"timm cannot be imported: {error}.") from error
+        raise ModelError(
+            "timm cannot be imported, because the installed torchvision is built for another "
+            f"torch than {torch.__version__} ({str(error).splitlines()[0]}). Install the "
+            "torchvision build that belongs to it: CPU-only for a CPU-only torch, and of the "
+            "release that goes with this torch."
+        ) from error
+
+
+def _parse_options(query: str, text: str) -> dict[str, Any]:
+    options = {}
+    for item in filter(None, query.split("&")):
+        key, equals, value = item.partition("=")
+        if not equals or not key.isidentifier():
+            raise ModelError(f"{item!r} in {text!r} is not of the form option=value.")
+        options[key] = _parse_value(value)
+    return options
+
+
+def _parse_value(value: str) -> Any:
+    """``224x336`` as a tuple, JSON (and Python's True, False, None) as what it says, anything else
+    as text.
+    """
+    if re.fullmatch(r"\d+x\d+", value):
+        return tuple(int(side) for side in value.split("x"))
+    constants = {"True": True, "False": False, "None": None}
+    if value in constants:
+        return constants[value]
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def _timm(spec: ModelSpec, state: dict[str, Tensor] | None, options: dict[str, Any]) -> nn.Module:
+    timm = import_timm()
+    try:
+        model: nn.Module = timm.create_model(spec.name, **options)
+    except Exception as error:
+        raise ModelError(
+            _library_failure("timm", spec.name, error, options["pretrained"])
+        ) from error
+    return model
+
+
+def _transformers(
+    spec: ModelSpec, state: dict[str, Tensor] | None, options: dict[str, Any]
+) -> nn.Module:
+    try:
+        transformers: Any = importlib.import_module("transformers")
+    except ImportError as error:
+        raise ModelError(
+            f"transformers cannot be imported ({error}); install it with pip install 'dwattn[hf]'."
+        ) from error
+    pretrained = options.pop("pretrained")
+    try:
+        config = transformers.AutoConfig.from_pretrained(spec.name, **options)
+        tower = _VISION_TOWERS.get(config.model_type)
+        cls = getattr(transformers, tower) if tower else transformers.AutoModel
+        if tower and hasattr(config, "vision_config"):
+            config = config.vision_config
+        if pretrained:
+            # use_safetensors: the alternative on the hub is a pickle.
+            model: nn.Module = cls.from_pretrained(spec.name, config=config, use_safetensors=True)
+            return model
+        model = cls.from_config(config) if tower is None else cls(config)
+    except Exception as error:
+        raise ModelError(_library_failure("transformers", spec.name, error, pretrained)) from error
+    return model if state is None else _load_renamed(type(model), config, state, spec)
+
+
+def _load_renamed(cls: Any, config: Any, state: dict[str, Tensor], spec: ModelSpec) -> nn.Module:
+    """Load through ``from_pretrained``, which knows the key names of older releases, and insist on
+    all of them.
+    """
+    try:
+        model, info = cls.from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True
+        )
+    except Exception as error:
+        raise CheckpointError(f"The weights file does not fit hf:{spec.name}: {error}") from error
+    mismatched = [
+        str(item[0] if isinstance(item, tuple) else item)
+        for item in info.get("mismatched_keys", [])
+    ]
+    missing = sorted([*info.get("missing_keys", []), *mismatched])
+    if missing:
+        raise CheckpointError(
+            _mismatch(f"hf:{spec.name}", missing, sorted(info.get("unexpected_keys", [])))
+        )
+    loaded: nn.Module = model
+    return loaded
+
+
+def _hub(spec: ModelSpec, state: dict[str, Tensor] | None, options: dict[str, Any]) -> nn.Module:
+    try:
+        model: nn.Module = torch.hub.load(
+            _HUB_REPOSITORY, spec.name, verbose=False, skip_validation=True, **options
+        )
+    except Exception as error:
+        raise ModelError(
+            f"torch.hub could not make {spec.name!r} from {_HUB_REPOSITORY} "
+            f"({type(error).__name__}: {_first_line(error)}). The first use needs network access; "
+            f"afterwards the code is taken from {torch.hub.get_dir()}. Names are those of the "
+            "repository, for example hub:dinov2_vits14."
+        ) from error
+    return model
+
+
+def _python(spec: ModelSpec, state: dict[str, Tensor] | None, options: dict[str, Any]) -> nn.Module:
+    module = _module_from_file(Path(spec.name)) if spec.name.endswith(".py") else _module(spec.name)
+    factory = getattr(module, spec.function, None)
+    if not callable(factory):
+        raise ModelError(f"{spec.name} has no function {spec.function!r}.")
+    try:
+        model = factory(**options)
+    except DwattnError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{spec.name}:{spec.function} failed with {type(error).__name__}: {_first_line(error)}."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"{spec.name}:{spec.function} returned {type(model).__name__}; it must return a "
+            "torch.nn.Module."
+        )
+    return model
+
+
+def _module(name: str) -> ModuleType:
+    # Like python -m: a module in the current directory is found.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ModelError(
+            f"The module {name!r} cannot be imported ({error}); give it as package.module, "
+            "importable from here, or as a path ending in .py."
+        ) from error
+
+
+def _module_from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ModelError(f"There is no file {path}.")
+    spec = importlib.util.spec_from_file_location(f"dwattn_model_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[spec.name]
+        raise ModelError(
+            f"{path} failed with {type(error).__name__}: {_first_line(error)}."
+        ) from error
+    return module
+
+
+def _state_dict_in(loaded: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict itself, or under one of the names training scripts keep it."""
+    for key in ("state_dict", "model", "teacher"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+            break
+    tensors = (
+        isinstance(loaded, dict) and loaded and all(isinstance(v, Tensor) for v in loaded.values())
+    )
+    if not tensors:
+        raise CheckpointError(
+            f"{path} holds {type(loaded).__name__}, not a state dict of tensors (alone or under "
+            "'state_dict', 'model' or 'teacher')."
+        )
+    # DistributedDataParallel's prefix.
+    return {str(name).removeprefix("module."): tensor for name, tensor in loaded.items()}
+
+
+def _load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    expected = model.state_dict()
+    missing = sorted(set(expected) - set(state))
+    unexpected = sorted(set(state) - set(expected))
+    shapes = [
+        f"{name} is {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in expected
+        if name in state and state[name].shape != expected[name].shape
+    ]
+    if missing or unexpected:
+        raise CheckpointError(_mismatch(source, missing, unexpected))
+    if shapes:
+        raise CheckpointError(
+            f"{source} belongs to a model of other sizes: {'; '.join(shapes[:3])}. Give the "
+            "model's options in its name, for example ?img_size=224&num_classes=0."
+        )
+    model.load_state_dict(state)
+
+
+def _mismatch(source: str, missing: list[str], unexpected: list[str]) -> str:
+    def some(names: list[str]) -> str:
+        return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} weights of the model are not in the file ({some(missing)})")
+    if unexpected:
+        parts.append(f"{len(unexpected)} in the file are not in the model ({some(unexpected)})")
+    return f"{source} does not fit the model: {' and '.join(parts)}."
+
+
+def _library_failure(library: str, name: str, error: Exception, downloads: bool) -> str:
+    hint = (
+        " If the weights have to be downloaded, network access is needed; give a local file with "
+        "weights= (--weights)."
+        if downloads
+        else ""
+    )
+    return f"{library} could not make {name!r}: {type(error).__name__}: {_first_line(error)}.{hint}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else "no message"
+
+
+def _hf_preprocessor(name: str) -> dict[str, Any]:
+    """``preprocessor_config.json`` of a local directory or of the local hub cache, or nothing."""
+    local = Path(name) / "preprocessor_config.json"
+    try:
+        if not local.is_file():
+            from huggingface_hub import try_to_load_from_cache
+
+            cached = try_to_load_from_cache(name, local.name)
+            if not isinstance(cached, str):
+                return {}
+            local = Path(cached)
+        config: dict[str, Any] = json.loads(local.read_text(encoding="utf-8"))
+    except (
+        Exception
+    ):  # an optional convenience must not stop the caller; defaults are reported as such
+        return {}
+    return config
+
+
+def _triple(values: Any) -> Triple:
+    numbers = [float(value) for value in values]
+    if len(numbers) == 1:
+        numbers *= 3
+    if len(numbers) != 3:
+        raise ModelError(f"Expected three numbers, one for each colour, got {numbers}.")
+    return (numbers[0], numbers[1], numbers[2])
