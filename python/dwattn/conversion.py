@@ -115,7 +115,6 @@ class Conversion:
 
     plan: Plan
     backbone: str
-    dynamic_grid: bool
     layers: dict[str, ReplacedLayer] = field(default_factory=dict)
     updates: dict[str, Tensor] = field(default_factory=dict)
     hook: tuple[GridHook, nn.Module] | None = None

@@ -53,7 +53,7 @@ class Fingerprint(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_prefix: int
-    grid: tuple[int, int] | None
+    grid: tuple[int, int] | None = None
     layers: tuple[LayerPrint, ...]
 
     @property

@@ -19,8 +19,7 @@ KERNEL_INITS = ("mean", "gaussian")
 
 @torch.no_grad()
 def gaussian_init(layer: Replacement, seed: int) -> None:
-    """The paper's initialisation from a generator of its own: reproducible, global state untouched.
-    """
+    """The paper's initialisation, reproducible and without touching torch's global generator."""
     parameter = layer.logits if isinstance(layer, SPViTAttention) else layer.kernel
     generator = torch.Generator().manual_seed(seed)
     draw = torch.empty(parameter.shape, dtype=torch.float32)

@@ -102,8 +102,8 @@ class Plan(BaseModel):
     kind: Literal["dwattn-plan"] = "dwattn-plan"
     schema_version: Literal[1] = 1
     criterion: str = "manual"
-    model: ModelInfo
     layers: Annotated[list[LayerPlan], Field(min_length=1)]
+    model: ModelInfo
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Plan:
@@ -205,8 +205,8 @@ class Plan(BaseModel):
         with write_atomically(path, PlanError) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
 
-    def check_model(self, layout: BackboneLayout, *, allow_stale: bool = False) -> None:
-        """Check that the plan was made for this model.
+    def check_model(self, layout: BackboneLayout, *, allow_stale: bool = False) -> Fingerprint:
+        """Check that the plan was made for this model; returns the model's fingerprint.
 
         Args:
             allow_stale: accept other weights; never another architecture.
@@ -225,7 +225,7 @@ class Plan(BaseModel):
             )
         change, name = planned.weight_distance(current)
         if allow_stale or change <= WEIGHT_TOLERANCE:
-            return
+            return current
         raise PlanError(
             f"The plan is stale: since it was made, the attention weights of {name} changed by "
             f"about {change:.0%} (up to {WEIGHT_TOLERANCE:.0%} is accepted). Score these weights "

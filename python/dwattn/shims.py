@@ -1,0 +1,289 @@
+"""Which replacements a plan asks for, built beside the model: nothing here changes it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwattn.adapters import BackboneLayout, BlockSite, ConvertedAttention, adapter_for, refusal
+from dwattn.errors import DwattnError, PlanError, UnsupportedAttentionError
+from dwattn.fingerprint import Fingerprint, LayerPrint, relative_name
+from dwattn.initial import KERNEL_INITS, gaussian_init, mean_init
+from dwattn.plan import LayerPlan, Plan
+from dwattn.projections import AttentionWeights
+from dwattn.token_grid import Grid, GridSource
+from dwattn.variants import REPLACEMENTS, build_replacement
+
+Rank = int | float | dict[str, float]
+DEFAULT_RANK = 0.25
+
+
+@dataclass(frozen=True)
+class Options:
+    """What :func:`dwattn.replace` was asked for, validated."""
+
+    variant: str
+    rank: Rank | None
+    prefix: str
+    context: bool | None
+    grid: Grid | None
+    kernel_init: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer of the plan, found in the model; ``heads`` is None when all are replaced."""
+
+    site: BlockSite
+    weights: AttentionWeights
+    entry: LayerPlan
+    heads: list[int] | None
+
+
+def check_rank(rank: Rank | None, variant: str, calibrated: bool) -> Rank | None:
+    """A rank that belongs to the variant and can be met."""
+    if rank is None:
+        return None
+    if variant != "lowrank_dw":
+        raise DwattnError(
+            f"rank={rank!r} is an option of variant='lowrank_dw', not of {variant!r}."
+        )
+    if isinstance(rank, dict):
+        if not calibrated:
+            raise DwattnError(
+                f"rank={rank!r} is met by calibration: pass calibrate=images, or give a width."
+            )
+        return rank
+    if (
+        isinstance(rank, bool)
+        or not isinstance(rank, (int, float))
+        or not rank > 0
+        or not math.isfinite(rank)
+    ):
+        raise DwattnError(
+            f"rank={rank!r} must be a width, a fraction of C such as 0.25, or a fidelity target."
+        )
+    if isinstance(rank, float) and rank > 1:
+        raise DwattnError(
+            f"rank={rank} is more than all channels; give a fraction up to 1.0, or an integer "
+            f"width."
+        )
+    return rank
+
+
+def rank_width(rank: Rank | None, channels: int) -> int:
+    """The inner width for ``C`` channels: fractions are rounded to a multiple of 8, which the
+    kernels like.
+    """
+    if isinstance(rank, int):
+        if rank > channels:
+            raise DwattnError(
+                f"rank={rank} is more than the layer's {channels} channels; variant='dw' keeps "
+                f"them all."
+            )
+        return rank
+    share = rank if isinstance(rank, float) else DEFAULT_RANK
+    return min(channels, max(8, 8 * round(channels * share / 8)))
+
+
+def check_grid(layout: BackboneLayout, grid: Grid | None, dynamic: bool) -> Grid | None:
+    """The grid to fix, or None for a dynamic one."""
+    if dynamic:
+        if grid is not None:
+            raise DwattnError(
+                f"grid={grid} fixes the patch grid and dynamic_grid=True does not; give one of "
+                f"them."
+            )
+        return None
+    if grid is None:
+        return layout.geometry().grid
+    if len(grid) != 2 or any(
+        isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in grid
+    ):
+        raise DwattnError(
+            f"grid={grid!r} must be two positive integers: patch rows and patch columns."
+        )
+    return (grid[0], grid[1])
+
+
+def check_variant(variant: str) -> str:
+    """A known variant."""
+    if variant not in REPLACEMENTS:
+        raise DwattnError(f"Unknown variant {variant!r}; choose one of {', '.join(REPLACEMENTS)}.")
+    return variant
+
+
+def check_kernel_init(kernel_init: str | None, plan: Plan) -> str:
+    """The initialisation that is wanted and that the plan can give."""
+    lacking = [layer.name for layer in plan.layers if layer.kernel_init is None]
+    if kernel_init is None:
+        return "gaussian" if lacking else "mean"
+    if kernel_init not in KERNEL_INITS:
+        raise DwattnError(f"kernel_init={kernel_init!r} must be one of {', '.join(KERNEL_INITS)}.")
+    if kernel_init == "mean" and lacking:
+        raise PlanError(
+            f"kernel_init='mean' needs the mean attention maps, which the plan lacks for "
+            f"{', '.join(lacking)}: make it with dwattn.select(), or use kernel_init='gaussian'."
+        )
+    return kernel_init
+
+
+def find_targets(layout: BackboneLayout, plan: Plan) -> tuple[list[Target], dict[str, str]]:
+    """The plan's layers found in the model, and the reasons for those that cannot be replaced."""
+    sites = {relative_name(layout, site.attention_name): site for site in layout.blocks}
+    targets, refused = [], {}
+    for name, entry in zip(plan.relative_names(), plan.layers, strict=True):
+        if name not in sites:
+            raise PlanError(
+                f"The plan names {entry.name}, which is not an attention layer of "
+                f"{layout.family}; its layers are "
+                f"{', '.join(sites)}."
+            )
+        reason = layer_refusal(sites[name])
+        if reason is None:
+            targets.append(_target(sites[name], entry, layout.num_prefix))
+        else:
+            refused[sites[name].attention_name] = reason
+    return targets, refused
+
+
+def layer_refusal(site: BlockSite) -> str | None:
+    """Why the layer cannot be replaced, also where only its weights tell, or None."""
+    reason = refusal(site.attention)
+    adapter = adapter_for(site.attention)
+    if reason is not None or adapter is None:
+        return reason
+    try:
+        weights = adapter.weights(site.attention)
+    except UnsupportedAttentionError as error:
+        return str(error)
+    for name, tensor in vars(weights).items():
+        if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
+            return f"Its {name} holds NaN or infinite values; load intact weights first."
+    return None
+
+
+def _target(site: BlockSite, entry: LayerPlan, num_prefix: int) -> Target:
+    adapter = adapter_for(site.attention)
+    assert adapter is not None
+    weights = adapter.weights(site.attention)
+    heads = entry.heads
+    if heads is not None and max(heads) >= weights.num_heads:
+        raise PlanError(
+            f"The plan lists heads {heads} of {entry.name}, which has heads 0 to "
+            f"{weights.num_heads - 1}."
+        )
+    init = entry.kernel_init
+    planned = weights.num_heads if heads is None else len(heads)
+    if init is not None and (
+        len(init.kernel) != planned or any(len(p) != num_prefix for p in init.prefix)
+    ):
+        raise PlanError(
+            f"kernel_init of {entry.name} must cover {planned} heads with {num_prefix} prefix "
+            f"tokens each; it covers "
+            f"{len(init.kernel)} heads with {sorted({len(p) for p in init.prefix})}."
+        )
+    return Target(site, weights, entry, None if planned == weights.num_heads else heads)
+
+
+def build_target(
+    target: Target,
+    layout: BackboneLayout,
+    printed: Fingerprint,
+    options: Options,
+    source: GridSource,
+) -> ConvertedAttention:
+    """A replacement of the layer with its first weights, beside the model.
+
+    Args:
+        printed: of the model, so that the converted layer keeps its identity.
+        source: where the replacement reads the grid of the current images.
+    """
+    block = [site.attention_name for site in layout.blocks].index(target.site.attention_name)
+    shim = build_shim(
+        target.site,
+        printed.layers[block],
+        layout.num_prefix,
+        options.variant,
+        target.heads,
+        _choices(target, options),
+    )
+    if options.kernel_init == "mean" and target.entry.kernel_init is not None:
+        mean_init(shim.layer, target.entry.kernel_init, target.entry.heads)
+    else:
+        gaussian_init(shim.layer, options.seed * len(layout.blocks) + block)
+    finish(shim, target.site, source)
+    return shim
+
+
+def _choices(target: Target, options: Options) -> dict[str, Any]:
+    """Arguments of the replacement's constructor."""
+    choices: dict[str, Any] = {"grid": options.grid}
+    if options.context is not None:
+        choices["context"] = options.context
+    if target.heads is None:
+        choices["prefix"] = options.prefix
+        if options.variant == "lowrank_dw":
+            choices["rank"] = rank_width(options.rank, target.weights.channels)
+    elif options.prefix == "static":
+        raise DwattnError(
+            f"prefix='static' replaces the prefix rows of whole layers, but the plan lists single "
+            f"heads of "
+            f"{target.site.attention_name}; use prefix='exact'."
+        )
+    return choices
+
+
+def build_shim(
+    site: BlockSite,
+    printed: LayerPrint,
+    num_prefix: int,
+    variant: str,
+    heads: list[int] | None,
+    choices: dict[str, Any],
+) -> ConvertedAttention:
+    """A replacement that holds the layer's projections, on their device and in their dtype.
+
+    Args:
+        choices: further arguments of :func:`dwattn.variants.build_replacement`.
+    """
+    adapter = adapter_for(site.attention)
+    assert adapter is not None
+    weights = adapter.weights(site.attention)
+    # Default initialisations draw random numbers that are overwritten at once.
+    devices = [weights.wv.device] if weights.wv.is_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        layer = build_replacement(variant, weights, num_prefix=num_prefix, heads=heads, **choices)
+    shim = ConvertedAttention(layer, adapter.convention(site.attention))
+    shim.original_print = printed.model_dump(mode="json")
+    return shim
+
+
+def finish(shim: ConvertedAttention, site: BlockSite, source: GridSource) -> None:
+    """Mode, requires_grad flags and grid source of the layer as it stands; calibration may exchange
+    it.
+
+    Frozen projections stay frozen; new parameters train if the value or output projection does.
+    """
+    adapter = adapter_for(site.attention)
+    assert adapter is not None
+    with torch.enable_grad():  # views of a parameter carry its flag only then
+        weights = adapter.weights(site.attention)
+    shim.train(site.attention.training)
+    shim.layer.grid_source = source
+    fresh = weights.wv.requires_grad or weights.wo.requires_grad
+    for name, parameter in shim.layer.named_parameters():
+        owner = name.split(".")[-2] if "." in name else ""
+        if owner in ("q_norm", "k_norm") or ".q_norm." in name or ".k_norm." in name:
+            continue  # copies, which brought their flags along
+        role = _SOURCES.get(owner.removeprefix("prefix_"))
+        like = None if role is None else getattr(weights, role[name.endswith(".bias")])
+        parameter.requires_grad_(fresh if like is None else like.requires_grad)
+
+
+_SOURCES = {"query": ("wq", "bq"), "key": ("wk", "bk"), "value": ("wv", "bv"), "proj": ("wo", "bo")}
