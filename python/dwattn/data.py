@@ -1,0 +1,404 @@
+"""Images in, batches out: tensors, loaders, lists of images and folders, checked before a model
+sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dwattn.errors import DataError
+
+#: Keys of a batch dictionary that hold targets; a model is called without them.
+LABEL_KEYS = frozenset({"label", "labels", "label_ids", "target", "targets"})
+#: Keys under which a batch dictionary may hold its pixels, in this order.
+PIXEL_KEYS = ("pixel_values", "pixels", "images", "image", "x")
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
+)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some images, and how a model takes them.
+
+    Args:
+        inputs: the ``(B, 3, H, W)`` tensor, or the keyword arguments of the model.
+        size: number of images ``B``.
+        pixels: the ``(B, 3, H, W)`` tensor, or None when a dictionary has none under a known key.
+    """
+
+    inputs: Tensor | dict[str, Any]
+    size: int
+    pixels: Tensor | None
+
+    def call(self, model: nn.Module) -> Any:
+        """The model's output: ``model(pixels)``, or ``model(**inputs)`` without label keys."""
+        return model(**self.inputs) if isinstance(self.inputs, dict) else model(self.inputs)
+
+    def flipped(self) -> Batch:
+        """The mirror images, left to right; the batch itself where its pixels are not known."""
+        if self.pixels is None:
+            return self
+        mirrored = self.pixels.flip(-1)
+        if isinstance(self.inputs, Tensor):
+            return Batch(mirrored, self.size, mirrored)
+        inputs = {k: mirrored if v is self.pixels else v for k, v in self.inputs.items()}
+        return Batch(inputs, self.size, mirrored)
+
+
+def iterate(
+    data: Any,
+    *,
+    batch_size: int = 16,
+    num_images: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Iterator[Batch]:
+    """Walk over ``data`` once.
+
+    Args:
+        data: an image tensor ``(N, 3, H, W)``; a list or iterable of images ``(3, H, W)`` or of
+            batches: tensors ``(B, 3, H, W)``, ``(image, label)`` pairs, or dictionaries of keyword
+            arguments.
+        batch_size: images per batch where ``data`` does not come in batches; a loader's batches
+            stay as they are.
+        num_images: stop after this many images; the last batch is cut.
+        device, dtype: where the inputs go; ``dtype`` applies to floating-point tensors only.
+
+    Raises:
+        DataError: no images, another number of dimensions, NaN or infinite pixels, integer pixels,
+            images of different sizes in one batch, or something that holds no images at all.
+    """
+    if batch_size < 1:
+        raise DataError(f"batch_size={batch_size} must be at least 1.")
+    if num_images is not None and num_images < 1:
+        raise DataError(f"num_images={num_images} must be at least 1.")
+    left = num_images
+    seen = 0
+    for item in _items(data, batch_size):
+        batch = _batch(item, where=f"after {seen} images")
+        if left is not None and batch.size > left:
+            batch = _cut(batch, left)
+        _check_pixels(batch, where=f"after {seen} images")
+        seen += batch.size
+        yield _move(batch, device, dtype)
+        if left is not None:
+            left -= batch.size
+            if left == 0:
+                return
+    if seen == 0:
+        raise DataError(
+            "The data holds no images. Pass an image tensor (N, 3, H, W) or an iterable of "
+            "batches; an iterator "
+            "that was read before is empty."
+        )
+
+
+def is_reiterable(data: Any) -> bool:
+    """Whether ``data`` can be read more than once (a one-shot iterator or generator cannot)."""
+    if isinstance(data, Tensor):
+        return True
+    try:
+        return iter(data) is not data
+    except TypeError:
+        return hasattr(data, "__getitem__")
+
+
+def require_reiterable(data: Any, why: str) -> None:
+    """Raise :class:`DataError` unless ``data`` can be read again; ``why`` completes "it has to,
+    because ...".
+    """
+    if not is_reiterable(data):
+        raise DataError(
+            f"The data is a one-shot iterator ({type(data).__name__}) and cannot be read again, "
+            f"but it has to be, "
+            f"because {why}. Pass a list of batches, a tensor or a DataLoader instead."
+        )
+
+
+def count_images(data: Any) -> int | None:
+    """Number of images if it is known without reading them, for progress bars; None otherwise."""
+    if isinstance(data, Tensor):
+        return int(data.shape[0]) if data.dim() == 4 else None
+    if isinstance(data, ImageFolder):
+        return len(data.files)
+    if isinstance(data, torch.utils.data.DataLoader):
+        try:
+            return len(data.dataset)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+    if isinstance(data, (list, tuple)):
+        try:
+            return sum(_leading(item) for item in data)
+        except (DataError, AttributeError, IndexError):
+            return None
+    return None
+
+
+def _leading(item: Any) -> int:
+    tensor = item[0] if isinstance(item, (tuple, list)) else item
+    if isinstance(tensor, Mapping):
+        return _batch(tensor, where="").size
+    return int(tensor.shape[0]) if tensor.dim() == 4 else 1
+
+
+def _items(data: Any, batch_size: int) -> Iterator[Any]:
+    """Batches of ``data``; single images are collected into batches."""
+    if isinstance(data, Tensor):
+        if data.dim() != 4:
+            raise DataError(
+                f"An image tensor has 4 dimensions (N, 3, H, W), got shape {tuple(data.shape)}. "
+                f"Add the batch "
+                f"dimension with images[None] if this is one image."
+            )
+        for start in range(0, len(data), batch_size):
+            yield data[start : start + batch_size]
+        return
+    if isinstance(data, (str, bytes, Path, Mapping)) or not isinstance(data, (Iterable, Sequence)):
+        if not (
+            hasattr(data, "__getitem__")
+            and hasattr(data, "__len__")
+            and not isinstance(data, (str, Mapping))
+        ):
+            raise DataError(
+                f"Expected an image tensor (N, 3, H, W) or an iterable of batches, got "
+                f"{type(data).__name__}"
+                f"{_advice(data)}"
+            )
+        data = (data[index] for index in range(len(data)))
+    yield from _group_images(data, batch_size)
+
+
+def _advice(data: Any) -> str:
+    if isinstance(data, (str, Path)):
+        return f" ({str(data)!r}); read a folder with dwattn.data.image_folder(path, size)."
+    if isinstance(data, Mapping):
+        return "; put one dictionary of a model's inputs into a list: [inputs]."
+    return "."
+
+
+def _group_images(data: Iterable[Any], batch_size: int) -> Iterator[Any]:
+    pending: list[Tensor] = []
+    for item in data:
+        image = item[0] if isinstance(item, (tuple, list)) and len(item) else item
+        if not (isinstance(image, Tensor) and image.dim() == 3):
+            if pending:
+                yield _stack(pending)
+                pending = []
+            yield item
+            continue
+        pending.append(image)
+        if len(pending) == batch_size:
+            yield _stack(pending)
+            pending = []
+    if pending:
+        yield _stack(pending)
+
+
+def _stack(images: list[Tensor]) -> Tensor:
+    shapes = sorted({tuple(image.shape) for image in images})
+    if len(shapes) > 1:
+        raise DataError(
+            f"Images of different sizes cannot be put into one batch: "
+            f"{', '.join(map(str, shapes))}. Resize and "
+            f"crop them to one size first."
+        )
+    return torch.stack(images)
+
+
+def _batch(item: Any, where: str) -> Batch:
+    if isinstance(item, Mapping):
+        inputs = {key: value for key, value in item.items() if key not in LABEL_KEYS}
+        pixels = next((inputs[k] for k in PIXEL_KEYS if isinstance(inputs.get(k), Tensor)), None)
+        first = (
+            pixels
+            if pixels is not None
+            else next((v for v in inputs.values() if isinstance(v, Tensor)), None)
+        )
+        if first is None or first.dim() == 0:
+            raise DataError(
+                f"A batch dictionary ({where}) has no tensors; its keys are "
+                f"{sorted(map(str, item))}."
+            )
+        _check_shape(pixels, where)
+        return Batch(inputs, int(first.shape[0]), pixels)
+    if isinstance(item, (tuple, list)):
+        if not item or not isinstance(item[0], Tensor):
+            kind = type(item[0]).__name__ if item else "nothing"
+            raise DataError(
+                f"A batch ({where}) is a {type(item).__name__} that starts with {kind}; expected "
+                f"(image, label) "
+                f"with an image tensor first."
+            )
+        item = item[0]
+    if not isinstance(item, Tensor):
+        raise DataError(
+            f"A batch ({where}) is a {type(item).__name__}; expected a tensor (B, 3, H, W), an "
+            f"(image, label) pair "
+            f"or a dictionary of model inputs. Turn PIL images into tensors first."
+        )
+    _check_shape(item, where)
+    return Batch(item, int(item.shape[0]), item)
+
+
+def _check_shape(pixels: Tensor | None, where: str) -> None:
+    if pixels is None:
+        return
+    if pixels.dim() != 4:
+        raise DataError(
+            f"A batch of images ({where}) has shape {tuple(pixels.shape)}; expected (B, 3, H, W)."
+        )
+    if not pixels.is_floating_point():
+        raise DataError(
+            f"A batch of images ({where}) has dtype {pixels.dtype}; models take normalised "
+            f"floating-point pixels: "
+            f"divide by 255, subtract the mean and divide by the standard deviation the model was "
+            f"trained with."
+        )
+    if 0 in pixels.shape:
+        raise DataError(
+            f"A batch of images ({where}) is empty: its shape is {tuple(pixels.shape)}."
+        )
+
+
+def _check_pixels(batch: Batch, where: str) -> None:
+    if batch.pixels is None:
+        return
+    finite = torch.isfinite(batch.pixels)
+    if bool(finite.all()):
+        return
+    bad = (~finite.flatten(1).all(1)).nonzero().flatten().tolist()
+    raise DataError(
+        f"Images {bad} of a batch ({where}) have NaN or infinite pixels. Remove these images or "
+        f"repair the "
+        f"preprocessing."
+    )
+
+
+def _cut(batch: Batch, size: int) -> Batch:
+    if isinstance(batch.inputs, Tensor):
+        return Batch(batch.inputs[:size], size, batch.inputs[:size])
+    inputs = {
+        key: value[:size]
+        if isinstance(value, Tensor) and value.dim() and len(value) == batch.size
+        else value
+        for key, value in batch.inputs.items()
+    }
+    return Batch(inputs, size, None if batch.pixels is None else batch.pixels[:size])
+
+
+def _move(batch: Batch, device: torch.device | str | None, dtype: torch.dtype | None) -> Batch:
+    def to(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+
+    if isinstance(batch.inputs, Tensor):
+        moved = to(batch.inputs)
+        return Batch(moved, batch.size, moved)
+    moved_inputs = {k: to(v) for k, v in batch.inputs.items()}
+    pixel_key = next((k for k, v in batch.inputs.items() if v is batch.pixels), None)
+    return Batch(moved_inputs, batch.size, None if pixel_key is None else moved_inputs[pixel_key])
+
+
+class ImageFolder:
+    """Batches ``(B, 3, H, W)`` of a folder's images, decoded as they are read; can be read again
+    and again.
+
+    Args:
+        files: image paths, in the order they are read.
+        size: ``(height, width)`` of the result: the image is resized to cover it and its centre is
+            cropped.
+        mean, std: per-channel normalisation of pixels in ``[0, 1]``.
+        batch_size: images per batch.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        size: tuple[int, int],
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        batch_size: int = 16,
+    ) -> None:
+        self.files, self.size, self.batch_size = list(files), size, batch_size
+        self.mean = torch.tensor(mean).view(3, 1, 1)
+        self.std = torch.tensor(std).view(3, 1, 1)
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-len(self.files) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for start in range(0, len(self.files), self.batch_size):
+            yield torch.stack(
+                [self.read(path) for path in self.files[start : start + self.batch_size]]
+            )
+
+    def read(self, path: Path) -> Tensor:
+        """One image as a normalised ``(3, H, W)`` tensor.
+
+        Raises:
+            DataError: the file cannot be decoded; names it.
+        """
+        from PIL import Image, ImageOps  # imported here: `import dwattn` stays light
+
+        height, width = self.size
+        try:
+            with Image.open(path) as opened:
+                image = ImageOps.exif_transpose(opened).convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(
+                f"{path} cannot be read as an image: {error}. Remove or replace the file."
+            ) from error
+        scale = max(height / image.height, width / image.width)
+        resized = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        image = image.resize(resized, Image.Resampling.BICUBIC)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(
+            height, width, 3
+        )
+        return (pixels.permute(2, 0, 1).float() / 255 - self.mean) / self.std
+
+
+def image_folder(
+    path: str | Path,
+    size: int | tuple[int, int],
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    *,
+    batch_size: int = 16,
+    limit: int | None = None,
+) -> ImageFolder:
+    """The images below ``path`` in the order of their names, or the single image at ``path``.
+
+    Args:
+        size: side of the square, or ``(height, width)``, in pixels.
+        limit: at most this many images.
+
+    Raises:
+        DataError: the folder does not exist or holds no images.
+    """
+    root = Path(path)
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise DataError(f"size={size} must be positive numbers of pixels.")
+    if not root.exists():
+        raise DataError(f"There is no folder or image {root}.")
+    found = [root] if root.is_file() else sorted(root.rglob("*"))
+    files = [file for file in found if file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES]
+    if not files:
+        raise DataError(
+            f"{root} holds no images; files ending in {', '.join(sorted(IMAGE_SUFFIXES))} are "
+            f"read, in subfolders too."
+        )
+    return ImageFolder(files[:limit], (height, width), mean, std, batch_size)

@@ -1,0 +1,185 @@
+"""The ``residual`` criterion: what the best static replacement of an attention layer leaves
+unexplained.
+
+Per channel c the true attention output at a patch is regressed on the features that a replacement
+has there: the 3x3 window of V, the prefix tokens' V, ``mean_patches(V)`` and 1. A small random
+sample of the query positions of each image is enough, which makes the criterion nearly free during
+scoring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dwattn.errors import ScoreError
+from dwattn.geometry import Geometry
+
+POSITIONS_PER_IMAGE = 24
+FOLDS = 4
+#: Ridge relative to the mean of the Gram matrix' diagonal.
+RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The query positions that are looked at in each image of a batch, shared by all layers.
+
+    Args:
+        images: ``(B, 1, 1)`` int64, ``0 ... B - 1``.
+        queries: ``(B, S)`` int64, token indices of the sampled patches.
+        window: ``(B, S, 9)`` int64, token indices of their 3x3 windows, any valid index outside the
+            grid.
+        inside: ``(B, S, 9)`` bool, which of them are on the grid.
+        folds: for each fold the images in it, int64; a fold may be empty.
+    """
+
+    images: Tensor
+    queries: Tensor
+    window: Tensor
+    inside: Tensor
+    folds: tuple[Tensor, ...]
+
+
+def image_keys(pixels: Tensor) -> Tensor:
+    """A number per image that depends on its pixels alone: ``(B, C, H, W) -> (B,)`` int64 on the
+    CPU.
+
+    Positions and folds follow from it, so that they are the same however images are ordered,
+    batched or divided among processes.
+    """
+    words = {8: torch.int64, 4: torch.int32, 2: torch.int16}[pixels.element_size()]
+    bits = pixels.detach().contiguous().view(words).flatten(1).long()
+    # Sums of integers wrap around and have the same value in any order. Odd weights tell images
+    # apart whose pixels are permuted, for example flipped ones.
+    weights = torch.arange(bits.shape[1], device=bits.device) * 2 + 1
+    return (bits * weights).sum(1).cpu()
+
+
+def sample_positions(
+    keys: Tensor, geometry: Geometry, device: torch.device, seed: int = 0
+) -> Sample:
+    """Draw one position in each of S equal stretches of the raster order: no repeats, even
+    coverage.
+
+    Args:
+        keys: ``(B,)`` int64 of :func:`image_keys`.
+        seed: another seed draws other positions and folds.
+    """
+    batch, patches = len(keys), geometry.num_patches
+    count = min(POSITIONS_PER_IMAGE, patches)
+    index = torch.arange(count)
+    jitter = _uniform(keys[:, None] + seed, index[None] + 1)
+    queries = ((index + jitter) * (patches / count)).long().clamp_(max=patches - 1)
+    row, column = queries // geometry.width, queries % geometry.width
+    step = torch.arange(-1, 2)
+    rows = row[..., None] + step.repeat_interleave(3)
+    columns = column[..., None] + step.repeat(3)
+    inside = (rows >= 0) & (rows < geometry.height) & (columns >= 0) & (columns < geometry.width)
+    window = rows.clamp(0, geometry.height - 1) * geometry.width + columns.clamp(
+        0, geometry.width - 1
+    )
+    fold = (_uniform(keys + seed, torch.zeros_like(keys)) * FOLDS).long()
+    return Sample(
+        images=torch.arange(batch, device=device)[:, None, None],
+        queries=(queries + geometry.num_prefix).to(device),
+        window=(window + geometry.num_prefix).to(device),
+        inside=inside.to(device),
+        folds=tuple((fold == f).nonzero().flatten().to(device) for f in range(FOLDS)),
+    )
+
+
+def _uniform(keys: Tensor, index: Tensor) -> Tensor:
+    """Hash of two int64 tensors (splitmix64's finaliser) to fp64 numbers in [0, 1)."""
+    x = keys + index * -7046029254386353131
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        x = (x ^ _shift(x, shift)) * factor
+    x = x ^ _shift(x, 31)
+    return _shift(x, 11).double() / 2**53
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift; int64's own shift copies the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+class StaticFit:
+    """Gram matrices of features and true output, per fold of the images and channel.
+
+    Args:
+        channels: ``C``; num_prefix: ``P``.
+        device: where they are accumulated, in fp64.
+    """
+
+    def __init__(self, channels: int, num_prefix: int, device: torch.device) -> None:
+        size = 9 + num_prefix + 2 + 1
+        self.num_prefix = num_prefix
+        self.grams = torch.zeros(FOLDS, channels, size, size, dtype=torch.float64, device=device)
+
+    @staticmethod
+    def nbytes(channels: int, num_prefix: int) -> int:
+        """Bytes of the Gram matrices of one layer."""
+        return FOLDS * channels * (9 + num_prefix + 3) ** 2 * 8
+
+    @torch.no_grad()
+    def update(self, values: Tensor, output: Tensor, sample: Sample) -> None:
+        """Add a batch: ``values`` V and ``output`` E V, both ``(B, N, C)``."""
+        if values.dtype not in (torch.float32, torch.float64):
+            values, output = values.float(), output.float()
+        window = values[sample.images, sample.window] * sample.inside[..., None]
+        shape = (*sample.queries.shape, -1, values.shape[-1])
+        prefix = values[:, None, : self.num_prefix].expand(shape)
+        mean = values[:, self.num_prefix :].mean(1)[:, None, None].expand(*shape[:2], 1, -1)
+        target = output[sample.images[..., 0], sample.queries][:, :, None]
+        features = torch.cat([window, prefix, mean, torch.ones_like(mean), target], dim=2)
+        for gram, images in zip(self.grams, sample.folds, strict=True):
+            if len(images):
+                rows = features[images].flatten(0, 1).permute(2, 1, 0).contiguous()
+                gram += torch.bmm(rows, rows.transpose(1, 2))
+
+
+def unexplained(grams: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+    """Squared error of the best static replacement and squared true output, per channel: two
+    ``(C,)`` fp64.
+
+    Every fold is predicted by weights fitted to the other folds, so that few images do not make a
+    layer look better than it is. With all images in one fold (one to three images) the fit is
+    judged on itself.
+
+    Args:
+        grams: ``(folds, C, F + 1, F + 1)`` with the true output as the last row and column.
+        ridge: relative to the mean diagonal of the features' Gram matrix.
+    """
+    filled = [gram for gram in grams.double() if bool(gram.any())]
+    if not filled:
+        raise ScoreError("The residual has no data: the attention output of every image is zero.")
+    total = torch.stack(filled).sum(0)
+    error, power = torch.zeros_like(total[:, 0, 0]), torch.zeros_like(total[:, 0, 0])
+    for gram in filled:
+        train = total - gram if len(filled) > 1 else total
+        a, b = train[:, :-1, :-1], train[:, :-1, -1]
+        shift = ridge * a.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-300)
+        eye = torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
+        weights = torch.linalg.solve(a + shift[:, None, None] * eye, b)
+        signed = torch.cat([weights, -torch.ones_like(weights[:, :1])], dim=1)
+        error += torch.einsum("cf,cfg,cg->c", signed, gram, signed)
+        power += gram[:, -1, -1]
+    return error, power
+
+
+def residual_shares(
+    error: Tensor, power: Tensor, weight: Tensor, num_heads: int
+) -> tuple[Tensor, float]:
+    """Unexplained share per head ``(n_h,)`` and of the whole layer.
+
+    Args:
+        error, power: ``(C,)`` of :func:`unexplained`.
+        weight: ``(C,)``, for example the squared column norms of Wo: what a channel's error adds to
+            the stream.
+    """
+    lost = (error * weight).view(num_heads, -1).sum(1)
+    whole = (power * weight).view(num_heads, -1).sum(1)
+    tiny = torch.finfo(whole.dtype).tiny
+    return lost / whole.clamp_min(tiny), float(lost.sum() / whole.sum().clamp_min(tiny))

@@ -1,0 +1,289 @@
+"""One call of ``score``: the layers it measures, and how it listens to a model without changing it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dwattn import data as images
+from dwattn.adapters import BackboneLayout, BlockSite, CallConvention, adapter_for, refusal
+from dwattn.errors import DataError, DwattnError, ScoreError, UnsupportedAttentionError
+from dwattn.geometry import Geometry
+from dwattn.projections import AttentionWeights
+from dwattn.ranks import Ranks
+from dwattn.reference import merge_heads, split_heads
+from dwattn.residual import (
+    Sample,
+    StaticFit,
+    image_keys,
+    residual_shares,
+    sample_positions,
+    unexplained,
+)
+from dwattn.scores import LayerScore, map_statistics
+from dwattn.untouched import instance_forward
+from dwattn.variance import AttentionVariance
+
+
+@dataclass(eq=False)
+class LayerRun:
+    """One layer to be scored, and its statistics."""
+
+    site: BlockSite
+    block: int
+    weights: AttentionWeights
+    convention: CallConvention
+    variance: AttentionVariance
+    fit: StaticFit | None = None
+
+    def nbytes(self, tokens: int, residual: bool) -> int:
+        """Bytes of its statistics."""
+        w, v = self.weights, self.variance
+        state = AttentionVariance.nbytes(w.num_heads, tokens, v.num_prefix, v.entries)
+        return state + (StaticFit.nbytes(w.channels, v.num_prefix) if residual else 0)
+
+    def attention(self, tokens: Tensor, sample: Sample | None) -> Tensor:
+        """What the layer itself computes, ``(B, N, D)``; the statistics are updated on the way."""
+        w = self.weights
+        q, k, v = (
+            split_heads(F.linear(tokens, weight, bias), w.num_heads)
+            for weight, bias in ((w.wq, w.bq), (w.wk, w.bk), (w.wv, w.bv))
+        )
+        q = q if w.q_norm is None else w.q_norm(q)
+        k = k if w.k_norm is None else w.k_norm(k)
+        rows = merge_heads(self.variance.attend(q, k, v, w.scale))
+        if sample is not None:
+            if self.fit is None:
+                self.fit = StaticFit(w.channels, self.variance.num_prefix, tokens.device)
+            self.fit.update(merge_heads(v), rows, sample)
+        return F.linear(rows, w.wo, w.bo)
+
+    def result(self, geometry: Geometry, keep_maps: bool) -> LayerScore:
+        """The scores, on the CPU."""
+        v, w = self.variance, self.weights
+        mean = v.mean if v.entries == "patches" else v.mean[:, v.num_prefix :, v.num_prefix :]
+        kernel, uniform = map_statistics(mean, geometry.height, geometry.width)
+        made = LayerScore(
+            name=self.site.attention_name,
+            block=self.block,
+            sigma=v.sigma().cpu(),
+            mean_kernel=kernel.cpu(),
+            prefix_mass=v.prefix_mean.mean(1).cpu(),
+            uniform=uniform.cpu(),
+            mean_map=v.mean.float().cpu() if keep_maps else None,
+            std_map=v.std.float().cpu() if keep_maps else None,
+        )
+        if not bool(torch.isfinite(made.sigma).all()):
+            raise ScoreError(
+                f"{made.name}: the statistics of its attention are not finite; look for huge "
+                f"activations."
+            )
+        if self.fit is not None:
+            error, power = (x.cpu() for x in unexplained(self.fit.grams))
+            weight = w.wo.double().square().sum(0).cpu()
+            made.residual, made.block_residual = residual_shares(error, power, weight, w.num_heads)
+            plain = torch.ones_like(weight)
+            made.residual_plain, made.block_residual_plain = residual_shares(
+                error, power, plain, w.num_heads
+            )
+        return made
+
+
+def scoreable(layout: BackboneLayout, entries: str) -> list[LayerRun]:
+    """The layers of ``layout`` that are not refused, in depth order."""
+    layers, refused = [], []
+    for block, site in enumerate(layout.blocks):
+        reason, adapter = refusal(site.attention), adapter_for(site.attention)
+        if reason is not None or adapter is None:
+            refused.append(f"{site.attention_name}: {reason}")
+            continue
+        weights, convention = adapter.weights(site.attention), adapter.convention(site.attention)
+        state = AttentionVariance(layout.num_prefix, entries)
+        layers.append(LayerRun(site, block, weights, convention, state))
+    if not layers:
+        raise UnsupportedAttentionError(
+            f"No attention layer of this {layout.family} can be scored. {'; '.join(refused)}"
+        )
+    return layers
+
+
+class ScoringRun:
+    """One call of :func:`score`: which layers wait, which are active in this pass, what has been
+    seen.
+    """
+
+    def __init__(
+        self,
+        layout: BackboneLayout,
+        layers: list[LayerRun],
+        residual: bool,
+        memory_budget: int | None,
+        data: Any,
+    ) -> None:
+        self.layout, self.residual, self.memory_budget, self.data = (
+            layout,
+            residual,
+            memory_budget,
+            data,
+        )
+        self.waiting, self.active = layers, list[LayerRun]()
+        self.results: list[LayerScore] = []
+        self.geometry: Geometry | None = None
+        self.sample: Sample | None = None
+        self.images = 0  # of the call in progress
+        self.seen = 0  # in this pass, by this process
+        self.total_images = 0  # in a pass, by all processes
+        self.passes = 1
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Observe the patch embedding, and stand in for the forward of each layer instance."""
+        with contextlib.ExitStack() as undo:
+            hook = self.layout.patch_embed.register_forward_pre_hook(
+                self._see_pixels, with_kwargs=True
+            )
+            undo.callback(hook.remove)
+            for layer in self.waiting:
+                undo.enter_context(instance_forward(layer.site.attention, self._stand_in(layer)))
+            yield
+
+    def start_pass(self) -> None:
+        self.seen, self.active = 0, []
+
+    def end_batch(self) -> None:
+        """Check that the model showed each image to each layer once."""
+        self.sample = None
+        if not self.active:
+            raise ScoreError(
+                f"Calling the {type(self.layout.module).__name__} did not run its attention "
+                f"layers: pass the model "
+                f"whose forward takes these images."
+            )
+        for layer in self.active:
+            if layer.variance.count != self.seen:
+                raise ScoreError(
+                    f"{layer.site.attention_name} has seen {layer.variance.count} of {self.seen} "
+                    f"images; only models "
+                    f"whose layers see each image once can be scored."
+                )
+
+    def finish_pass(self, ranks: Ranks, keep_maps: bool) -> None:
+        """Merge the processes, turn the statistics of the active layers into scores and free them."""
+        assert self.geometry is not None
+        names = [layer.site.attention_name for layer in self.active]
+        ranks.require_equal((self.geometry, names), "image sizes or layers")
+        device = self.active[0].variance.mean.device
+        total = int(ranks.sum(torch.tensor([self.seen], dtype=torch.int64, device=device)).item())
+        if total < 2:
+            raise ScoreError(
+                f"The data held {total} image: the variance between images needs at least 2, and "
+                f"about 100 for a "
+                f"stable order of the blocks."
+            )
+        if self.total_images and total != self.total_images:
+            raise DataError(
+                f"The data held {total} images when it was read again and {self.total_images} "
+                f"before; it must not "
+                f"change between passes."
+            )
+        self.total_images = total
+        for layer in self.active:
+            if ranks.size > 1:
+                layer.variance.merge_ranks()
+                if layer.fit is not None:
+                    ranks.sum(layer.fit.grams)
+            self.results.append(layer.result(self.geometry, keep_maps))
+            layer.variance = AttentionVariance(self.layout.num_prefix, layer.variance.entries)
+            layer.fit = None
+        self.waiting = [layer for layer in self.waiting if layer not in self.active]
+
+    def _see_pixels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        pixels = next(
+            (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() == 4), None
+        )
+        if pixels is None:
+            raise DataError(
+                f"The patch embedding {type(module).__name__} was not called with (B, 3, H, W) "
+                f"pixels."
+            )
+        height, width = pixels.shape[2:]
+        geometry = Geometry(*self.layout.grid_of(height, width), self.layout.num_prefix)
+        if self.geometry is not None and geometry != self.geometry:
+            raise DataError(
+                f"Images of {height} x {width} pixels ({geometry.height} x {geometry.width} "
+                f"patches) came after images "
+                f"of {self.geometry.height} x {self.geometry.width} patches: attention maps of "
+                f"different sizes cannot "
+                f"be pooled. Resize all images to one size."
+            )
+        self.geometry = geometry
+        self.images = len(pixels)
+        self.seen += self.images
+        if self.residual:
+            self.sample = sample_positions(image_keys(pixels), geometry, pixels.device)
+
+    def _stand_in(self, layer: LayerRun) -> Callable[..., Any]:
+        original = layer.site.attention.forward
+        name = layer.site.attention_name
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not self.active:
+                self._choose_layers()
+            if layer not in self.active:
+                return original(*args, **kwargs)
+            try:
+                tokens = layer.convention.tokens(args, kwargs)
+                self._check_tokens(tokens)
+                return layer.convention.pack(layer.attention(tokens, self.sample))
+            except DwattnError as error:
+                raise type(error)(f"{name}: {error}") from error
+
+        return cast("Callable[..., Any]", forward)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        if self.geometry is None or len(tokens) != self.images:
+            raise ScoreError(
+                f"It was called with {len(tokens)} sequences for {self.images} images; only "
+                f"models whose layers see "
+                f"each image once can be scored."
+            )
+        self.geometry.check(tokens.shape[1])
+
+    def _choose_layers(self) -> None:
+        """Take as many waiting layers as the budget allows; only now is the size of their maps
+        known.
+        """
+        if self.geometry is None:
+            raise ScoreError("The attention layers ran before the patch embedding saw any pixels.")
+        tokens = self.geometry.num_tokens
+        sizes = [layer.nbytes(tokens, self.residual) for layer in self.waiting]
+        budget = sum(sizes) if self.memory_budget is None else self.memory_budget
+        if max(sizes) > budget:
+            raise ScoreError(
+                f"memory_budget={budget} bytes is less than the {max(sizes)} bytes that the "
+                f"statistics of one layer "
+                f"of {tokens} tokens need. Raise it, or score smaller images."
+            )
+        groups: list[list[LayerRun]] = [[]]
+        used = 0
+        for layer, size in zip(self.waiting, sizes, strict=True):
+            if used + size > budget:
+                groups.append([])
+                used = 0
+            groups[-1].append(layer)
+            used += size
+        if len(groups) > 1:
+            images.require_reiterable(
+                self.data,
+                f"memory_budget={budget} bytes splits the layers over {len(groups)} passes",
+            )
+        if not self.results:
+            self.passes = len(groups)
+        self.active = groups[0]

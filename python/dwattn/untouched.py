@@ -1,0 +1,68 @@
+"""Using a model without a trace: whatever happens inside these contexts, the model is as it was
+afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+_ABSENT = object()
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every module's mode and the random state are as
+    before.
+
+    The modes are set as attributes: ``eval()`` of a module may do more than that (merge adapters,
+    for example).
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {
+        tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda
+    }
+    indices = sorted(device.index or 0 for device in devices)
+    with torch.random.fork_rng(devices=indices), torch.no_grad():
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+@contextlib.contextmanager
+def instance_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let ``forward`` stand in for the forward of this instance; its class and its hooks are not
+    touched.
+    """
+    before = module.__dict__.get("forward", _ABSENT)
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = before
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile`` and the data-parallel wrappers, whose layer names it
+    keeps.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(
+            model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
+        ):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
