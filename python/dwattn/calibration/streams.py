@@ -1,0 +1,191 @@
+"""The token streams of the original and of the converted model, block by block.
+
+Calibration never runs the model again for each block: the tokens in front of block ``i`` are kept for all
+calibration images, once as the original model makes them and once as the converted one does, and both are
+moved through one block at a time. Blocks are run as private fp32 copies, so the user's model stays untouched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dwattn.adapters import BackboneLayout, BlockSite
+from dwattn.errors import CalibrationError
+
+
+class _Captured(Exception):
+    """Ends a forward pass early once what it was run for is known."""
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """How the model calls its blocks, beyond the tokens: remembered from the first block and replayed."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    token_key: str | None
+
+    def __call__(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        if self.token_key is None:
+            result = block(tokens, *self.args, **self.kwargs)
+        else:
+            result = block(*self.args, **{**self.kwargs, self.token_key: tokens})
+        output: Tensor = result[0] if isinstance(result, (tuple, list)) else result
+        return output
+
+
+def embed(
+    model: nn.Module, layout: BackboneLayout, run: Callable[[nn.Module], Any]
+) -> tuple[Tensor, BlockCall]:
+    """Tokens in front of the first block and the way blocks are called, for one batch.
+
+    ``run(model)`` calls the user's whole model; the pass is ended at the first block.
+    """
+    seen: list[tuple[Tensor, BlockCall]] = []
+
+    def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if args:
+            seen.append((args[0], BlockCall(args[1:], dict(kwargs), None)))
+        else:
+            key = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+            seen.append(
+                (kwargs[key], BlockCall((), {k: v for k, v in kwargs.items() if k != key}, key))
+            )
+        raise _Captured
+
+    handle = layout.blocks[0].module.register_forward_pre_hook(capture, with_kwargs=True)
+    try:
+        run(model)
+    except _Captured:
+        return seen[0]
+    finally:
+        handle.remove()
+    raise CalibrationError(
+        f"The model finished without calling its first block {layout.blocks[0].name!r}; calibration cannot follow it."
+    )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every module's own training flag back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+class BlockRunner:
+    """A private fp32 copy of one block, in eval mode, with its attention layer exchangeable.
+
+    Args:
+        site: the block; call: how the model calls its blocks.
+        attention: replaces the block's attention layer in the copy.
+    """
+
+    def __init__(
+        self, site: BlockSite, call: BlockCall, attention: nn.Module | None = None
+    ) -> None:
+        self.call = call
+        self.block = copy.deepcopy(site.module).float().eval()
+        self.path = site.attention_name.removeprefix(site.name + ".")
+        if attention is not None:
+            parent, _, leaf = self.path.rpartition(".")
+            setattr(self.block.get_submodule(parent), leaf, attention)
+        self._paths = {id(module): name for name, module in site.module.named_modules()}
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.block.get_submodule(self.path)
+
+    def counterpart(self, module: nn.Module) -> nn.Module:
+        """The copy's module that corresponds to ``module`` of the original block."""
+        return self.block.get_submodule(self._paths[id(module)])
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """One block: ``(B, N, D) -> (B, N, D)``."""
+        return self.call(self.block, tokens)
+
+    def run_noting_attention(
+        self, tokens: Tensor, unpack: Callable[[Any], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Run the block; its output and what its attention layer returned, both ``(B, N, D)``."""
+        seen: list[Tensor] = []
+        handle = self.attention.register_forward_hook(
+            lambda _, __, result: seen.append(unpack(result))
+        )
+        try:
+            return self(tokens), seen[0]
+        finally:
+            handle.remove()
+
+    def watch(self, tokens: Tensor, *watched: nn.Module) -> tuple[Tensor, list[Tensor]]:
+        """Run the block; also the input of each module in ``watched``."""
+        inputs: dict[int, Tensor] = {}
+        with _input_hooks(watched, lambda module, x: inputs.__setitem__(id(module), x)):
+            output = self(tokens)
+        return output, [inputs[id(module)] for module in watched]
+
+    def attention_input(self, tokens: Tensor) -> Tensor:
+        """What the attention layer sees, ``norm(t)``; the block is not run further."""
+        seen: list[Tensor] = []
+
+        def stop(_: nn.Module, x: Tensor) -> None:
+            seen.append(x)
+            raise _Captured
+
+        with _input_hooks((self.attention,), stop):
+            try:
+                self(tokens)
+            except _Captured:
+                return seen[0]
+        raise CalibrationError(f"The block never called its attention layer {self.path!r}.")
+
+    def attention_pass(
+        self, tokens: Tensor, unpack: Callable[[Any], Tensor], *watched: nn.Module
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What the attention layer returns, ``(B, N, D)`` after Wo, and the inputs of ``watched`` modules inside it.
+
+        The block is not run further.
+        """
+        outputs: list[Tensor] = []
+        inputs: dict[int, Tensor] = {}
+
+        def stop(_: nn.Module, __: Any, result: Any) -> None:
+            outputs.append(unpack(result))
+            raise _Captured
+
+        handle = self.attention.register_forward_hook(stop)
+        try:
+            with _input_hooks(watched, lambda module, x: inputs.__setitem__(id(module), x)):
+                self(tokens)
+        except _Captured:
+            return outputs[0], [inputs[id(module)] for module in watched]
+        finally:
+            handle.remove()
+        raise CalibrationError(f"The block never called its attention layer {self.path!r}.")
+
+
+@contextmanager
+def _input_hooks(
+    modules: tuple[nn.Module, ...], record: Callable[[nn.Module, Tensor], None]
+) -> Iterator[None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        record(
+            module, args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
+        )
+
+    handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,404 @@
+"""One sweep through the depth of the model: fit, correct, move both token streams on."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from dwattn import data as image_data
+from dwattn.adapters import BackboneLayout, BlockSite, ConvertedAttention, adapter_for
+from dwattn.attention import EnsembleDWAttention, LowRankDWAttention, ReplacementAttention
+from dwattn.calibration.journal import CalibrationResult, LayerNote
+from dwattn.calibration.layer_fit import LayerFit, choose_rank, fit_layer, true_rows
+from dwattn.calibration.ridge import Correction, CorrectionFit
+from dwattn.calibration.streams import BlockCall, BlockRunner, embed, evaluating
+from dwattn.errors import CalibrationError
+from dwattn.geometry import Geometry
+from dwattn.projections import AttentionWeights
+from dwattn.scattered import ScatteredDWAttention
+from dwattn.variants import Replacement
+
+REFIT_SCOPES = ("all", "replaced", "attention", "none")
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How a model is calibrated.
+
+    Args:
+        batch_size: images that are moved through a block together.
+        num_images: use at most this many images; None for all.
+        flips: add the mirror image of every photo.
+        refit: which linear layers are corrected: ``all`` that write to the residual stream behind the first
+            replacement, those of ``replaced`` blocks, only the ``attention`` output of replaced layers, or ``none``.
+        held_out: share of the photos on which ridge strengths are judged.
+        rank: of ``lowrank_dw``: ``{"fidelity": share}`` chooses each layer's width as the least that keeps this
+            share of its output energy; anything else keeps the width the layer was built with.
+        seed: recorded; nothing here is random.
+        progress: show a progress bar on stderr.
+    """
+
+    batch_size: int = 16
+    num_images: int | None = None
+    flips: bool = True
+    refit: str = "all"
+    held_out: float = 0.25
+    rank: int | float | dict[str, float] | None = None
+    seed: int = 0
+    progress: bool = True
+
+    @property
+    def fidelity(self) -> float | None:
+        """The fidelity target of ``rank``, if it is one."""
+        return self.rank.get("fidelity") if isinstance(self.rank, dict) else None
+
+    def __post_init__(self) -> None:
+        if self.refit not in REFIT_SCOPES:
+            raise CalibrationError(
+                f"refit={self.refit!r} must be one of {', '.join(REFIT_SCOPES)}."
+            )
+        if not 0 < self.held_out < 1:
+            raise CalibrationError(f"held_out={self.held_out} must be a share between 0 and 1.")
+        if self.fidelity is not None and not 0 < self.fidelity <= 1:
+            raise CalibrationError(f"fidelity={self.fidelity} must lie in (0, 1].")
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    layout: BackboneLayout,
+    replacements: dict[str, ConvertedAttention],
+    data: Any,
+    **options: Any,
+) -> CalibrationResult:
+    """Fill the replacement layers with closed-form weights. The model itself is not changed.
+
+    Args:
+        model: the original model; layout: its description.
+        replacements: by dotted name of the attention layer; their layers are filled in place.
+        data: images as for :func:`dwattn.score`; read once.
+        options: fields of :class:`CalibrationOptions`.
+
+    Returns:
+        Corrections of other layers (to be installed together with the replacements) and diagnostics.
+
+    Raises:
+        CalibrationError: unknown options, a variant without closed form, activations that are not finite.
+        DataError: no images, or images that do not fit.
+    """
+    unknown = set(options) - {f.name for f in fields(CalibrationOptions)}
+    if unknown:
+        known = ", ".join(f.name for f in fields(CalibrationOptions))
+        raise CalibrationError(f"Unknown calibration options {sorted(unknown)}; known are {known}.")
+    started = time.perf_counter()
+    chosen = CalibrationOptions(**options)
+    with evaluating(model):
+        sweep = _Sweep(model, layout, replacements, data, chosen)
+        sweep.run()
+    sweep.result.seconds = time.perf_counter() - started
+    return sweep.result
+
+
+class _Sweep:
+    """State of one sweep: both token streams, and the layers fitted so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: BackboneLayout,
+        replacements: dict[str, ConvertedAttention],
+        data: Any,
+        options: CalibrationOptions,
+    ) -> None:
+        self.layout, self.replacements, self.options = layout, replacements, options
+        self.result = CalibrationResult()
+        self.original, self.call, self.num_held_out = self._embed(model, data)
+        self.converted = self.original
+        self.geometry.check(self.original.shape[1])
+
+    def _embed(self, model: nn.Module, data: Any) -> tuple[Tensor, BlockCall, int]:
+        """Tokens ``(M, N, D)`` in front of the first block, held-out images first, and how blocks are called."""
+        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+        call: BlockCall | None = None
+        every = max(2, round(1 / self.options.held_out))
+        parameter = next(model.parameters())
+        batches = image_data.iterate(
+            data, batch_size=self.options.batch_size, num_images=self.options.num_images,
+            device=parameter.device, dtype=parameter.dtype,
+        )  # fmt: skip
+        for batch in batches:
+            views = [batch, batch.flipped()] if self.options.flips else [batch]
+            pixels = batch.pixels
+            index = torch.arange(self.result.photos, self.result.photos + batch.size)
+            held_out = index % every == every - 1
+            for view in views:
+                tokens, call = embed(model, self.layout, view.call)
+                tokens = tokens.float()
+                parts[0].append(tokens[held_out])
+                parts[1].append(tokens[~held_out])
+            self.result.photos += batch.size
+        assert call is not None  # iterate() refuses empty data
+        self.geometry = self._geometry(
+            None if pixels is None else (pixels.shape[-2], pixels.shape[-1])
+        )
+        sizes = {part.shape[1] for side in parts for part in side}
+        if len(sizes) > 1:
+            raise CalibrationError(
+                f"The calibration images give {sorted(sizes)} tokens; calibrate on images of one size."
+            )
+        tokens = torch.cat([*parts[0], *parts[1]])
+        if not torch.isfinite(tokens).all():
+            raise CalibrationError(
+                "The model's tokens are not finite on the calibration images; check the weights."
+            )
+        return tokens, call, sum(len(part) for part in parts[0])
+
+    def _geometry(self, image_size: tuple[int, int] | None) -> Geometry:
+        """The grid of the calibration images: that of the layers, else that of their pixels, else the model's."""
+        fixed = next(
+            (s.layer.grid for s in self.replacements.values() if s.layer.grid is not None), None
+        )
+        if fixed is None and image_size is not None:
+            fixed = self.layout.grid_of(*image_size)
+        height, width = fixed or self.layout.geometry().grid
+        return Geometry(height, width, self.layout.num_prefix)
+
+    def run(self) -> None:
+        """Move through all blocks; before the first replacement both streams are one."""
+        names = [site.attention_name for site in self.layout.blocks]
+        first = min(names.index(name) for name in self.replacements)
+        columns = (TextColumn("calibrating"), BarColumn(), TextColumn("{task.completed}/{task.total} blocks"),
+                   TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+        from rich.console import Console
+
+        with Progress(
+            *columns, console=Console(stderr=True), disable=not self.options.progress
+        ) as bar:
+            task = bar.add_task("blocks", total=len(names))
+            for index, site in enumerate(self.layout.blocks):
+                if index < first:
+                    self.original = self.converted = self._move(
+                        BlockRunner(site, self.call), self.original
+                    )
+                else:
+                    self._block(site)
+                bar.advance(task)
+
+    def _chunks(self) -> Iterator[tuple[slice, bool]]:
+        """Slices of at most ``batch_size`` images, each wholly held out or wholly fitted."""
+        total, split, step = len(self.original), self.num_held_out, self.options.batch_size
+        for start, stop, held_out in ((0, split, True), (split, total, False)):
+            for at in range(start, stop, step):
+                yield slice(at, min(at + step, stop)), held_out
+
+    def _move(self, runner: BlockRunner, tokens: Tensor) -> Tensor:
+        moved = torch.empty_like(tokens)
+        for part, _ in self._chunks():
+            moved[part] = runner(tokens[part])
+        return moved
+
+    def _block(self, site: BlockSite) -> None:
+        original = BlockRunner(site, self.call)
+        middle, output = self._original_streams(site, original)
+        shim = self.replacements.get(site.attention_name)
+        corrects = site.pre_norm and self.options.refit != "none"
+        if shim is not None:
+            runner = self._replace(site, shim, original, middle if corrects else None)
+        else:
+            runner = original
+            if corrects and self.options.refit == "all":
+                self._correct_attention(site, runner, middle)
+        wanted = self.options.refit == "all" or (
+            self.options.refit == "replaced" and shim is not None
+        )
+        if corrects and wanted and site.mlp_out is not None:
+            self._correct_mlp(site, runner, site.mlp_out, output)
+        self.original, self.converted = output, self._move(runner, self.converted)
+        self._check(site)
+
+    def _original_streams(self, site: BlockSite, runner: BlockRunner) -> tuple[Tensor, Tensor]:
+        """The original model's tokens behind the attention and behind the MLP of a block."""
+        middle, output = torch.empty_like(self.original), torch.empty_like(self.original)
+        convention = _convention(site)
+        for part, _ in self._chunks():
+            tokens = self.original[part]
+            output[part], attention = runner.run_noting_attention(tokens, convention.unpack)
+            middle[part] = tokens + _scaled(attention, site.attention_scale)
+        return middle, output
+
+    def _replace(
+        self,
+        site: BlockSite,
+        shim: ConvertedAttention,
+        original: BlockRunner,
+        middle: Tensor | None,
+    ) -> BlockRunner:
+        """Fit one replacement in fp32 and copy it into ``shim``; returns the converted block."""
+        weights = _weights(original)
+        working = copy.deepcopy(shim).float().eval()
+        if isinstance(working.layer, LowRankDWAttention) and self.options.fidelity is not None:
+            rank = choose_rank(
+                weights, lambda: self._inputs(original), self.geometry, self.options.fidelity
+            )
+            working.layer, shim.layer = working.layer.with_rank(rank), shim.layer.with_rank(rank)
+        layer = working.layer
+        layer.grid = self.geometry.grid  # the private copy has no patch embedding to learn it from
+        fit = fit_layer(layer, weights, lambda: self._inputs(original), self.geometry)
+        self.result.notes.append(
+            LayerNote(site.attention_name, "stencil", fit.residual, rank=fit.rank)
+        )
+        runner = BlockRunner(site, self.call, working)
+        if middle is not None and not isinstance(layer, EnsembleDWAttention):
+            for either in (layer, shim.layer):
+                if isinstance(either, ReplacementAttention):
+                    either.own_prefix_projection()
+            self._correct_replacement(site, runner, layer, middle)
+        shim.load_state_dict(working.state_dict())
+        return runner
+
+    def _inputs(self, runner: BlockRunner) -> Iterator[Tensor]:
+        for part, _ in self._chunks():
+            yield runner.attention_input(self.converted[part])
+
+    def _correct_replacement(
+        self, site: BlockSite, runner: BlockRunner, layer: Replacement, middle: Tensor
+    ) -> None:
+        """Correct the layer's Wo so that the residual stream comes back to the original model's."""
+        rows = (
+            slice(0, None)
+            if isinstance(layer, ScatteredDWAttention)
+            else slice(self.geometry.num_prefix, None)
+        )
+        fit = CorrectionFit(
+            layer.proj.in_features, layer.dim, middle.device, bias=layer.proj.bias is not None
+        )
+        for part, held_out in self._chunks():
+            tokens = self.converted[part]
+            x = runner.attention_input(tokens)
+            if isinstance(layer, ScatteredDWAttention):
+                features = layer.rows(x)
+            else:
+                features = layer.patch_features(x, self.geometry)
+            written = _scaled(layer.proj(features), site.attention_scale)
+            fit.add(features, (middle[part] - tokens)[:, rows] - written, held_out=held_out)
+        correction = fit.solve()
+        _apply(layer.proj, correction, site.attention_scale)
+        self.result.record(site.attention_name, "output", correction)
+
+    def _correct_attention(self, site: BlockSite, runner: BlockRunner, middle: Tensor) -> None:
+        """Correct Wo of an attention layer that stays."""
+        proj = _output_projection(runner.attention)
+        if proj is None:
+            return
+        convention = _convention(site)
+        fit = CorrectionFit(
+            proj.in_features, proj.out_features, middle.device, bias=proj.bias is not None
+        )
+        for part, held_out in self._chunks():
+            tokens = self.converted[part]
+            attention, (features,) = runner.attention_pass(tokens, convention.unpack, proj)
+            error = middle[part] - tokens - _scaled(attention, site.attention_scale)
+            fit.add(features, error, held_out=held_out)
+        self._update(site, runner, proj, fit.solve(), site.attention_scale, "attention output")
+
+    def _correct_mlp(
+        self, site: BlockSite, runner: BlockRunner, mlp_out: nn.Linear, output: Tensor
+    ) -> None:
+        """Correct the last layer of the MLP."""
+        linear = runner.counterpart(mlp_out)
+        assert isinstance(linear, nn.Linear)
+        fit = CorrectionFit(
+            linear.in_features, linear.out_features, output.device, bias=linear.bias is not None
+        )
+        for part, held_out in self._chunks():
+            reached, (features,) = runner.watch(self.converted[part], linear)
+            fit.add(features, output[part] - reached, held_out=held_out)
+        self._update(site, runner, linear, fit.solve(), site.mlp_scale, "mlp output")
+
+    def _update(
+        self,
+        site: BlockSite,
+        runner: BlockRunner,
+        linear: nn.Linear,
+        correction: Correction,
+        scale: Tensor | None,
+        kind: str,
+    ) -> None:
+        """Apply a correction to the private copy and note the new values for the user's model."""
+        path = next(name for name, module in runner.block.named_modules() if module is linear)
+        name = f"{site.name}.{path}"
+        self.result.record(name, kind, correction)
+        if correction.strength == float("inf"):
+            return
+        _apply(linear, correction, scale)
+        target = site.module.get_submodule(path)
+        for leaf in ("weight", "bias"):
+            value, parameter = getattr(linear, leaf), getattr(target, leaf)
+            if parameter is not None:
+                self.result.updates[f"{name}.{leaf}"] = value.detach().to(parameter.dtype).clone()
+
+    def _check(self, site: BlockSite) -> None:
+        """Note how far the streams are apart on held-out images; refuse values that are not finite."""
+        part = slice(0, self.num_held_out or None)
+        patches = self.original[part, self.geometry.num_prefix :]
+        apart = (self.converted[part, self.geometry.num_prefix :] - patches).square().sum()
+        drift = float(apart / (patches - patches.mean((0, 1))).square().sum())
+        if drift != drift or drift == float("inf"):
+            raise CalibrationError(
+                f"Calibration of {site.attention_name} gave values that are not finite; the images may be constant, "
+                f"or the weights extreme. Use more varied photos (at least about 50)."
+            )
+        self.result.drift[site.name] = drift
+
+
+def _weights(runner: BlockRunner) -> AttentionWeights:
+    adapter = adapter_for(runner.attention)
+    if adapter is None:
+        raise CalibrationError(f"No adapter knows {type(runner.attention).__name__}.")
+    return adapter.weights(runner.attention)
+
+
+def _convention(site: BlockSite) -> Any:
+    adapter = adapter_for(site.attention)
+    if adapter is None:
+        raise CalibrationError(
+            f"{site.attention_name} ({type(site.attention).__name__}) is unknown to dwattn."
+        )
+    return adapter.convention(site.attention)
+
+
+def _output_projection(attention: nn.Module) -> nn.Linear | None:
+    """The linear layer inside an attention module that holds its Wo; None if there is none to correct."""
+    adapter = adapter_for(attention)
+    if adapter is None or adapter.refusal(attention) is not None:
+        return None
+    wo = adapter.weights(attention).wo
+    return next(
+        (m for m in attention.modules() if isinstance(m, nn.Linear) and m.weight is wo), None
+    )
+
+
+def _scaled(output: Tensor, scale: Tensor | None) -> Tensor:
+    return output if scale is None else output * scale.float()
+
+
+def _apply(linear: nn.Linear, correction: Correction, scale: Tensor | None) -> None:
+    """Add a correction that was fitted behind LayerScale to the layer in front of it."""
+    weight, bias = correction.weight, correction.bias
+    if scale is not None:
+        gain = scale.double()
+        inverse = torch.where(gain.abs() > 1e-8, 1 / gain, torch.zeros_like(gain))
+        weight, bias = weight * inverse[:, None], bias * inverse
+    linear.weight.add_(weight.to(linear.weight.dtype))
+    if linear.bias is not None:
+        linear.bias.add_(bias.to(linear.bias.dtype))
+
+
+__all__ = ["CalibrationOptions", "LayerFit", "calibrate", "true_rows"]

@@ -1,0 +1,418 @@
+"""Closed-form calibration: the solvers against brute force, and models whose best replacement is known exactly."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dwattn
+from dwattn import reference
+from dwattn.adapters import describe
+from dwattn.calibration.lowrank import OutputCovariance, output_directions
+from dwattn.calibration.ridge import CorrectionFit
+from dwattn.calibration.stencil import PrefixFit, StencilFit
+from dwattn.errors import CalibrationError, DataError, DwattnError
+from dwattn.geometry import Geometry
+from dwattn.plan import Plan
+
+timm = pytest.importorskip("timm")
+
+
+def tiny_vit(seed: int = 0, **options: Any) -> nn.Module:
+    """3 blocks, 2 heads of 8 channels, a 4 x 6 grid; attention that varies clearly with the image."""
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "img_size": (16, 24),
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depth": 3,
+        "num_heads": 2,
+        "num_classes": 0,
+        "init_values": 0.5,
+    }
+    model = timm.models.vision_transformer.VisionTransformer(**{**settings, **options}).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 or "bias" in name:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def make_static(model: nn.Module, block: int) -> None:
+    """Zero queries: every token attends evenly to all tokens, which kappa, mu and the kernel can express."""
+    attention = model.blocks[block].attn
+    with torch.no_grad():
+        attention.qkv.weight[: attention.attn_dim] = 0
+        if attention.qkv.bias is not None:
+            attention.qkv.bias[: attention.attn_dim] = 0
+
+
+def images(count: int = 24, size: tuple[int, int] = (16, 24)) -> Tensor:
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def tokens(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.forward_features(x)
+
+
+def replace(model: nn.Module, blocks: list[int], **options: Any) -> Any:
+    plan = Plan.for_layers(model, blocks)
+    return dwattn.replace(model, plan, progress=False, **{"calibrate": images(), **options})
+
+
+class TestCorrectionFit:
+    def data(self, noise: float, count: int = 400) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        features = torch.randn(count, 6).double()
+        weight, bias = torch.randn(3, 6).double(), torch.randn(3).double()
+        error = features @ weight.T + bias + noise * torch.randn(count, 3).double()
+        return features, error, weight, bias
+
+    def test_recovers_a_linear_error(self) -> None:
+        features, error, weight, bias = self.data(noise=0.0)
+        fit = CorrectionFit(6, 3, torch.device("cpu"))
+        fit.add(features[:300], error[:300], held_out=False)
+        fit.add(features[300:], error[300:], held_out=True)
+        found = fit.solve()
+        assert (found.weight - weight).abs().max() < 1e-3
+        assert (found.bias - bias).abs().max() < 1e-3
+        assert found.held_out < 1e-6
+
+    def test_moment_error_equals_direct_error(self) -> None:
+        features, error, _weight, _bias = self.data(noise=1.0)
+        fit = CorrectionFit(6, 3, torch.device("cpu"))
+        for f, e in zip(features.split(50), error.split(50), strict=True):
+            fit.add(f, e, held_out=False)
+        guess, offset = torch.randn(3, 6).double(), torch.randn(3).double()
+        direct = (error - features @ guess.T - offset).square().sum(1).mean()
+        assert fit.fit.error(guess.T, offset) == pytest.approx(float(direct), rel=1e-10)
+
+    def test_pure_noise_is_left_alone(self) -> None:
+        fit = CorrectionFit(6, 3, torch.device("cpu"))
+        fit.add(torch.randn(12, 6), torch.randn(12, 3), held_out=False)
+        fit.add(torch.randn(4000, 6), torch.randn(4000, 3), held_out=True)
+        found = fit.solve()
+        assert found.held_out <= 1.0
+        if found.strength == float("inf"):
+            assert not found.weight.any()
+            assert not found.bias.any()
+
+    def test_without_bias_the_offset_stays_zero(self) -> None:
+        features, error, _, _ = self.data(noise=0.1)
+        fit = CorrectionFit(6, 3, torch.device("cpu"), bias=False)
+        fit.add(features[:300], error[:300], held_out=False)
+        fit.add(features[300:], error[300:], held_out=True)
+        assert not fit.solve().bias.any()
+
+
+@pytest.mark.parametrize(
+    "geometry", [Geometry(3, 5, 0), Geometry(4, 2, 1), Geometry(3, 3, 5), Geometry(1, 7, 1)]
+)
+def test_stencil_fit_recovers_planted_weights(geometry: Geometry) -> None:
+    channels = 4
+    v = torch.randn(60, geometry.num_tokens, channels).double()
+    planted = {
+        "kernel": torch.randn(channels, 3, 3).double(),
+        "kappa": torch.randn(geometry.num_prefix, channels).double(),
+        "mu": torch.randn(channels).double(),
+        "beta": torch.randn(channels).double(),
+    }
+    if geometry.height == 1:  # rows that are always outside the grid cannot be seen
+        planted["kernel"][:, 0] = planted["kernel"][:, 2] = 0
+    target = reference.dw_aggregate(v, planted["kernel"], geometry, *list(planted.values())[1:])
+    fit = StencilFit(channels, geometry, torch.device("cpu"))
+    for part, y in zip(v.split(20), target.split(20), strict=True):
+        fit.add(part, y)
+    found = fit.solve(strength=1e-12)
+    for name, value in planted.items():
+        torch.testing.assert_close(getattr(found, name), value, atol=1e-6, rtol=1e-6)
+    assert float(found.residual.sum() / found.energy.sum()) < 1e-9
+
+
+def test_stencil_fit_is_no_worse_than_any_other_weights() -> None:
+    geometry = Geometry(4, 4, 1)
+    v, y = torch.randn(40, 17, 3).double(), torch.randn(40, 16, 3).double()
+    fit = StencilFit(3, geometry, torch.device("cpu"))
+    fit.add(v, y)
+    found = fit.solve(strength=1e-9)
+    best = (
+        (y - reference.dw_aggregate(v, found.kernel, geometry, found.kappa, found.mu, found.beta))
+        .square()
+        .sum()
+    )
+    nudged = found.kernel + 0.01
+    other = (
+        (y - reference.dw_aggregate(v, nudged, geometry, found.kappa, found.mu, found.beta))
+        .square()
+        .sum()
+    )
+    assert best < other
+    assert float(best) == pytest.approx(float(found.residual.sum()), rel=1e-6)
+
+
+def test_prefix_fit_recovers_planted_rows() -> None:
+    geometry, a, b = Geometry(3, 4, 2), torch.randn(2, 5).double(), torch.randn(2, 5).double()
+    v = torch.randn(50, geometry.num_tokens, 5).double()
+    fit = PrefixFit(2, 5, torch.device("cpu"))
+    fit.add(v, reference.static_prefix_rows(v, geometry, a, b))
+    found = fit.solve(strength=1e-12)
+    torch.testing.assert_close(found[0], a)
+    torch.testing.assert_close(found[1], b)
+
+
+def test_directions_are_the_best_of_each_head() -> None:
+    y, wo = torch.randn(500, 8).double() @ torch.randn(8, 8).double(), torch.randn(6, 8).double()
+    covariance = OutputCovariance(8, torch.device("cpu"))
+    covariance.add(y[:200])
+    covariance.add(y[200:])
+    cov = covariance.covariance()
+    torch.testing.assert_close(cov, torch.cov(y.T, correction=0), rtol=1e-4, atol=1e-4)
+    found = output_directions(cov, wo, num_heads=2)
+    assert torch.equal(found.strength, found.strength.sort(descending=True).values)
+    # Within a head the kept channels are uncorrelated with unit variance, and lose exactly the dropped energy.
+    head = found.mix[found.mix[:, :4].abs().sum(1) > 0][:, :4]
+    torch.testing.assert_close(
+        head @ cov[:4, :4] @ head.T, torch.eye(len(head)).double(), rtol=1e-6, atol=1e-6
+    )
+    assert found.rank_for(1.0) <= 8
+    assert found.rank_for(0.5) <= found.rank_for(0.9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reg_tokens": 4},
+        {"class_token": False, "global_pool": "avg"},
+        {"qkv_bias": False, "proj_bias": False},
+    ],
+    ids=["cls", "registers", "no prefix", "no bias"],
+)
+@pytest.mark.parametrize("variant", ["dw", "lowrank_dw", "conv"])
+def test_static_attention_is_replaced_exactly(variant: str, options: dict[str, Any]) -> None:
+    model = tiny_vit(**options)
+    make_static(model, 1)
+    before = tokens(model, images(4))
+    rank = {"rank": 1.0} if variant == "lowrank_dw" else {}
+    replace(model, [1], variant=variant, refit="none", **rank)
+    if variant == "conv":
+        return  # one kernel a head suits only heads whose pattern is the same in all channels; it must just run
+    after = tokens(model, images(4))
+    assert (after - before).norm() / before.norm() < 2e-2
+
+
+def test_static_prefix_rows_are_fitted() -> None:
+    model = tiny_vit(reg_tokens=2)
+    make_static(model, 1)
+    before = tokens(model, images(4))
+    replace(model, [1], prefix="static", refit="none")
+    after = tokens(model, images(4))
+    assert (after - before)[:, :3].norm() / before[:, :3].norm() < 5e-2
+
+
+def test_scattered_heads_are_fitted() -> None:
+    model = tiny_vit()
+    make_static(model, 1)
+    before = tokens(model, images(4))
+    plan = Plan.for_layers(model, [1], heads=[[0]])
+    dwattn.replace(model, plan, calibrate=images(), refit="none", progress=False)
+    after = tokens(model, images(4))
+    assert (after - before).norm() / before.norm() < 2e-2
+
+
+def drift(model: nn.Module, original: nn.Module) -> float:
+    held_out = torch.randn(16, 3, 16, 24, generator=torch.Generator().manual_seed(9))
+    a, b = tokens(model, held_out)[:, 1:], tokens(original, held_out)[:, 1:]
+    return float((a - b).norm() / b.norm())
+
+
+def test_each_stage_brings_the_model_closer() -> None:
+    original = tiny_vit()
+    reached = {}
+    for name, options in {
+        "gaussian": {"calibrate": None, "kernel_init": "gaussian"},
+        "stencil": {"refit": "none"},
+        "attention": {"refit": "attention"},
+        "all": {"refit": "all"},
+    }.items():
+        model = copy.deepcopy(original)
+        replace(model, [0, 1], **{"calibrate": images(96), **options})
+        reached[name] = drift(model, original)
+    assert reached["stencil"] < 0.8 * reached["gaussian"]
+    assert reached["attention"] < reached["stencil"]
+    assert reached["all"] <= reached["attention"] * 1.02
+
+
+def test_low_rank_improves_with_rank_and_meets_fidelity() -> None:
+    original = tiny_vit()
+    errors = []
+    for rank in (4, 8, 16):
+        model = copy.deepcopy(original)
+        replace(model, [1], variant="lowrank_dw", rank=rank, refit="none")
+        errors.append(drift(model, original))
+    assert errors[0] > errors[1] > errors[2] * 0.999
+    model = copy.deepcopy(original)
+    replace(model, [0, 1], variant="lowrank_dw", rank={"fidelity": 0.5}, calibrate=images())
+    ranks = [model.blocks[i].attn.layer.inner_dim for i in (0, 1)]
+    assert all(rank % 8 == 0 and rank < 16 for rank in ranks)
+
+
+def test_error_compensation_repairs_earlier_blocks() -> None:
+    """The fit of a later block must aim at the original's residual stream, not at its own input's attention."""
+    original = tiny_vit()
+    model = copy.deepcopy(original)
+    report = replace(model, [0, 2], calibrate=images(96))
+    notes = {(note.name, note.kind): note for note in report.calibration.notes}
+    assert notes["blocks.2.attn", "output"].residual < 1
+    assert ("blocks.1.attn.proj", "attention output") in notes
+    assert report.calibration.drift["blocks.2"] < 1
+
+
+def test_prefix_rows_stay_exact_when_wo_is_refitted() -> None:
+    original = tiny_vit()
+    model = copy.deepcopy(original)
+    replace(model, [0], refit="attention")
+    x = torch.randn(2, 25, 16)
+    with torch.no_grad():
+        expected, got = original.blocks[0].attn(x)[:, :1], model.blocks[0].attn(x)[:, :1]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(
+        model.blocks[0].attn.layer.proj.weight, original.blocks[0].attn.proj.weight
+    )
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_an_interrupted_calibration_leaves_the_model(failure: type[BaseException]) -> None:
+    model = tiny_vit()
+    model.blocks[0].train()
+    before, modules = state(model), dict(model.named_modules())
+
+    def broken() -> Any:
+        yield images(4)
+        raise failure("stopped")
+
+    with pytest.raises(failure):
+        replace(model, [1], calibrate=broken())
+    assert same(state(model), before)
+    assert dict(model.named_modules()) == modules
+    assert model.blocks[0].training
+    assert not model.blocks[1].training
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_restore_undoes_the_refit_of_other_layers() -> None:
+    model = tiny_vit()
+    before = state(model)
+    report = replace(model, [0])
+    assert report.calibration.updates, "the MLP behind the replaced layer should be corrected"
+    assert not same(state(model), before)
+    dwattn.restore(model)
+    assert same(state(model), before)
+
+
+def test_half_precision_models_are_fitted_in_fp32() -> None:
+    model = tiny_vit().to(torch.bfloat16)
+    replace(model, [0, 1], calibrate=images().to(torch.bfloat16))
+    parameters = list(model.parameters())
+    assert all(p.dtype == torch.bfloat16 and torch.isfinite(p).all() for p in parameters)
+
+
+def test_layer_scale_of_zero_is_survived() -> None:
+    model = tiny_vit()
+    with torch.no_grad():
+        model.blocks[0].ls1.gamma[:4] = 0
+        model.blocks[0].ls2.gamma[:] = 0
+    replace(model, [0])
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_the_last_block_and_one_photo() -> None:
+    model = tiny_vit()
+    report = replace(model, [2], calibrate=images(1))
+    assert report.calibration.photos == 1
+    assert torch.isfinite(tokens(model, images(2))).all()
+
+
+def test_flips_are_counted_once_and_can_be_left_out() -> None:
+    model = tiny_vit()
+    report = replace(model, [1], flips=False, num_images=10, batch_size=3)
+    assert report.calibration.photos == 10
+    assert report.calibration.to_dict()["photos"] == 10
+
+
+def test_loader_forms_agree() -> None:
+    x = images(12)
+    outputs = []
+    for data in (x, [(part, torch.zeros(len(part))) for part in x.split(4)], list(x.split(4))):
+        model = tiny_vit()
+        replace(model, [1], calibrate=data, batch_size=4)
+        outputs.append(tokens(model, x[:2]))
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"calibrate": torch.zeros(0, 3, 16, 24)}, DataError, "image"),
+        ({"calibrate": torch.full((4, 3, 16, 24), float("nan"))}, DataError, "NaN"),
+        ({"refit": "everything"}, CalibrationError, "everything"),
+        ({"held_out": 1.5}, CalibrationError, "1.5"),
+        ({"epochs": 3}, CalibrationError, "epochs"),
+        ({"variant": "spvit"}, CalibrationError, "spvit"),
+        ({"calibrate": torch.randn(4, 3, 24, 16)}, DwattnError, "grid"),
+        ({"variant": "lowrank_dw", "rank": {"fidelity": 2.0}}, DwattnError, "2.0"),
+    ],
+)
+def test_bad_input_is_refused_and_the_model_stays(
+    options: dict[str, Any], error: Any, words: str
+) -> None:
+    model = tiny_vit()
+    before, modules = state(model), dict(model.named_modules())
+    with pytest.raises(error, match=words):
+        replace(model, [1], **options)
+    assert same(state(model), before)
+    assert dict(model.named_modules()) == modules
+
+
+def test_calibration_is_deterministic() -> None:
+    first, second = tiny_vit(), tiny_vit()
+    replace(first, [0, 1])
+    replace(second, [0, 1])
+    assert same(state(first), state(second))
+
+
+def test_post_norm_blocks_get_kernels_but_no_compensation() -> None:
+    model = tiny_vit(block_fn=timm.models.vision_transformer.ResPostBlock, init_values=1.0)
+    assert not describe(model).blocks[0].pre_norm
+    report = replace(model, [1])
+    assert {note.kind for note in report.calibration.notes} == {"stencil"}
+
+
+def test_true_rows_match_the_layer() -> None:
+    from dwattn.adapters import adapter_for
+    from dwattn.calibration.layer_fit import true_rows
+
+    model = tiny_vit(qk_norm=True)
+    attention = model.blocks[0].attn
+    adapter = adapter_for(attention)
+    assert adapter is not None
+    x = torch.randn(2, 25, 16)
+    with torch.no_grad():
+        rows = true_rows(adapter.weights(attention), x)
+        torch.testing.assert_close(
+            F.linear(rows, attention.proj.weight, attention.proj.bias), attention(x)
+        )
