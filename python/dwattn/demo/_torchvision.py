@@ -10,6 +10,7 @@ unavailable, and nothing here calls them.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
 import sys
@@ -41,6 +42,8 @@ def make_importable() -> None:
     global _library
     if _library is not None or not needs_schemas():
         return
-    _library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+    _library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for schema in _SCHEMAS:
-        _library.define(schema)  # type: ignore[no-untyped-call]
+        # Somebody else may have declared them for the same reason.
+        with contextlib.suppress(RuntimeError):
+            _library.define(schema)  # type: ignore[no-untyped-call]

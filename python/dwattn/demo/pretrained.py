@@ -265,7 +265,7 @@ def _name_pairs(column: int) -> list[tuple[str, str]]:
 
 @lru_cache(maxsize=1)
 def _weights() -> tuple[StateDict, StateDict]:
-    """Baked weights; kept in memory because the demo and the tests build the model more than once."""
+    """Baked weights, kept in memory: the demo and the tests build the model more than once."""
     backbone, decoder = load_graph(onnx_path())
     backbone["embeddings.position_embeddings"] = bake_positions(
         backbone["embeddings.position_embeddings"]

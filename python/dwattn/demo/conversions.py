@@ -1,0 +1,181 @@
+"""The conversions the demo compares, and how one is carried out and measured."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import dwattn
+from dwattn.demo.pretrained import HEADS, SaliencyModel
+from dwattn.fidelity import compare, mask_iou
+from dwattn.report.results import Conversion, FidelityInfo
+
+BATCH = 10
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A conversion to make.
+
+    Args:
+        label: for tables.
+        variant, rank: of :func:`dwattn.replace`.
+        criterion: by which ``blocks`` blocks are chosen.
+        method: ``calibrated``, ``mean-map`` or ``gaussian`` (the paper's initialisation, without
+            context terms).
+        keep: whether later steps need the model.
+        optional: left out when time runs short.
+    """
+
+    label: str
+    variant: str
+    criterion: str
+    blocks: int
+    method: str = "calibrated"
+    rank: int | None = None
+    keep: bool = False
+    optional: bool = False
+
+    @property
+    def key(self) -> str:
+        """Unique name."""
+        rank = f"-r{self.rank}" if self.rank else ""
+        return f"{self.criterion}-{self.blocks}-{self.variant}{rank}-{self.method}"
+
+
+def specs(channels: int, blocks: int, quick: bool) -> list[Spec]:
+    """All conversions, most important first.
+
+    Args:
+        channels: ``C``; ``lowrank_dw`` is shown at ``C / 4`` and at ``d_h``, the width of
+            ``ens_dw``.
+        blocks: replaced blocks of the main comparison.
+    """
+    quarter, head = channels // 4, channels // HEADS
+    main = [
+        Spec("dw, fitted", "dw", "residual", blocks, keep=True),
+        Spec(
+            f"lowrank_dw {quarter}, fitted",
+            "lowrank_dw",
+            "residual",
+            blocks,
+            rank=quarter,
+            keep=True,
+        ),
+        Spec("dw, Gaussian", "dw", "residual", blocks, "gaussian", keep=True),
+    ]
+    if quick:
+        return main
+    most = blocks + blocks // 2
+    return [
+        *main,
+        Spec("dw, fitted", "dw", "variance", blocks),
+        Spec(f"lowrank_dw {head}, fitted", "lowrank_dw", "residual", blocks, rank=head),
+        Spec(f"ens_dw {head}, Gaussian", "ens_dw", "residual", blocks, "gaussian", keep=True),
+        Spec("dw, mean map", "dw", "residual", blocks, "mean-map"),
+        Spec("dw, fitted", "dw", "residual", blocks - 2, optional=True),
+        Spec("dw, fitted", "dw", "residual", most, optional=True),
+        *(
+            Spec(label, "dw", "residual", count, method, optional=True)
+            for label, method in (
+                ("dw, Gaussian", "gaussian"),
+                ("dw, mean map", "mean-map"),
+            )
+            for count in (blocks - 2, most)
+        ),
+        Spec("dw, fitted", "dw", "variance", blocks - 2, optional=True),
+        Spec("dw, fitted", "dw", "variance", most, optional=True),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out photos and what the original model makes of them.
+
+    Args:
+        pixels: ``(N, 3, 224, 224)``; tokens: ``(N, 257, 384)``; saliency: ``(N, 1, 224, 224)``.
+        masks: boolean ``(224, 224)`` alpha masks of pasted cut-outs, None without one.
+    """
+
+    pixels: Tensor
+    masks: list[Tensor | None]
+    tokens: Tensor
+    saliency: Tensor
+
+    @classmethod
+    def of(cls, model: SaliencyModel, pixels: Tensor, masks: list[np.ndarray | None]) -> HeldOut:
+        """Run the original model."""
+        tokens, saliency = outputs(model, pixels)
+        return cls(
+            pixels, [None if m is None else torch.from_numpy(m) for m in masks], tokens, saliency
+        )
+
+
+@torch.inference_mode()
+def outputs(model: SaliencyModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and saliency of all images."""
+    tokens = torch.cat([model.tokens(batch) for batch in pixels.split(BATCH)])
+    return tokens, torch.cat([model.decode(batch) for batch in tokens.split(BATCH)])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A conversion that was made: its record, and the model and maps if they are kept."""
+
+    record: Conversion
+    report: Any
+    model: SaliencyModel
+    saliency: Tensor
+
+
+def carry_out(
+    spec: Spec,
+    model: SaliencyModel,
+    scores: Any,
+    images: Tensor,
+    held_out: HeldOut,
+    *,
+    seed: int,
+    progress: bool,
+) -> Outcome:
+    """Convert a copy of ``model`` and compare it with the original on the held-out photos.
+
+    Args:
+        images: calibration images ``(M, 3, 224, 224)``.
+    """
+    plan = dwattn.select(scores, blocks=spec.blocks, criterion=spec.criterion)
+    student = copy.deepcopy(model)
+    options: dict[str, Any] = {"variant": spec.variant, "seed": seed, "progress": progress}
+    if spec.rank is not None:
+        options["rank"] = spec.rank
+    if spec.method == "calibrated":
+        options["calibrate"] = images
+    elif spec.method == "gaussian":
+        options |= {"kernel_init": "gaussian", "context": False}
+    else:
+        options["kernel_init"] = "mean"
+    start = time.perf_counter()
+    report = dwattn.replace(student, plan, **options)
+    seconds = time.perf_counter() - start
+    tokens, saliency = outputs(student, held_out.pixels)
+    fidelity = compare(held_out.tokens, tokens, (held_out.saliency, saliency), num_prefix=1)
+    record = Conversion(
+        key=spec.key,
+        label=spec.label,
+        variant=spec.variant,
+        rank=spec.rank,
+        criterion=spec.criterion,
+        blocks=sorted(row.block for row in report.rows if row.action == "replaced"),
+        method=spec.method,
+        fidelity=FidelityInfo.model_validate(
+            {**fidelity.to_dict(), "mask_iou": mask_iou(saliency, held_out.masks)}
+        ),
+        seconds=seconds,
+    )
+    return Outcome(record, report, student, saliency)
