@@ -2,8 +2,8 @@
 
     python benchmarks/bench_cpu_dw.py --threads 1 2 --json cpu_dw.json
 
-Candidates run in interleaved rounds, so that whatever else the machine does hits all of them alike; read
-the ratios before the times. ``linear`` is the projection alone, the floor of everything that computes V.
+Candidates run in interleaved rounds, so that whatever else the machine does hits all of them alike;
+read the ratios before the times. ``linear`` is the projection alone, the floor of all that compute V.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def nchw(case: Case) -> Tensor:
 
 
 def candidates(case: Case) -> dict[str, Callable[[], Tensor]]:
-    """What is compared; ``torch`` is the channels-last form without copies, the best of PyTorch's."""
+    """What is compared; ``torch`` is channels-last without copies, the best PyTorch form."""
 
     def run(backend: str) -> Callable[[], Tensor]:
         return lambda: functional.dw_attention(
@@ -123,6 +123,14 @@ def summarise(times: dict[str, list[float]]) -> dict[str, Any]:
     return summary
 
 
+def line(name: str, summary: dict[str, Any]) -> str:
+    """One row of the table."""
+    medians = "".join(
+        f"{summary[key]['median']:9.3f}" for key in ("linear", "torch", "cpp", "nchw")
+    )
+    return f"{name:44}{medians}{summary['cpp/torch']:12.3f}{summary['cpp/linear']:12.3f}"
+
+
 def machine() -> dict[str, Any]:
     """What the numbers depend on."""
     native = library.native
@@ -152,7 +160,7 @@ def main() -> None:
     if not library.AVAILABLE:
         raise SystemExit(library.load_error())
     results = []
-    print(f"{'case':44} {'linear':>8} {'torch':>8} {'cpp':>8} ms   cpp/torch  cpp/linear")
+    print(f"{'median ms':44}   linear    torch      cpp     nchw   cpp/torch  cpp/linear")
     for threads in args.threads:
         torch.set_num_threads(threads)
         for size in args.size:
@@ -163,14 +171,11 @@ def main() -> None:
                         summary = summarise(measure(candidates(case), args.seconds))
                         name = f"{size} {dtype} batch={batch} ctx={context} threads={threads}"
                         results.append({"case": name, **summary})
-                        print(
-                            f"{name:44} {summary['linear']['median']:8.3f} "
-                            f"{summary['torch']['median']:8.3f} {summary['cpp']['median']:8.3f}      "
-                            f"{summary['cpp/torch']:8.3f}    {summary['cpp/linear']:8.3f}",
-                            flush=True,
-                        )
+                        print(line(name, summary), flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
+        args.json.write_text(
+            json.dumps({"machine": machine(), "results": results}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

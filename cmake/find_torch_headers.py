@@ -1,7 +1,7 @@
-"""Print the include directory of a PyTorch that has the stable-ABI headers, without importing torch.
+"""Print the include directory of a PyTorch that has the stable-ABI headers; torch is not imported.
 
-Under pip's build isolation site-packages is hidden from ``sys.path``, but the environment that pip installs
-into is still known by its prefix, so torch is looked for there by path.
+Under pip's build isolation site-packages is hidden from ``sys.path``, but the environment that pip
+installs into is still known by its prefix, so torch is looked for there by path.
 """
 
 from __future__ import annotations
@@ -68,9 +68,11 @@ def main() -> str:
         looked[str(include)] = state if include.is_dir() else "not there"
     places = "\n".join(f"  {place}: {state}" for place, state in looked.items())
     sys.exit(
-        f"dwattn needs the headers of PyTorch >= {MINIMUM[0]}.{MINIMUM[1]} to build, and found none:\n{places}\n"
-        "Install PyTorch first (the CPU build is enough: pip install 'torch>=2.11'), then dwattn again in the "
-        "same environment. If PyTorch lives elsewhere, set DWATTN_TORCH_INCLUDE to its include directory."
+        f"dwattn needs the headers of PyTorch >= {MINIMUM[0]}.{MINIMUM[1]} to build, and found none:\n"
+        f"{places}\n"
+        "Install PyTorch first (the CPU build is enough: pip install 'torch>=2.11'), then dwattn "
+        "again in the same environment. If PyTorch lives elsewhere, set DWATTN_TORCH_INCLUDE to its "
+        "include directory."
     )
 
 

@@ -1,16 +1,18 @@
 """Which implementation runs a call: what each backend can run, and which of them is preferred.
 
-Every backend has a ``can_run_<name>`` that says yes or gives its reasons. :func:`choose` asks them in the
-order of ``backend_rules.json`` (a measured table), :func:`explain` prints the same answers for
-``dwattn doctor``, and forcing a backend that cannot run raises :class:`BackendError` with the same text.
+Every backend has a ``can_run_<name>`` that says yes or gives its reasons. :func:`choose` asks them
+in the order of ``backend_rules.json`` (a measured table), :func:`explain` gives the same answers to
+``dwattn doctor``, and forcing a backend that cannot run raises :class:`BackendError` with the same
+text.
 
-Forcing, strongest first: ``backend=`` of a call, ``with backends.use(name)``, the environment variable
-``DWATTN_BACKEND``.
+Forcing, strongest first: ``backend=`` of a call, ``with backends.use(name)``, the environment
+variable ``DWATTN_BACKEND``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -27,13 +29,13 @@ OPS = ("dw_aggregate", "dw_attention")
 ENVIRONMENT_VARIABLE = "DWATTN_BACKEND"
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# Process-wide on purpose: torch.compile and torch.export read it as a guarded constant while they trace.
+# Process-wide on purpose: torch.compile and torch.export read it as a constant while they trace.
 _forced: str | None = None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a backend can run a call; true when it can, else it holds the reasons as sentences."""
+    """Whether a backend can run a call: true when it can, else the reasons as sentences."""
 
     backend: str
     reasons: tuple[str, ...] = ()
@@ -104,18 +106,37 @@ def choose(op: str, *, device: str, dtype: torch.dtype, backend: str | None = No
         backend: force this one.
 
     Raises:
-        BackendError: a forced backend is unknown or cannot run this call (with its reasons), or none can.
+        BackendError: the forced backend is unknown or cannot run this call (with its reasons), or
+            no backend can.
     """
     forced = backend or forced_backend()
     if forced is not None:
         _by_name(forced).can_run(op, device=device, dtype=dtype, raise_error=True)
         return forced
-    for rule in _RULES:
-        if rule.device in (device, "*"):
-            for name in rule.order:
-                if _by_name(name).can_run(op, device=device, dtype=dtype):
-                    return name
-    raise BackendError(f"No backend can run {op} on {device!r} tensors of {dtype}.")
+    if (
+        torch.compiler.is_compiling()
+    ):  # Dynamo cannot look into a cache; it evaluates this once anyway
+        return _preferred(op, device, dtype)
+    return _cached_preferred(op, device, dtype, torch.onnx.is_in_onnx_export())
+
+
+def _preferred(op: str, device: str, dtype: torch.dtype) -> str:
+    for name in _order(device):
+        if _by_name(name).can_run(op, device=device, dtype=dtype):
+            return name
+    raise BackendError(
+        f"No backend can run {op} on {device!r} tensors of {dtype}; convert them with .float()."
+    )
+
+
+@functools.cache
+def _cached_preferred(op: str, device: str, dtype: torch.dtype, exporting: bool) -> str:
+    """``exporting`` is part of the key because :func:`can_run_cpp` depends on it."""
+    return _preferred(op, device, dtype)
+
+
+def _order(device: str) -> tuple[str, ...]:
+    return next(rule.order for rule in _RULES if rule.device in (device, "*"))
 
 
 def forced_backend() -> str | None:
@@ -141,7 +162,7 @@ def use(name: str) -> Iterator[None]:
 
 def explain(op: str, *, device: str, dtype: torch.dtype) -> list[Verdict]:
     """The verdict of every backend on such a call, the preferred one first."""
-    order = next(rule.order for rule in _RULES if rule.device in (device, "*"))
+    order = _order(device)
     names = [*order, *(name for name in NAMES if name not in order)]
     return [_by_name(name).can_run(op, device=device, dtype=dtype) for name in names]
 

@@ -1,13 +1,14 @@
 """The operators as functions, on whichever backend runs them best.
 
-Both are differentiable in every tensor argument, follow autocast (tokens and value projection take the
-autocast dtype, the coefficients keep theirs) and trace under ``torch.compile(fullgraph=True)``,
+Both are differentiable in every tensor argument, follow autocast (tokens and value projection take
+the autocast dtype, the coefficients keep theirs) and trace under ``torch.compile(fullgraph=True)``,
 ``torch.export`` and ``torch.onnx``. The equations are those of :mod:`dwattn.reference`.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,12 +32,12 @@ def dw_aggregate(
 ) -> Tensor:
     """3x3 depthwise aggregation of the patch values plus ``ctx``: the patch rows ``Y (B, H*W, C)``.
 
-    ``Y[b, (i,j), c] = sum_{r,s in -1..1} kernel[c, r+1, s+1] V[b, (i+r, j+s), c] + ctx[b, c]``, zero
-    outside the grid, ``ctx = sum_t kappa[t] V[t] + mu * mean_patches(V) + beta``.
+    ``Y[b, (i,j), c] = sum_{r,s in -1..1} kernel[c, r+1, s+1] V[b, (i+r, j+s), c] + ctx[b, c]``,
+    zero outside the grid, with ``ctx = sum_t kappa[t] V[t] + mu * mean_patches(V) + beta``.
 
     Args:
         v: ``(B, N, C)`` values of all tokens, prefix first; fp32, fp64, fp16 or bf16; any strides.
-        kernel: ``(C, 3, 3)``; it and the other coefficients may be fp32 while ``v`` is fp16 or bf16.
+        kernel: ``(C, 3, 3)``; it and the other coefficients may be fp32 while ``v`` has 16 bits.
         geometry: grid and number of prefix tokens; ``N`` must be ``P + H*W``.
         kappa: ``(P, C)``; mu: ``(C,)``; beta: ``(C,)``.
         backend: force one of :data:`dwattn.backends.NAMES`.
@@ -49,15 +50,16 @@ def dw_aggregate(
         DwattnError: a tensor has the wrong shape, device or dtype.
         BackendError: a forced backend cannot run the call.
     """
-    _check_tokens("v", v, geometry)
-    _check_coefficients(v, v.shape[-1], kernel, geometry, kappa, mu, beta)
+    coefficients = (kernel, kappa, mu, beta)
     name = backends.choose("dw_aggregate", device=v.device.type, dtype=v.dtype, backend=backend)
     if name == "cpp":
-        return library.dw_aggregate(v, kernel, kappa, mu, beta, *_sizes(geometry))
+        return _run_compiled(
+            lambda: library.dw_aggregate(v, *coefficients, *_sizes(geometry)),
+            lambda: _check_aggregate(v, geometry, *coefficients),
+        )
+    _check_aggregate(v, geometry, *coefficients)
     with _autocast_off(v.device.type):
-        if name == "torch":
-            return _torch_dw_aggregate(v, kernel, geometry, kappa, mu, beta)
-        return _reference_dw_aggregate(v, kernel, geometry, kappa, mu, beta)
+        return _PYTHON[name](v, geometry, *coefficients)
 
 
 def dw_attention(
@@ -72,7 +74,7 @@ def dw_attention(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Value projection and :func:`dw_aggregate` in one: ``V = x wv^T + bv``, then ``Y (B, H*W, C)``.
+    """Value projection ``V = x wv^T + bv`` and :func:`dw_aggregate` in one: ``Y (B, H*W, C)``.
 
     Args:
         x: ``(B, N, D)`` tokens, prefix first.
@@ -86,27 +88,43 @@ def dw_attention(
         GeometryError, DwattnError, BackendError: as :func:`dw_aggregate`.
     """
     x, wv, bv = _autocast(x, wv, bv)
-    _check_tokens("x", x, geometry)
-    _check_projection(x, wv, bv)
-    _check_coefficients(x, wv.shape[0], kernel, geometry, kappa, mu, beta)
+    coefficients = (kernel, kappa, mu, beta)
     device = x.device.type
     name = backends.choose("dw_attention", device=device, dtype=x.dtype, backend=backend)
+    if name == "cpp" and not _needs_grad(x, wv, bv, *coefficients):
+        return _run_compiled(
+            lambda: library.dw_attention(x, wv, bv, *coefficients, *_sizes(geometry)),
+            lambda: _check_attention(x, wv, bv, geometry, *coefficients),
+        )
+    _check_attention(x, wv, bv, geometry, *coefficients)
     with _autocast_off(device):
-        if name == "cpp" and not _needs_grad(x, wv, bv, kernel, kappa, mu, beta):
-            return library.dw_attention(x, wv, bv, kernel, kappa, mu, beta, *_sizes(geometry))
-        # With gradients the values are kept for the backward pass, instead of being projected again.
+        # With gradients, V is kept for the backward pass instead of being projected again.
         v = F.linear(x, wv, bv)
         if name == "cpp":
-            return library.dw_aggregate(v, kernel, kappa, mu, beta, *_sizes(geometry))
-        if name == "torch":
-            return _torch_dw_aggregate(v, kernel, geometry, kappa, mu, beta)
-        return _reference_dw_aggregate(v, kernel, geometry, kappa, mu, beta)
+            return library.dw_aggregate(v, *coefficients, *_sizes(geometry))
+        return _PYTHON[name](v, geometry, *coefficients)
+
+
+def _run_compiled(run: Callable[[], Tensor], check: Callable[[], None]) -> Tensor:
+    """Run a compiled operator, which checks its arguments itself.
+
+    Checking them here too would take as long as a small kernel, so it is done only to give the
+    operator's error its type, and under tracing, where it is free.
+    """
+    if torch.compiler.is_compiling():
+        check()
+        return run()
+    try:
+        return run()
+    except RuntimeError:
+        check()
+        raise
 
 
 def _torch_dw_aggregate(
     v: Tensor,
-    kernel: Tensor,
     geometry: Geometry,
+    kernel: Tensor,
     kappa: Tensor | None,
     mu: Tensor | None,
     beta: Tensor | None,
@@ -125,8 +143,8 @@ def _torch_dw_aggregate(
 
 def _reference_dw_aggregate(
     v: Tensor,
-    kernel: Tensor,
     geometry: Geometry,
+    kernel: Tensor,
     kappa: Tensor | None,
     mu: Tensor | None,
     beta: Tensor | None,
@@ -136,6 +154,9 @@ def _reference_dw_aggregate(
     kappa, mu, beta = (None if t is None else t.to(wide) for t in (kappa, mu, beta))
     y = reference.dw_aggregate(v.to(wide), kernel.to(wide), geometry, kappa, mu, beta)
     return y.to(v.dtype)
+
+
+_PYTHON = {"torch": _torch_dw_aggregate, "reference": _reference_dw_aggregate}
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -170,10 +191,24 @@ def _autocast_off(device: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def _check_aggregate(v: Tensor, geometry: Geometry, *coefficients: Tensor | None) -> None:
+    _check_tokens("v", v, geometry)
+    _check_coefficients(v, v.shape[-1], geometry, *coefficients)
+
+
+def _check_attention(
+    x: Tensor, wv: Tensor, bv: Tensor | None, geometry: Geometry, *coefficients: Tensor | None
+) -> None:
+    _check_tokens("x", x, geometry)
+    _check_projection(x, wv, bv)
+    _check_coefficients(x, wv.shape[0], geometry, *coefficients)
+
+
 def _check_tokens(name: str, t: Tensor, geometry: Geometry) -> None:
     if t.dim() != 3:
         raise DwattnError(
-            f"{name} must have the three dimensions (batch, tokens, channels), got shape {tuple(t.shape)}."
+            f"{name} must have the three dimensions (batch, tokens, channels), got shape "
+            f"{tuple(t.shape)}."
         )
     if not t.is_floating_point():
         raise DwattnError(
@@ -194,27 +229,18 @@ def _check_projection(x: Tensor, wv: Tensor, bv: Tensor | None) -> None:
         _check_tensor(name, t, tuple(shape), x)
         if t.dtype != x.dtype:
             raise DwattnError(
-                f"{name} is {t.dtype} but x is {x.dtype}; convert the layer with .to({x.dtype}) or run it "
-                f"under torch.autocast({x.device.type!r})."
+                f"{name} is {t.dtype} but x is {x.dtype}; convert the layer with .to({x.dtype}) or "
+                f"run it under torch.autocast({x.device.type!r})."
             )
 
 
 def _check_coefficients(
-    x: Tensor,
-    channels: int,
-    kernel: Tensor,
-    geometry: Geometry,
-    kappa: Tensor | None,
-    mu: Tensor | None,
-    beta: Tensor | None,
+    tokens: Tensor, channels: int, geometry: Geometry, *coefficients: Tensor | None
 ) -> None:
-    _check_tensor("kernel", kernel, (channels, 3, 3), x)
-    if kappa is not None:
-        _check_tensor("kappa", kappa, (geometry.num_prefix, channels), x)
-    if mu is not None:
-        _check_tensor("mu", mu, (channels,), x)
-    if beta is not None:
-        _check_tensor("beta", beta, (channels,), x)
+    shapes = ((channels, 3, 3), (geometry.num_prefix, channels), (channels,), (channels,))
+    for name, t, shape in zip(("kernel", "kappa", "mu", "beta"), coefficients, shapes, strict=True):
+        if t is not None:
+            _check_tensor(name, t, shape, tokens)
 
 
 def _check_tensor(name: str, t: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
@@ -222,8 +248,8 @@ def _check_tensor(name: str, t: Tensor, shape: tuple[int, ...], like: Tensor) ->
         raise DwattnError(f"{name} must have shape {shape}, got {tuple(t.shape)}.")
     if t.device != like.device:
         raise DwattnError(
-            f"{name} is on {t.device} but the tokens are on {like.device}; move the layer and its input "
-            f"to one device."
+            f"{name} is on {t.device} but the tokens are on {like.device}; move the layer and its "
+            f"input to one device."
         )
     if not t.is_floating_point():
         raise DwattnError(f"{name} must be a floating-point tensor, got {t.dtype}.")

@@ -1,15 +1,15 @@
 """Loads the compiled modules and teaches PyTorch about the operators: fake tensors and autograd.
 
-``torch.ops.dwattn.dw_aggregate`` and ``dw_attention`` come from ``_C.so``, which uses LibTorch's stable ABI
-and holds no Python symbol. The package works without it: :data:`AVAILABLE` is then false,
+``torch.ops.dwattn.dw_aggregate`` and ``dw_attention`` come from ``_C.so``, which uses LibTorch's
+stable ABI and holds no Python symbol. The package works without it: :data:`AVAILABLE` is then false,
 :func:`load_error` says why, and other backends run. ``DWATTN_DISABLE_NATIVE=1`` simulates that.
 
-Gradients of ``Y = aggregate(V; K, kappa, mu, beta)`` for ``G = dL/dY``, with ``S[c] = sum_patches G``:
+Gradients of ``Y = aggregate(V; K, kappa, mu, beta)`` for ``G = dL/dY``, ``S[c] = sum_patches G``:
 
-- ``dV_patches = aggregate(G; K flipped, mu)``: the mean term of the forward pass, ``mu * mean(V)``, hands
-  ``mu * S / (H*W)`` to every patch, which is again a mean term;
-- ``dV[t] = kappa[t] S`` for prefix tokens; ``dkappa[t] = sum_b V[t] S``; ``dmu = sum_b mean(V) S``;
-  ``dbeta = sum_b S``;
+- ``dV_patches = aggregate(G; K flipped, mu)``: the mean term of the forward pass, ``mu * mean(V)``,
+  hands ``mu * S / (H*W)`` to every patch, which is again a mean term;
+- ``dV[t] = kappa[t] S`` for prefix tokens; ``dkappa[t] = sum_b V[t] S``;
+  ``dmu = sum_b mean(V) S``; ``dbeta = sum_b S``;
 - ``dK`` is the weight gradient of a depthwise convolution.
 """
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -84,7 +85,7 @@ def dw_aggregate(
     width: int,
     num_prefix: int,
 ) -> Tensor:
-    """The compiled operator: ``v (B, N, C) -> (B, H*W, C)``; see :func:`dwattn.functional.dw_aggregate`."""
+    """The compiled operator ``v (B, N, C) -> (B, H*W, C)``; see :mod:`dwattn.functional`."""
     out: Tensor = torch.ops.dwattn.dw_aggregate.default(
         v, kernel, kappa, mu, beta, height, width, num_prefix
     )
@@ -103,7 +104,7 @@ def dw_attention(
     width: int,
     num_prefix: int,
 ) -> Tensor:
-    """The compiled operator: ``x (B, N, D) -> (B, H*W, C)``; see :func:`dwattn.functional.dw_attention`."""
+    """The compiled operator ``x (B, N, D) -> (B, H*W, C)``; see :mod:`dwattn.functional`."""
     out: Tensor = torch.ops.dwattn.dw_attention.default(
         x, wv, bv, kernel, kappa, mu, beta, height, width, num_prefix
     )
@@ -176,7 +177,7 @@ def _save_aggregate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward_aggregate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     v, kernel, kappa, mu = ctx.saved_tensors
     needs = ctx.needs_input_grad[:5]
-    return (*_aggregate_gradients(grad, v, kernel, kappa, mu, *ctx.sizes, needs), None, None, None)
+    return (*_aggregate_gradients(grad, v, kernel, kappa, mu, ctx.sizes, needs), None, None, None)
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -185,13 +186,13 @@ def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_attention(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """V is projected again rather than kept: callers that train save it themselves (functional.py)."""
+    """V is projected again rather than kept: callers that train keep it (functional.py)."""
     x, wv, bv, kernel, kappa, mu = ctx.saved_tensors
     needs_x, needs_wv, needs_bv, *needs = ctx.needs_input_grad[:7]
     needs_v = needs_x or needs_wv or needs_bv
     v = F.linear(x, wv, bv)
     dv, *coefficients = _aggregate_gradients(
-        grad, v, kernel, kappa, mu, *ctx.sizes, (needs_v, *needs)
+        grad, v, kernel, kappa, mu, ctx.sizes, (needs_v, *needs)
     )
     dx = dwv = dbv = None
     if dv is not None:
@@ -207,12 +208,11 @@ def _aggregate_gradients(
     kernel: Tensor,
     kappa: Tensor | None,
     mu: Tensor | None,
-    height: int,
-    width: int,
-    num_prefix: int,
-    needs: tuple[bool, ...],
+    sizes: list[int],
+    needs: Sequence[bool],
 ) -> Gradients:
-    """Gradients of v, kernel, kappa, mu and beta (None where not needed); the equations are on top."""
+    """Gradients of v, kernel, kappa, mu and beta, None where not needed; equations on top."""
+    height, width, num_prefix = sizes
     needs_v, needs_kernel, needs_kappa, needs_mu, needs_beta = needs
     prefix, patches = v[:, :num_prefix], v[:, num_prefix:]
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
@@ -221,10 +221,8 @@ def _aggregate_gradients(
     if needs_v:
         dv = dw_aggregate(grad, kernel.flip(1, 2), None, mu, None, height, width, 0)
         if num_prefix:
-            rows = (
-                v.new_zeros(prefix.shape) if kappa is None else (kappa * total[:, None]).to(v.dtype)
-            )
-            dv = torch.cat([rows, dv], 1)
+            rows = v.new_zeros(prefix.shape) if kappa is None else kappa * total[:, None]
+            dv = torch.cat([rows.to(v.dtype), dv], 1)
     if needs_kernel:
         dkernel = _kernel_gradient(grad, patches, height, width).to(kernel.dtype)
     if needs_kappa and kappa is not None:
