@@ -196,9 +196,13 @@ def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     name = os.fspath(path)
+    if Path(path).is_dir():
+        raise CheckpointError(
+            f"{name!r} is a directory. dwattn.save() writes one file; save_pretrained() cannot describe a "
+            f"converted model, so load the original with from_pretrained() and then the file into it."
+        )
     if not Path(path).is_file():
-        what = "is a directory" if Path(path).is_dir() else "does not exist"
-        raise CheckpointError(f"There is no checkpoint to load: {name!r} {what}.")
+        raise CheckpointError(f"There is no checkpoint to load: {name!r} does not exist.")
     try:
         with safe_open(name, framework="pt") as file:
             yield file

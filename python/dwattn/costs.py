@@ -49,7 +49,9 @@ def _exact_prefix(s: LayerShape) -> int:
 
 def _depthwise(s: LayerShape, inner: int) -> int:
     return (
-        _linear(s.tokens, s.dim, inner) + 2 * TAPS * s.patches * inner + _linear(s.patches, inner, s.dim)
+        _linear(s.tokens, s.dim, inner)
+        + 2 * TAPS * s.patches * inner
+        + _linear(s.patches, inner, s.dim)
     )
 
 
@@ -63,7 +65,9 @@ def _dw(s: LayerShape) -> int:
 
 def _lowrank(s: LayerShape) -> int:
     if s.rank is None:
-        raise DwattnError("The cost of lowrank_dw depends on its inner width: pass rank=, for example dim // 4.")
+        raise DwattnError(
+            "The cost of lowrank_dw depends on its inner width: pass rank=, for example dim // 4."
+        )
     return _depthwise(s, s.rank) + _exact_prefix(s)
 
 
@@ -92,16 +96,26 @@ _FLOPS: dict[str, Callable[[LayerShape], int]] = {
 
 
 def _shape(
-    variant: str, tokens: int, dim: int, num_heads: int, head_dim: int | None, num_prefix: int, rank: int | None
+    variant: str,
+    tokens: int,
+    dim: int,
+    num_heads: int,
+    head_dim: int | None,
+    num_prefix: int,
+    rank: int | None,
 ) -> LayerShape:
     if variant not in _FLOPS:
         raise DwattnError(f"Unknown variant {variant!r}; choose one of {', '.join(_FLOPS)}.")
     sizes = {"tokens": tokens, "dim": dim, "num_heads": num_heads}
     if any(value < 1 for value in sizes.values()) or not 0 <= num_prefix < tokens:
-        raise DwattnError(f"Sizes must be positive with 0 <= num_prefix < tokens, got {sizes}, num_prefix={num_prefix}.")
+        raise DwattnError(
+            f"Sizes must be positive with 0 <= num_prefix < tokens, got {sizes}, num_prefix={num_prefix}."
+        )
     if head_dim is None:
         if dim % num_heads:
-            raise DwattnError(f"dim={dim} is not a multiple of num_heads={num_heads}; pass head_dim= explicitly.")
+            raise DwattnError(
+                f"dim={dim} is not a multiple of num_heads={num_heads}; pass head_dim= explicitly."
+            )
         head_dim = dim // num_heads
     return LayerShape(tokens, dim, num_heads, head_dim, num_prefix, rank)
 
@@ -127,7 +141,8 @@ def flops(
     Raises:
         DwattnError: unknown variant, sizes out of range, ``lowrank_dw`` without ``rank``.
     """
-    return _FLOPS[variant](_shape(variant, tokens, dim, num_heads, head_dim, num_prefix, rank))
+    shape = _shape(variant, tokens, dim, num_heads, head_dim, num_prefix, rank)
+    return _FLOPS[variant](shape)
 
 
 def params(
