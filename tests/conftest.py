@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from support import torchvision_shim
 
 torchvision_shim.install()

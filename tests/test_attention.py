@@ -98,9 +98,10 @@ def test_equals_reference(variant: str, num_prefix: int) -> None:
 
 
 @pytest.mark.parametrize("variant", ["dw", "conv"])
-@pytest.mark.parametrize("options", [{"prefix": "static"}, {"context": False}, {"qkv_bias": False,
-"proj_bias": False}])  # fmt: skip def test_options_equal_reference(variant: str, options: dict[str,
-Any]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"prefix": "static"}, {"context": False}, {"qkv_bias": False, "proj_bias": False}]
+)
+def test_options_equal_reference(variant: str, options: dict[str, Any]) -> None:
     geometry = Geometry(*GRID, 5)
     module, x = make(variant, 5, **options), tokens(5)
     parts = [expected_prefix(module, x, geometry), expected_patches(module, x, geometry)]
@@ -111,7 +112,7 @@ def test_exact_prefix_rows_are_softmax_attention() -> None:
     """The absorbed form against full attention, key bias included: it must cancel."""
     torch.manual_seed(0)
     shapes = {"wq": (DIM, DIM), "wk": (DIM, DIM), "wv": (DIM, DIM), "wo": (DIM, DIM)}
-    shapes |= {"bq": (DIM,), "bk": (DIM,), "bv": (DIM,), "bo": (DIM,)}  # type: ignore[dict-item]
+    shapes |= {"bq": (DIM,), "bk": (DIM,), "bv": (DIM,), "bo": (DIM,)}
     w = {name: torch.randn(shape, dtype=torch.float64) * 0.3 for name, shape in shapes.items()}
     weights = AttentionWeights(HEADS, DIM // HEADS, (DIM // HEADS) ** -0.5, **w)
     x = tokens(5)
@@ -168,18 +169,17 @@ def test_shift_invariance_of_the_interior() -> None:
     """
     module, x = make("dw", context=False), torch.zeros(1, 12, DIM, dtype=torch.float64)
     with torch.no_grad():
-        module.value.bias.zero_()  # type: ignore[union-attr]
-        module.proj.bias.zero_()  # type: ignore[union-attr]
+        module.value.bias.zero_()
+        module.proj.bias.zero_()
     source = torch.randn(DIM, dtype=torch.float64)
     x[0, 1 * 4 + 1] = source  # row 1, column 1
     out = module(x).unflatten(1, GRID)
-    v = F.linear(source, module.value.weight)  # type: ignore[arg-type]
+    v = F.linear(source, module.value.weight)
     for row, column in itertools.product(range(3), range(4)):
         dr, dc = 1 - row, 1 - column  # where the source lies, seen from (row, column)
         tap = abs(dr) <= 1 and abs(dc) <= 1
-        y = module.kernel[:, dr + 1, dc + 1] * v if tap else torch.zeros_like(v)  # type:
-        ignore[index] torch.testing.assert_close(out[0, row, column], F.linear(y,
-        module.proj.weight))  # type: ignore[arg-type]
+        y = module.kernel[:, dr + 1, dc + 1] * v if tap else torch.zeros_like(v)
+        torch.testing.assert_close(out[0, row, column], F.linear(y, module.proj.weight))
 
 
 @pytest.mark.parametrize("num_prefix", [0, 5])
@@ -197,9 +197,9 @@ def test_state_dict_reloads_into_a_fresh_module(variant: str, num_prefix: int) -
 @pytest.mark.parametrize("variant", REPLACEMENTS)
 def test_config_rebuilds_the_module(variant: str) -> None:
     module = make(variant, 5, context=False)
-    rebuilt = REPLACEMENTS[variant](DIM, HEADS, num_prefix=5, **module.config())  # type:
-    ignore[operator] rebuilt.double().load_state_dict(module.state_dict(), strict=True) assert
-    torch.equal(rebuilt(tokens(5)), module(tokens(5)))
+    rebuilt = REPLACEMENTS[variant](DIM, HEADS, num_prefix=5, **module.config())
+    rebuilt.double().load_state_dict(module.state_dict(), strict=True)
+    assert torch.equal(rebuilt(tokens(5)), module(tokens(5)))
 
 
 @pytest.mark.parametrize("num_prefix", [0, 5])
@@ -255,7 +255,7 @@ def test_compiles_without_graph_breaks(variant: str, num_prefix: int) -> None:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), module(x), rtol=0, atol=1e-10)
     compiled(x).sum().backward()
-    assert module.value.weight.grad is not None  # type: ignore[union-attr]
+    assert module.value.weight.grad is not None
 
 
 @pytest.mark.parametrize(("variant", "num_prefix"), [("dw", 0), *((v, 5) for v in REPLACEMENTS)])
@@ -288,7 +288,7 @@ def test_grids_smaller_than_the_kernel(grid: tuple[int, int]) -> None:
 def test_ensemble_folds_into_a_narrow_layer() -> None:
     for num_prefix in (0, 5):
         module, x = make("ens_dw", num_prefix), tokens(num_prefix)
-        folded = module.fold()  # type: ignore[operator]
+        folded = module.fold()
         assert folded.inner_dim == DIM // HEADS
         torch.testing.assert_close(folded(x), module(x), rtol=0, atol=1e-12)
 

@@ -59,7 +59,7 @@ def test_flops_are_those_that_torch_counts(variant: str) -> None:
     else:
         module = REPLACEMENTS[variant](48, 3, context=False, grid=grid, **options, **ALL[variant])
     if variant == "ens_dw":
-        module = module.fold()  # type: ignore[operator]  # as it is deployed
+        module = module.fold()  # as it is deployed
     plain = sdpa_kernel(SDPBackend.MATH)  # CPU flash attention is not counted
     with torch.no_grad(), plain, backends.use("torch"), FlopCounterMode(display=False) as counter:
         module(torch.randn(1, 24, 48))

@@ -50,7 +50,7 @@ class Attention(nn.Module):
 
 
 class MemEffAttention(Attention):
-    def forward(self, x: Tensor, attn_bias: Any = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, attn_bias: Any = None) -> Tensor:
         if attn_bias is not None:
             raise AssertionError("xFormers is required for using nested tensors")
         return super().forward(x)

@@ -137,54 +137,177 @@ def hub_vit(**options: Any) -> nn.Module:
 
 
 def _hub_tokens(model: nn.Module, x: Tensor) -> Tensor:
-    return model.forward_features(x)["x_norm_patchtokens"]  # type: ignore[operator]
+    return model.forward_features(x)["x_norm_patchtokens"]
 
 
 def _vision(model: nn.Module, x: Tensor) -> Tensor:
-    return model.vision_model(pixel_values=x).last_hidden_state  # type: ignore[operator]
+    return model.vision_model(pixel_values=x).last_hidden_state
 
 
 _TIMM, _HF = "blocks.0.attn", "encoder.layer.0.attention"
 
 TIMM = [
     Family("timm", timm_vit, (32, 24), (4, 3), 1, _TIMM),
-    Family("timm-reg4", lambda: timm_vit(reg_tokens=4, no_embed_class=True, init_values=1e-5), (32,
-    24), (4, 3), 5, _TIMM, True), Family("timm-no-class", lambda: timm_vit(class_token=False,
-    global_pool="avg"), (32, 24), (4, 3), 0, _TIMM), Family("timm-qk-norm", lambda:
-    timm_vit(qk_norm=True), (32, 24), (4, 3), 1, _TIMM), Family("timm-no-bias", lambda:
-    timm_vit(qkv_bias=False), (32, 24), (4, 3), 1, _TIMM), Family("timm-clip", lambda:
-    timm_vit(pre_norm=True), (32, 24), (4, 3), 1, _TIMM), Family("timm-mae", lambda:
-    timm_vit(global_pool="avg", fc_norm=False), (32, 24), (4, 3), 1, _TIMM), Family("timm-siglip",
-    lambda: timm_vit(class_token=False, global_pool="map"), (32, 24), (4, 3), 0, _TIMM),
-    Family("timm-deit", timm_distilled, (32, 24), (4, 3), 2, _TIMM), Family("timm-dynamic", lambda:
-    timm_vit(dynamic_img_size=True), (32, 24), (4, 3), 1, _TIMM),
-]  # fmt: skip
+    Family(
+        "timm-reg4",
+        lambda: timm_vit(reg_tokens=4, no_embed_class=True, init_values=1e-5),
+        (32, 24),
+        (4, 3),
+        5,
+        _TIMM,
+        True,
+    ),
+    Family(
+        "timm-no-class",
+        lambda: timm_vit(class_token=False, global_pool="avg"),
+        (32, 24),
+        (4, 3),
+        0,
+        _TIMM,
+    ),
+    Family("timm-qk-norm", lambda: timm_vit(qk_norm=True), (32, 24), (4, 3), 1, _TIMM),
+    Family("timm-no-bias", lambda: timm_vit(qkv_bias=False), (32, 24), (4, 3), 1, _TIMM),
+    Family("timm-clip", lambda: timm_vit(pre_norm=True), (32, 24), (4, 3), 1, _TIMM),
+    Family(
+        "timm-mae", lambda: timm_vit(global_pool="avg", fc_norm=False), (32, 24), (4, 3), 1, _TIMM
+    ),
+    Family(
+        "timm-siglip",
+        lambda: timm_vit(class_token=False, global_pool="map"),
+        (32, 24),
+        (4, 3),
+        0,
+        _TIMM,
+    ),
+    Family("timm-deit", timm_distilled, (32, 24), (4, 3), 2, _TIMM),
+    Family("timm-dynamic", lambda: timm_vit(dynamic_img_size=True), (32, 24), (4, 3), 1, _TIMM),
+]
 HF = [
     Family("hf-dinov2", lambda: hf_model("Dinov2"), (32, 32), (4, 4), 1, _HF, True),
-    Family("hf-dinov2-swiglu", lambda: hf_model("Dinov2", use_swiglu_ffn=True), (32, 32), (4, 4), 1,
-    _HF, True), Family("hf-dinov2-reg", lambda: hf_model("Dinov2WithRegisters"), (32, 32), (4, 4),
-    5, _HF, True), Family("hf-dinov2-head", lambda: hf_model("Dinov2",
-    "Dinov2ForImageClassification"), (32, 32), (4, 4), 1, f"dinov2.{_HF}", True),
-    Family("hf-dinov2-backbone", lambda: hf_model("Dinov2", "Dinov2Backbone"), (32, 32), (4, 4), 1,
-    _HF, True), Family("hf-vit", lambda: hf_model("ViT", image_size=(32, 24)), (32, 24), (4, 3), 1,
-    "layers.0.attention"), Family("hf-vit-head", lambda: hf_model("ViT",
-    "ViTForImageClassification"), (32, 32), (4, 4), 1, "vit.layers.0.attention"),
-    Family("hf-vit-mae", lambda: hf_model("ViTMAE", mask_ratio=0.0), (32, 32), (4, 4), 1,
-    "layers.0.attention"), Family("hf-deit", lambda: hf_model("DeiT", image_size=(32, 24)), (32,
-    24), (4, 3), 2, "layers.0.attention"), Family("hf-clip", lambda: hf_model("CLIPVision"), (32,
-    32), (4, 4), 1, "encoder.layers.0.self_attn"), Family("hf-clip-both", clip_both, (32, 32), (4,
-    4), 1, "vision_model.encoder.layers.0.self_attn", tokens=_vision), Family("hf-siglip", lambda:
-    hf_model("SiglipVision"), (32, 32), (4, 4), 0, "encoder.layers.0.self_attn"),
-    Family("hf-siglip-both", lambda: clip_both("Siglip"), (32, 32), (4, 4), 0,
-    "vision_model.encoder.layers.0.self_attn", tokens=_vision),
-]  # fmt: skip
+    Family(
+        "hf-dinov2-swiglu",
+        lambda: hf_model("Dinov2", use_swiglu_ffn=True),
+        (32, 32),
+        (4, 4),
+        1,
+        _HF,
+        True,
+    ),
+    Family(
+        "hf-dinov2-reg", lambda: hf_model("Dinov2WithRegisters"), (32, 32), (4, 4), 5, _HF, True
+    ),
+    Family(
+        "hf-dinov2-head",
+        lambda: hf_model("Dinov2", "Dinov2ForImageClassification"),
+        (32, 32),
+        (4, 4),
+        1,
+        f"dinov2.{_HF}",
+        True,
+    ),
+    Family(
+        "hf-dinov2-backbone",
+        lambda: hf_model("Dinov2", "Dinov2Backbone"),
+        (32, 32),
+        (4, 4),
+        1,
+        _HF,
+        True,
+    ),
+    Family(
+        "hf-vit",
+        lambda: hf_model("ViT", image_size=(32, 24)),
+        (32, 24),
+        (4, 3),
+        1,
+        "layers.0.attention",
+    ),
+    Family(
+        "hf-vit-head",
+        lambda: hf_model("ViT", "ViTForImageClassification"),
+        (32, 32),
+        (4, 4),
+        1,
+        "vit.layers.0.attention",
+    ),
+    Family(
+        "hf-vit-mae",
+        lambda: hf_model("ViTMAE", mask_ratio=0.0),
+        (32, 32),
+        (4, 4),
+        1,
+        "layers.0.attention",
+    ),
+    Family(
+        "hf-deit",
+        lambda: hf_model("DeiT", image_size=(32, 24)),
+        (32, 24),
+        (4, 3),
+        2,
+        "layers.0.attention",
+    ),
+    Family(
+        "hf-clip", lambda: hf_model("CLIPVision"), (32, 32), (4, 4), 1, "encoder.layers.0.self_attn"
+    ),
+    Family(
+        "hf-clip-both",
+        clip_both,
+        (32, 32),
+        (4, 4),
+        1,
+        "vision_model.encoder.layers.0.self_attn",
+        tokens=_vision,
+    ),
+    Family(
+        "hf-siglip",
+        lambda: hf_model("SiglipVision"),
+        (32, 32),
+        (4, 4),
+        0,
+        "encoder.layers.0.self_attn",
+    ),
+    Family(
+        "hf-siglip-both",
+        lambda: clip_both("Siglip"),
+        (32, 32),
+        (4, 4),
+        0,
+        "vision_model.encoder.layers.0.self_attn",
+        tokens=_vision,
+    ),
+]
 HUB = [
     Family("hub", hub_vit, (56, 56), (4, 4), 1, _TIMM, True, _hub_tokens),
-    Family("hub-plain", lambda: hub_vit(attn_class=hub_dinov2.Attention, init_values=None), (56,
-    56), (4, 4), 1, _TIMM, False, _hub_tokens), Family("hub-reg4", lambda:
-    hub_vit(num_register_tokens=4, ffn_layer="swiglufused"), (56, 56), (4, 4), 5, _TIMM, True,
-    _hub_tokens), Family("hub-chunked", lambda: hub_vit(block_chunks=2), (56, 56), (4, 4), 1,
-    "blocks.0.0.attn", True, _hub_tokens),
-]  # fmt: skip
+    Family(
+        "hub-plain",
+        lambda: hub_vit(attn_class=hub_dinov2.Attention, init_values=None),
+        (56, 56),
+        (4, 4),
+        1,
+        _TIMM,
+        False,
+        _hub_tokens,
+    ),
+    Family(
+        "hub-reg4",
+        lambda: hub_vit(num_register_tokens=4, ffn_layer="swiglufused"),
+        (56, 56),
+        (4, 4),
+        5,
+        _TIMM,
+        True,
+        _hub_tokens,
+    ),
+    Family(
+        "hub-chunked",
+        lambda: hub_vit(block_chunks=2),
+        (56, 56),
+        (4, 4),
+        1,
+        "blocks.0.0.attn",
+        True,
+        _hub_tokens,
+    ),
+]
 FAMILIES = TIMM + HF + HUB
 BY_NAME = {family.name: family for family in FAMILIES}
