@@ -97,8 +97,7 @@ def iterate(
     if seen == 0:
         raise DataError(
             "The data holds no images. Pass an image tensor (N, 3, H, W) or an iterable of "
-            "batches; an iterator "
-            "that was read before is empty."
+            "batches; an iterator that was read before is empty."
         )
 
 
@@ -119,8 +118,8 @@ def require_reiterable(data: Any, why: str) -> None:
     if not is_reiterable(data):
         raise DataError(
             f"The data is a one-shot iterator ({type(data).__name__}) and cannot be read again, "
-            f"but it has to be, "
-            f"because {why}. Pass a list of batches, a tensor or a DataLoader instead."
+            f"but it has to be, because {why}. Pass a list of batches, a tensor or a DataLoader "
+            "instead."
         )
 
 
@@ -156,8 +155,7 @@ def _items(data: Any, batch_size: int) -> Iterator[Any]:
         if data.dim() != 4:
             raise DataError(
                 f"An image tensor has 4 dimensions (N, 3, H, W), got shape {tuple(data.shape)}. "
-                f"Add the batch "
-                f"dimension with images[None] if this is one image."
+                "Add the batch dimension with images[None] if this is one image."
             )
         for start in range(0, len(data), batch_size):
             yield data[start : start + batch_size]
@@ -169,12 +167,17 @@ def _items(data: Any, batch_size: int) -> Iterator[Any]:
             and not isinstance(data, (str, Mapping))
         ):
             raise DataError(
-                f"Expected an image tensor (N, 3, H, W) or an iterable of batches, got "
-                f"{type(data).__name__}"
-                f"{_advice(data)}"
+                "Expected an image tensor (N, 3, H, W) or an iterable of batches, got "
+                f"{type(data).__name__}{_advice(data)}"
             )
-        data = (data[index] for index in range(len(data)))
+        data = _indexed(data)
     yield from _group_images(data, batch_size)
+
+
+def _indexed(data: Any) -> Iterator[Any]:
+    """The items of a map-style dataset."""
+    for index in range(len(data)):
+        yield data[index]
 
 
 def _advice(data: Any) -> str:
@@ -207,9 +210,8 @@ def _stack(images: list[Tensor]) -> Tensor:
     shapes = sorted({tuple(image.shape) for image in images})
     if len(shapes) > 1:
         raise DataError(
-            f"Images of different sizes cannot be put into one batch: "
-            f"{', '.join(map(str, shapes))}. Resize and "
-            f"crop them to one size first."
+            "Images of different sizes cannot be put into one batch: "
+            f"{', '.join(map(str, shapes))}. Resize and crop them to one size first."
         )
     return torch.stack(images)
 
@@ -235,15 +237,14 @@ def _batch(item: Any, where: str) -> Batch:
             kind = type(item[0]).__name__ if item else "nothing"
             raise DataError(
                 f"A batch ({where}) is a {type(item).__name__} that starts with {kind}; expected "
-                f"(image, label) "
-                f"with an image tensor first."
+                "(image, label) with an image tensor first."
             )
         item = item[0]
     if not isinstance(item, Tensor):
         raise DataError(
             f"A batch ({where}) is a {type(item).__name__}; expected a tensor (B, 3, H, W), an "
-            f"(image, label) pair "
-            f"or a dictionary of model inputs. Turn PIL images into tensors first."
+            "(image, label) pair or a dictionary of model inputs. Turn PIL images into tensors "
+            "first."
         )
     _check_shape(item, where)
     return Batch(item, int(item.shape[0]), item)
@@ -259,9 +260,8 @@ def _check_shape(pixels: Tensor | None, where: str) -> None:
     if not pixels.is_floating_point():
         raise DataError(
             f"A batch of images ({where}) has dtype {pixels.dtype}; models take normalised "
-            f"floating-point pixels: "
-            f"divide by 255, subtract the mean and divide by the standard deviation the model was "
-            f"trained with."
+            "floating-point pixels: divide by 255, subtract the mean and divide by the standard "
+            "deviation the model was trained with."
         )
     if 0 in pixels.shape:
         raise DataError(
@@ -278,8 +278,7 @@ def _check_pixels(batch: Batch, where: str) -> None:
     bad = (~finite.flatten(1).all(1)).nonzero().flatten().tolist()
     raise DataError(
         f"Images {bad} of a batch ({where}) have NaN or infinite pixels. Remove these images or "
-        f"repair the "
-        f"preprocessing."
+        "repair the preprocessing."
     )
 
 
@@ -292,7 +291,7 @@ def _cut(batch: Batch, size: int) -> Batch:
         else value
         for key, value in batch.inputs.items()
     }
-    return Batch(inputs, size, None if batch.pixels is None else batch.pixels[:size])
+    return _rebuilt(batch, inputs, size)
 
 
 def _move(batch: Batch, device: torch.device | str | None, dtype: torch.dtype | None) -> Batch:
@@ -305,8 +304,14 @@ def _move(batch: Batch, device: torch.device | str | None, dtype: torch.dtype | 
         moved = to(batch.inputs)
         return Batch(moved, batch.size, moved)
     moved_inputs = {k: to(v) for k, v in batch.inputs.items()}
-    pixel_key = next((k for k, v in batch.inputs.items() if v is batch.pixels), None)
-    return Batch(moved_inputs, batch.size, None if pixel_key is None else moved_inputs[pixel_key])
+    return _rebuilt(batch, moved_inputs, batch.size)
+
+
+def _rebuilt(batch: Batch, inputs: dict[str, Any], size: int) -> Batch:
+    """``batch`` with other values under the same keys; its pixels stay one of them."""
+    assert isinstance(batch.inputs, dict)
+    key = next((k for k, v in batch.inputs.items() if v is batch.pixels), None)
+    return Batch(inputs, size, None if key is None else inputs[key])
 
 
 class ImageFolder:
@@ -399,6 +404,6 @@ def image_folder(
     if not files:
         raise DataError(
             f"{root} holds no images; files ending in {', '.join(sorted(IMAGE_SUFFIXES))} are "
-            f"read, in subfolders too."
+            "read, in subfolders too."
         )
     return ImageFolder(files[:limit], (height, width), mean, std, batch_size)

@@ -80,8 +80,8 @@ class LatencyTable:
         if unknown:
             raise DwattnError(
                 f"The latency table has no layer {', '.join(unknown)}; it holds "
-                f"{', '.join(self.layers)}. Measure "
-                f"this model with dwattn.latency.measure_latency(model)."
+                f"{', '.join(self.layers)}. Measure this model with "
+                "dwattn.latency.measure_latency(model)."
             )
         return self.total - sum(self.layers[name].saved(heads) for name, heads in replaced.items())
 
@@ -93,8 +93,7 @@ class LatencyTable:
         """What was measured, in one line."""
         return (
             f"{self.variant}, {self.device}, {self.dtype}, {self.threads} threads, batch "
-            f"{self.batch_size}, "
-            f"{self.grid[0]} x {self.grid[1]} patches"
+            f"{self.batch_size}, {self.grid[0]} x {self.grid[1]} patches"
         )
 
     def to_dict(self) -> dict[str, Any]:

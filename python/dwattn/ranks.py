@@ -35,8 +35,7 @@ class Ranks:
         if distributed and not ready:
             raise ScoreError(
                 "distributed=True needs a process group: call "
-                "torch.distributed.init_process_group first, or start "
-                "the script with torchrun."
+                "torch.distributed.init_process_group first, or start the script with torchrun."
             )
         if distributed is False or not ready:
             return cls()

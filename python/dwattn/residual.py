@@ -72,7 +72,8 @@ def sample_positions(
     count = min(POSITIONS_PER_IMAGE, patches)
     index = torch.arange(count)
     jitter = _uniform(keys[:, None] + seed, index[None] + 1)
-    queries = ((index + jitter) * (patches / count)).long().clamp_(max=patches - 1)
+    edges = torch.arange(count + 1) * patches // count
+    queries = edges[:-1] + (jitter * edges.diff()).long()
     row, column = queries // geometry.width, queries % geometry.width
     step = torch.arange(-1, 2)
     rows = row[..., None] + step.repeat_interleave(3)

@@ -246,13 +246,12 @@ def _known(value: float | None, layer: LayerScore, criterion: str) -> float:
     if value is None:
         raise ScoreError(
             f"{layer.name} has no {criterion} score: the model was scored with residual=False. "
-            f"Score it again, or "
-            f"select with criterion='variance'."
+            "Score it again, or select with criterion='variance'."
         )
     if value != value or value in (float("inf"), float("-inf")):
         raise ScoreError(
             f"The {criterion} score of {layer.name} is {value}; score the model again on finite "
-            f"data."
+            "data."
         )
     return value
 
@@ -304,8 +303,7 @@ def _read(path: Path) -> tuple[_Header, Mapping[str, Tensor]]:
     if data.get("schema_version") != 1:
         raise ScoreError(
             f"{str(path)!r} has schema_version={data.get('schema_version')!r}, this dwattn reads "
-            f"version 1. Score "
-            f"the model again, or use the dwattn that wrote it."
+            "version 1. Score the model again, or use the dwattn that wrote it."
         )
     try:
         return _Header.model_validate(data), tensors

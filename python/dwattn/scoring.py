@@ -102,7 +102,7 @@ def score(
     if run.total_images < num_images:
         warnings.warn(
             f"The data held {run.total_images} images, fewer than num_images={num_images}; the "
-            f"scores are of these.",
+            "scores are of these.",
             stacklevel=2,
         )
     return Scores(

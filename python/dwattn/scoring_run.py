@@ -82,7 +82,7 @@ class LayerRun:
         if not bool(torch.isfinite(made.sigma).all()):
             raise ScoreError(
                 f"{made.name}: the statistics of its attention are not finite; look for huge "
-                f"activations."
+                "activations."
             )
         if self.fit is not None:
             error, power = (x.cpu() for x in unexplained(self.fit.grams))
@@ -162,15 +162,13 @@ class ScoringRun:
         if not self.active:
             raise ScoreError(
                 f"Calling the {type(self.layout.module).__name__} did not run its attention "
-                f"layers: pass the model "
-                f"whose forward takes these images."
+                "layers: pass the model whose forward takes these images."
             )
         for layer in self.active:
             if layer.variance.count != self.seen:
                 raise ScoreError(
                     f"{layer.site.attention_name} has seen {layer.variance.count} of {self.seen} "
-                    f"images; only models "
-                    f"whose layers see each image once can be scored."
+                    "images; only models whose layers see each image once can be scored."
                 )
 
     def finish_pass(self, ranks: Ranks, keep_maps: bool) -> None:
@@ -183,14 +181,12 @@ class ScoringRun:
         if total < 2:
             raise ScoreError(
                 f"The data held {total} image: the variance between images needs at least 2, and "
-                f"about 100 for a "
-                f"stable order of the blocks."
+                "about 100 for a stable order of the blocks."
             )
         if self.total_images and total != self.total_images:
             raise DataError(
                 f"The data held {total} images when it was read again and {self.total_images} "
-                f"before; it must not "
-                f"change between passes."
+                "before; it must not change between passes."
             )
         self.total_images = total
         for layer in self.active:
@@ -210,17 +206,16 @@ class ScoringRun:
         if pixels is None:
             raise DataError(
                 f"The patch embedding {type(module).__name__} was not called with (B, 3, H, W) "
-                f"pixels."
+                "pixels."
             )
         height, width = pixels.shape[2:]
         geometry = Geometry(*self.layout.grid_of(height, width), self.layout.num_prefix)
         if self.geometry is not None and geometry != self.geometry:
             raise DataError(
                 f"Images of {height} x {width} pixels ({geometry.height} x {geometry.width} "
-                f"patches) came after images "
-                f"of {self.geometry.height} x {self.geometry.width} patches: attention maps of "
-                f"different sizes cannot "
-                f"be pooled. Resize all images to one size."
+                f"patches) came after images of {self.geometry.height} x {self.geometry.width} "
+                "patches: attention maps of different sizes cannot be pooled. Resize all images "
+                "to one size."
             )
         self.geometry = geometry
         self.images = len(pixels)
@@ -250,9 +245,8 @@ class ScoringRun:
     def _check_tokens(self, tokens: Tensor) -> None:
         if self.geometry is None or len(tokens) != self.images:
             raise ScoreError(
-                f"It was called with {len(tokens)} sequences for {self.images} images; only "
-                f"models whose layers see "
-                f"each image once can be scored."
+                f"It was called with {len(tokens)} sequences for {self.images} images; only models "
+                "whose layers see each image once can be scored."
             )
         self.geometry.check(tokens.shape[1])
 
@@ -268,8 +262,8 @@ class ScoringRun:
         if max(sizes) > budget:
             raise ScoreError(
                 f"memory_budget={budget} bytes is less than the {max(sizes)} bytes that the "
-                f"statistics of one layer "
-                f"of {tokens} tokens need. Raise it, or score smaller images."
+                f"statistics of one layer of {tokens} tokens need. Raise it, or score smaller "
+                "images."
             )
         groups: list[list[LayerRun]] = [[]]
         used = 0

@@ -50,7 +50,7 @@ def select(
     given = [name for name, value in wanted.items() if value is not None]
     if len(given) > 1 or (not given and order is None):
         raise PlanError(
-            f"Pass exactly one of blocks=, heads= and target_speedup= (or order= alone); got "
+            "Pass exactly one of blocks=, heads= and target_speedup= (or order= alone); got "
             f"{', '.join(f'{name}={wanted[name]}' for name in given) or 'none of them'}."
         )
     check_criterion(criterion)
@@ -121,8 +121,8 @@ def _check_order(scores: Scores, order: Sequence[object]) -> list[LayerScore]:
             known = ", ".join(f"{layer.block} ({layer.name})" for layer in scores.layers)
             raise PlanError(
                 f"order names {entry!r}, which "
-                f"{f'was refused: {reason}' if reason else 'is not a scored layer'} "
-                f"Scored are {known}."
+                f"{f'was refused: {reason}' if reason else 'is not a scored layer'} Scored are "
+                f"{known}."
             )
         if found[0] in chosen:
             raise PlanError(f"order names {entry!r} twice.")
@@ -143,8 +143,8 @@ def _check_pairs(scores: Scores, order: Sequence[object]) -> list[Head]:
             or not 0 <= pair[1] < sizes.get(pair[0], 0)
         ):
             raise PlanError(
-                f"order names {entry!r}; expected (block, head) of a scored layer, whose heads "
-                f"are {sizes}."
+                f"order names {entry!r}; expected (block, head) of a scored layer, whose heads are "
+                f"{sizes}."
             )
         if pair in pairs:
             raise PlanError(f"order names {entry!r} twice.")
@@ -166,8 +166,7 @@ def _blocks_for(
         if model is None:
             raise PlanError(
                 "target_speedup= needs the latencies of this machine: pass model= to measure them "
-                "now, or latency= "
-                "from dwattn.latency.measure_latency(model)."
+                "now, or latency= from dwattn.latency.measure_latency(model)."
             )
         latency = measure_latency(model, grid=scores.grid)
     best = 1.0
@@ -177,9 +176,8 @@ def _blocks_for(
             return count
     raise PlanError(
         f"target_speedup={target} cannot be reached: replacing all {len(ranked)} layers is "
-        f"estimated to give "
-        f"{best:.2f}x on this machine ({latency.describe()}). Ask for less, or use a narrower "
-        f"variant."
+        f"estimated to give {best:.2f}x on this machine ({latency.describe()}). Ask for less, or "
+        "use a narrower variant."
     )
 
 

@@ -82,7 +82,8 @@ class AttentionVariance:
         mean = self.mean
         if self.entries == "all":
             return mean[:, self.num_prefix :, : self.num_prefix]
-        assert self._prefix is not None
+        if self._prefix is None:
+            return mean[:, :, :0]
         return self._prefix
 
     def sigma(self) -> Tensor:
@@ -132,6 +133,11 @@ class AttentionVariance:
     @torch.no_grad()
     def _run(self, q: Tensor, k: Tensor, v: Tensor | None, scale: float | None) -> Tensor | None:
         self._check(q, k)
+        # Autocast would round the operands of the matrix products to half precision.
+        with torch.autocast(q.device.type, enabled=False):
+            return self._attend(q, k, v, scale)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor | None, scale: float | None) -> Tensor | None:
         batch, heads, tokens, width = q.shape
         compute = torch.float64 if q.dtype == torch.float64 else torch.float32
         q = q.to(compute) * (width**-0.5 if scale is None else scale)
@@ -201,15 +207,13 @@ class AttentionVariance:
             self._filled()
         if q.dim() != 4 or q.shape != k.shape or 0 in q.shape:
             raise ScoreError(
-                f"q and k must have one shape (B, n_h, N, d_h) with no zero in it, got "
-                f"{tuple(q.shape)} and "
-                f"{tuple(k.shape)}."
+                "q and k must have one shape (B, n_h, N, d_h) with no zero in it, got "
+                f"{tuple(q.shape)} and {tuple(k.shape)}."
             )
         if not q.is_floating_point() or q.dtype != k.dtype or q.device != k.device:
             raise ScoreError(
                 f"q and k must be floating point of one dtype on one device, got {q.dtype} on "
-                f"{q.device} and "
-                f"{k.dtype} on {k.device}."
+                f"{q.device} and {k.dtype} on {k.device}."
             )
         if q.shape[2] <= self.num_prefix:
             raise ScoreError(
@@ -219,15 +223,14 @@ class AttentionVariance:
         if self._mean is not None and self._mean.shape != (q.shape[1], size, size):
             raise ScoreError(
                 f"This state holds attention maps of shape {tuple(self._mean.shape)}, the batch "
-                f"makes "
-                f"({q.shape[1]}, {size}, {size}): images of another resolution or another layer "
-                f"cannot be added."
+                f"makes ({q.shape[1]}, {size}, {size}): images of another resolution or another "
+                "layer cannot be added."
             )
         for name, tensor in (("q", q), ("k", k)):
             if not bool(torch.isfinite(tensor).all()):
                 raise ScoreError(
-                    f"{name} has NaN or infinite entries; the attention maps of this batch are "
-                    f"not defined."
+                    f"{name} has NaN or infinite entries; the attention maps of this batch are not "
+                    "defined."
                 )
 
     def merge(self, other: AttentionVariance) -> AttentionVariance:
@@ -240,8 +243,8 @@ class AttentionVariance:
         if (self.num_prefix, self.entries) != (other.num_prefix, other.entries):
             raise ScoreError(
                 f"Cannot merge a state with num_prefix={other.num_prefix}, "
-                f"entries={other.entries!r} into one with "
-                f"num_prefix={self.num_prefix}, entries={self.entries!r}."
+                f"entries={other.entries!r} into one with num_prefix={self.num_prefix}, "
+                f"entries={self.entries!r}."
             )
         if other.count == 0 and not other._interrupted:
             return self
