@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from dwattn.adapters import BackboneLayout, BlockSite, ConvertedAttention, adapter_for, describe
-from dwattn.errors import DwattnError
+from dwattn.errors import DwattnError, UnsupportedAttentionError
 
 if TYPE_CHECKING:
     from dwattn.projections import AttentionWeights
@@ -31,7 +31,10 @@ WEIGHT_TOLERANCE = 0.05
 
 
 class LayerPrint(BaseModel):
-    """One attention layer: ``name`` relative to the backbone, class, sizes and weight sketch."""
+    """One attention layer: ``name`` relative to the backbone, class, sizes and weight sketch.
+
+    Layers that cannot be replaced have sizes of 0 and an empty sketch.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -71,7 +74,8 @@ class Fingerprint(BaseModel):
         if self.num_prefix != other.num_prefix:
             return f"it has {other.num_prefix} prefix tokens instead of {self.num_prefix}"
         for mine, theirs in zip(self.layers, other.layers, strict=True):
-            for key, value in mine.shape().items():
+            known = mine.dim and theirs.dim  # not a layer that is refused anyway
+            for key, value in mine.shape().items() if known else [("name", mine.name)]:
                 found = getattr(theirs, key)
                 if found != value:
                     return f"{key} of layer {theirs.name} is {found!r} instead of {value!r}"
@@ -86,8 +90,9 @@ class Fingerprint(BaseModel):
         changes = [
             (_distance(mine.sketch, theirs.sketch), theirs.name)
             for mine, theirs in zip(self.layers, other.layers, strict=True)
+            if mine.sketch and theirs.sketch
         ]
-        return max(changes, key=lambda change: math.inf if math.isnan(change[0]) else change[0])
+        return max(changes, default=(0.0, ""))
 
 
 def fingerprint(model: nn.Module | BackboneLayout) -> Fingerprint:
@@ -123,9 +128,7 @@ def _layer_print(name: str, site: BlockSite) -> LayerPrint:
                 "first."
             )
         return LayerPrint.model_validate(attention.original_print)
-    adapter = adapter_for(attention)
-    refused = adapter is None or adapter.refusal(attention) is not None
-    weights = None if adapter is None or refused else adapter.weights(attention)
+    weights = _weights(attention)
     return LayerPrint(
         name=name,
         kind=type(attention).__name__,
@@ -134,6 +137,16 @@ def _layer_print(name: str, site: BlockSite) -> LayerPrint:
         head_dim=0 if weights is None else weights.head_dim,
         sketch=() if weights is None else _sketch(weights),
     )
+
+
+def _weights(attention: nn.Module) -> AttentionWeights | None:
+    adapter = adapter_for(attention)
+    if adapter is None or adapter.refusal(attention) is not None:
+        return None
+    try:
+        return adapter.weights(attention)
+    except UnsupportedAttentionError:
+        return None
 
 
 @lru_cache(maxsize=8)
@@ -154,6 +167,8 @@ def _sketch(weights: AttentionWeights) -> tuple[float, ...]:
         step = max(1, flat.numel() // _SAMPLES)
         parts.append(flat[::step][:_SAMPLES].to("cpu", torch.float64))
     sample = torch.cat(parts)
+    if not bool(torch.isfinite(sample).all()):
+        return ()
     norm = sample.norm().clamp_min(torch.finfo(torch.float64).tiny)
     projected = _waves(sample.numel()) @ sample / norm
     # An even norm is not enough: scaled weights must differ too.
@@ -161,10 +176,6 @@ def _sketch(weights: AttentionWeights) -> tuple[float, ...]:
 
 
 def _distance(first: tuple[float, ...], second: tuple[float, ...]) -> float:
-    if len(first) != len(second):
-        return math.inf
-    if not first:
-        return 0.0
     *a, norm_a = first
     *b, norm_b = second
     turn = math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) / (SKETCH_LENGTH / 2))

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dwattn.adapters import BackboneLayout, BlockSite, ConvertedAttention, adapter_for, refusal
-from dwattn.errors import DwattnError, PlanError, UnsupportedAttentionError
+from dwattn.errors import DwattnError, PlanError
 from dwattn.fingerprint import Fingerprint, LayerPrint, relative_name
 from dwattn.initial import KERNEL_INITS, gaussian_init, mean_init
 from dwattn.plan import LayerPlan, Plan
@@ -144,28 +143,12 @@ def find_targets(layout: BackboneLayout, plan: Plan) -> tuple[list[Target], dict
                 f"{layout.family}; its layers are "
                 f"{', '.join(sites)}."
             )
-        reason = layer_refusal(sites[name])
+        reason = refusal(sites[name].attention)
         if reason is None:
             targets.append(_target(sites[name], entry, layout.num_prefix))
         else:
             refused[sites[name].attention_name] = reason
     return targets, refused
-
-
-def layer_refusal(site: BlockSite) -> str | None:
-    """Why the layer cannot be replaced, also where only its weights tell, or None."""
-    reason = refusal(site.attention)
-    adapter = adapter_for(site.attention)
-    if reason is not None or adapter is None:
-        return reason
-    try:
-        weights = adapter.weights(site.attention)
-    except UnsupportedAttentionError as error:
-        return str(error)
-    for name, tensor in vars(weights).items():
-        if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
-            return f"Its {name} holds NaN or infinite values; load intact weights first."
-    return None
 
 
 def _target(site: BlockSite, entry: LayerPlan, num_prefix: int) -> Target:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dwattn.adapters import BackboneLayout, ConvertedAttention, describe
+from dwattn.adapters import BackboneLayout, ConvertedAttention, describe, refusal
 from dwattn.conversion import (
     ATTRIBUTE,
     Conversion,
@@ -35,7 +35,6 @@ from dwattn.shims import (
     check_variant,
     find_targets,
     finish,
-    layer_refusal,
 )
 from dwattn.surgery_report import ReplacementReport, ReplacementRow
 from dwattn.token_grid import Grid, GridSource
@@ -305,7 +304,7 @@ def _report(
         entry = entries.get(relative_name(layout, site.attention_name))
         shim = shims.get(site.attention_name)
         reason = refused.get(site.attention_name) or (
-            layer_refusal(site) if entry is None else None
+            refusal(site.attention) if entry is None else None
         )
         row = ReplacementRow(index, site.attention_name, "kept", planned=entry is not None)
         if shim is not None and entry is not None:

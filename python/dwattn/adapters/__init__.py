@@ -13,7 +13,8 @@ layers::
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dwattn.adapters.base import (
     AttentionAdapter,
@@ -78,9 +79,19 @@ def refusal(module: nn.Module) -> str | None:
     if isinstance(module, ConvertedAttention):
         return "It is already replaced; call dwattn.restore(model) first."
     adapter = adapter_for(module)
-    if adapter is not None:
-        return adapter.refusal(module)
-    return refusal_by_name(type(module).__name__, type(module).__module__)
+    if adapter is None:
+        return refusal_by_name(type(module).__name__, type(module).__module__)
+    reason = adapter.refusal(module)
+    if reason is not None:
+        return reason
+    try:
+        weights = adapter.weights(module)
+    except UnsupportedAttentionError as error:
+        return str(error)
+    for name, tensor in vars(weights).items():
+        if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
+            return f"Its {name} holds NaN or infinite values; load intact weights first."
+    return None
 
 
 def describe(model: nn.Module) -> BackboneLayout:

@@ -58,6 +58,6 @@ def _check_ratio(config: Any) -> None:
     if config.mask_ratio != 0:
         raise UnsupportedAttentionError(
             f"ViTMAE drops patches at random (config.mask_ratio={config.mask_ratio}), which leaves "
-            "no grid to aggregate on. Set model.config.mask_ratio = 0 to use it as an encoder of "
+            "no grid to aggregate on. Set model.config.mask_ratio = 0.0 to use it as an encoder of "
             "whole images."
         )
