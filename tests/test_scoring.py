@@ -434,12 +434,21 @@ def test_images_that_are_too_few() -> None:
 def test_nan_activations_name_the_layer() -> None:
     family = BY_NAME["timm"]
     model, images = family.build(), family.images(4)
-    with torch.no_grad():
-        model.blocks[2].attn.qkv.weight[50, 7] = math.nan
-    before = snapshot(model)
-    with pytest.raises(ScoreError, match=r"blocks\.2\.attn: k has NaN or infinite"):
-        dwattn.score(model, images, 4, progress=False)
-    assert snapshot(model) == before
+    for tensor, message in (
+        (model.blocks[2].norm1.weight, r"blocks\.2\.attn: q has NaN or infinite"),
+        (model.blocks[1].mlp.fc2.bias, r"blocks\.2\.attn: q has NaN or infinite"),
+        (model.blocks[2].attn.qkv.weight, r"blocks\.2\.attn: its weight qkv\.weight holds NaN"),
+        (model.blocks[3].attn.proj.bias, r"blocks\.3\.attn: its weight proj\.bias holds NaN"),
+    ):
+        kept = tensor.detach().clone()
+        with torch.no_grad():
+            tensor.view(-1)[7] = math.nan
+        before = snapshot(model)
+        with pytest.raises(ScoreError, match=message):
+            dwattn.score(model, images, 4, progress=False)
+        assert snapshot(model) == before
+        with torch.no_grad():
+            tensor.copy_(kept)
 
 
 def test_nan_pixels() -> None:

@@ -99,6 +99,7 @@ def scoreable(layout: BackboneLayout, entries: str) -> list[LayerRun]:
     """The layers of ``layout`` that are not refused, in depth order."""
     layers, refused = [], []
     for block, site in enumerate(layout.blocks):
+        _require_finite(site)
         reason, adapter = refusal(site.attention), adapter_for(site.attention)
         if reason is not None or adapter is None:
             refused.append(f"{site.attention_name}: {reason}")
@@ -111,6 +112,16 @@ def scoreable(layout: BackboneLayout, entries: str) -> list[LayerRun]:
             f"No attention layer of this {layout.family} can be scored. {'; '.join(refused)}"
         )
     return layers
+
+
+def _require_finite(site: BlockSite) -> None:
+    for name, parameter in site.attention.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise ScoreError(
+                f"{site.attention_name}: its weight {name} holds NaN or infinite values. Load "
+                f"intact "
+                "weights first."
+            )
 
 
 class ScoringRun:
