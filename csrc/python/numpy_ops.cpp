@@ -1,5 +1,7 @@
 #include "python/numpy_ops.h"
 
+#include <pybind11/stl.h>
+
 #include <optional>
 #include <sstream>
 #include <stdexcept>

@@ -160,6 +160,10 @@ def _check_fake(
         ),
     )
     torch._check(
+        kernel.device == t.device,
+        lambda: f"kernel is on {kernel.device} but {name} is on {t.device}.",
+    )
+    torch._check(
         kernel.dim() == 3 and kernel.shape[1] == 3 and kernel.shape[2] == 3,
         lambda: f"kernel must have shape (C, 3, 3), got {tuple(kernel.shape)}.",
     )
