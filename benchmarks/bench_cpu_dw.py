@@ -1,6 +1,6 @@
 """The compiled CPU ``dw_attention`` against PyTorch: value projection and aggregation, before Wo.
 
-    python benchmarks/bench_cpu_dw.py --threads 1 2 --json cpu_dw.json
+    python benchmarks/bench_cpu_dw.py --json cpu_dw.json
 
 Candidates run in interleaved rounds, so that whatever else the machine does hits all of them alike;
 read the ratios before the times. ``linear`` is the projection alone, the floor of all that compute V.
@@ -144,7 +144,7 @@ def machine() -> dict[str, Any]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
@@ -173,6 +173,7 @@ def main() -> None:
                         results.append({"case": name, **summary})
                         print(line(name, summary), flush=True)
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(
             json.dumps({"machine": machine(), "results": results}, indent=2) + "\n"
         )
