@@ -16,6 +16,8 @@ from dwattn.adapters import describe
 from dwattn.calibration.lowrank import OutputCovariance, output_directions
 from dwattn.calibration.ridge import CorrectionFit
 from dwattn.calibration.stencil import PrefixFit, StencilFit
+from dwattn.calibration.views import views_of
+from dwattn.data import Batch
 from dwattn.errors import CalibrationError, DataError, DwattnError
 from dwattn.geometry import Geometry
 from dwattn.plan import Plan
@@ -346,11 +348,25 @@ def test_the_last_block_and_one_photo() -> None:
     assert torch.isfinite(tokens(model, images(2))).all()
 
 
-def test_flips_are_counted_once_and_can_be_left_out() -> None:
+def test_views_are_not_counted_as_photos() -> None:
     model = tiny_vit()
-    report = replace(model, [1], flips=False, num_images=10, batch_size=3)
+    report = replace(model, [1], views=3, num_images=10, batch_size=3)
     assert report.calibration.photos == 10
     assert report.calibration.to_dict()["photos"] == 10
+
+
+def test_views_do_not_depend_on_batches() -> None:
+    x = images(6)
+    whole = [view.pixels for view in views_of(Batch(x, 6, x), 0, 3, seed=1)]
+    halves = [
+        [view.pixels for view in views_of(Batch(part, 3, part), 3 * i, 3, seed=1)]
+        for i, part in enumerate(x.split(3))
+    ]
+    for k, view in enumerate(whole):
+        assert view is not None
+        torch.testing.assert_close(view, torch.cat([half[k] for half in halves]))  # type: ignore[list-item]
+        assert view.shape == x.shape
+        assert torch.equal(view, x) == (k == 0)
 
 
 def test_loader_forms_agree() -> None:

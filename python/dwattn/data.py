@@ -4,7 +4,7 @@ sees them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,15 +43,15 @@ class Batch:
         """The model's output: ``model(pixels)``, or ``model(**inputs)`` without label keys."""
         return model(**self.inputs) if isinstance(self.inputs, dict) else model(self.inputs)
 
-    def flipped(self) -> Batch:
-        """The mirror images, left to right; the batch itself where its pixels are not known."""
+    def with_pixels(self, transform: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with transformed pixels; unchanged where its pixels are not known."""
         if self.pixels is None:
             return self
-        mirrored = self.pixels.flip(-1)
+        changed = transform(self.pixels)
         if isinstance(self.inputs, Tensor):
-            return Batch(mirrored, self.size, mirrored)
-        inputs = {k: mirrored if v is self.pixels else v for k, v in self.inputs.items()}
-        return Batch(inputs, self.size, mirrored)
+            return Batch(changed, self.size, changed)
+        inputs = {k: changed if v is self.pixels else v for k, v in self.inputs.items()}
+        return Batch(inputs, self.size, changed)
 
 
 def iterate(

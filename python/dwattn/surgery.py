@@ -70,7 +70,7 @@ def replace(
         rank: of ``lowrank_dw``: a width, a fraction of C (0.25), or ``{"fidelity": 0.95}``, which
             only calibration can meet. Default C / 4.
         calibrate: images from which the weights are fitted in closed form, see
-            :mod:`dwattn.calibration`; its options (``batch_size=``, ``flips=``, ...) are passed on.
+            :mod:`dwattn.calibration`; its options (``batch_size=``, ``views=``, ...) are passed on.
         dry_run: change nothing, and list refused layers instead of raising.
         prefix: what prefix tokens get: ``exact``, ``static`` or ``drop`` (see
             :mod:`dwattn.prefix`).

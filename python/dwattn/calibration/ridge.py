@@ -51,7 +51,7 @@ class _Moments:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
         self.count = 0.0
-        self.f, self.e, self.ee = zeros(features), zeros(targets), zeros(())
+        self.f, self.e, self.ee = zeros(features), zeros(targets), zeros(1).squeeze()
         self.ff, self.fe = zeros(features, features), zeros(features, targets)
 
     def add(self, f: Tensor, e: Tensor) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -19,11 +20,15 @@ from dwattn.calibration.journal import CalibrationResult, LayerNote
 from dwattn.calibration.layer_fit import LayerFit, choose_rank, fit_layer, true_rows
 from dwattn.calibration.ridge import Correction, CorrectionFit
 from dwattn.calibration.streams import BlockCall, BlockRunner, embed, evaluating
+from dwattn.calibration.views import views_of
 from dwattn.errors import CalibrationError
 from dwattn.geometry import Geometry
 from dwattn.projections import AttentionWeights
 from dwattn.scattered import ScatteredDWAttention
 from dwattn.variants import Replacement
+
+#: Held-out error left by a correction above which a block that stays counts as beyond repair.
+USEFUL = 0.985
 
 REFIT_SCOPES = ("all", "replaced", "attention", "none")
 
@@ -35,19 +40,19 @@ class CalibrationOptions:
     Args:
         batch_size: images that are moved through a block together.
         num_images: use at most this many images; None for all.
-        flips: add the mirror image of every photo.
+        views: how often each photo is used: itself, then as mirrored random crops.
         refit: which linear layers are corrected: ``all`` that write to the residual stream behind the first
             replacement, those of ``replaced`` blocks, only the ``attention`` output of replaced layers, or ``none``.
         held_out: share of the photos on which ridge strengths are judged.
         rank: of ``lowrank_dw``: ``{"fidelity": share}`` chooses each layer's width as the least that keeps this
             share of its output energy; anything else keeps the width the layer was built with.
-        seed: recorded; nothing here is random.
+        seed: of the random crops.
         progress: show a progress bar on stderr.
     """
 
     batch_size: int = 16
     num_images: int | None = None
-    flips: bool = True
+    views: int = 2
     refit: str = "all"
     held_out: float = 0.25
     rank: int | float | dict[str, float] | None = None
@@ -64,6 +69,8 @@ class CalibrationOptions:
             raise CalibrationError(
                 f"refit={self.refit!r} must be one of {', '.join(REFIT_SCOPES)}."
             )
+        if self.views < 1:
+            raise CalibrationError(f"views={self.views} must be at least 1: the photo itself.")
         if not 0 < self.held_out < 1:
             raise CalibrationError(f"held_out={self.held_out} must be a share between 0 and 1.")
         if self.fidelity is not None and not 0 < self.fidelity <= 1:
@@ -121,6 +128,9 @@ class _Sweep:
         self.result = CalibrationResult()
         self.original, self.call, self.num_held_out = self._embed(model, data)
         self.converted = self.original
+        #: Whether corrections of blocks that stay still help; a block in which none did ends them until the next
+        #: replacement, since what later layers cannot repair only grows.
+        self.refits = options.refit == "all"
         self.geometry.check(self.original.shape[1])
 
     def _embed(self, model: nn.Module, data: Any) -> tuple[Tensor, BlockCall, int]:
@@ -134,11 +144,10 @@ class _Sweep:
             device=parameter.device, dtype=parameter.dtype,
         )  # fmt: skip
         for batch in batches:
-            views = [batch, batch.flipped()] if self.options.flips else [batch]
             pixels = batch.pixels
             index = torch.arange(self.result.photos, self.result.photos + batch.size)
             held_out = index % every == every - 1
-            for view in views:
+            for view in views_of(batch, self.result.photos, self.options.views, self.options.seed):
                 tokens, call = embed(model, self.layout, view.call)
                 tokens = tokens.float()
                 parts[0].append(tokens[held_out])
@@ -171,23 +180,20 @@ class _Sweep:
         return Geometry(height, width, self.layout.num_prefix)
 
     def run(self) -> None:
-        """Move through all blocks; before the first replacement both streams are one."""
-        names = [site.attention_name for site in self.layout.blocks]
-        first = min(names.index(name) for name in self.replacements)
+        """Move through the blocks until nothing more can be fitted; before the first replacement both streams are one."""
+        blocks = self.layout.blocks
+        names = [site.attention_name for site in blocks]
+        places = [names.index(name) for name in self.replacements]
         columns = (TextColumn("calibrating"), BarColumn(), TextColumn("{task.completed}/{task.total} blocks"),
                    TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-        from rich.console import Console
-
-        with Progress(
-            *columns, console=Console(stderr=True), disable=not self.options.progress
-        ) as bar:
-            task = bar.add_task("blocks", total=len(names))
-            for index, site in enumerate(self.layout.blocks):
-                if index < first:
-                    self.original = self.converted = self._move(
-                        BlockRunner(site, self.call), self.original
-                    )
-                else:
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, disable=not self.options.progress) as bar:
+            task = bar.add_task("blocks", total=len(blocks))
+            for index, site in enumerate(blocks):
+                if index < min(places):
+                    runner = BlockRunner(site, self.call)
+                    self.original = self.converted = self._move(runner, self.original)
+                elif index <= max(places) or self.refits:
                     self._block(site)
                 bar.advance(task)
 
@@ -209,17 +215,20 @@ class _Sweep:
         middle, output = self._original_streams(site, original)
         shim = self.replacements.get(site.attention_name)
         corrects = site.pre_norm and self.options.refit != "none"
+        fitted = len(self.result.notes)
         if shim is not None:
             runner = self._replace(site, shim, original, middle if corrects else None)
+            self.refits = corrects and self.options.refit == "all"
         else:
             runner = original
-            if corrects and self.options.refit == "all":
+            if self.refits:
                 self._correct_attention(site, runner, middle)
-        wanted = self.options.refit == "all" or (
-            self.options.refit == "replaced" and shim is not None
-        )
-        if corrects and wanted and site.mlp_out is not None:
+        wanted = self.refits or (corrects and self.options.refit == "replaced" and shim is not None)
+        if wanted and site.mlp_out is not None:
             self._correct_mlp(site, runner, site.mlp_out, output)
+        if shim is None and self.refits:
+            notes = self.result.notes[fitted:]
+            self.refits = any(note.residual < USEFUL for note in notes)
         self.original, self.converted = output, self._move(runner, self.converted)
         self._check(site)
 
