@@ -13,11 +13,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from support.demo_results import make_results
 
 from dwattn import report
 from dwattn.errors import DataError
 from dwattn.report import Results
+from support.demo_results import make_results
 
 pytest.importorskip("matplotlib")
 

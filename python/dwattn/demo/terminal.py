@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich import box
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -67,12 +68,16 @@ def summary(results: Results, report: str) -> Table:
 
 
 def _fidelity(results: Results) -> Table:
-    table = Table(title="Fidelity to the original model on held-out photos", title_justify="left")
+    table = Table(
+        title="Fidelity to the original model on held-out photos",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
     with_masks = results.original_mask_iou is not None
     for name in ("layer", "chosen by", "blocks"):
         table.add_column(name, no_wrap=True)
     for name in ("cosine", "IoU", "MAE", *(["masks"] if with_masks else []), "s"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     if results.original_mask_iou is not None:
         table.add_row(
             "original model", "", "", "1", "1", "0", f"{results.original_mask_iou:.3f}", ""
@@ -109,6 +114,7 @@ def _latency(results: Results) -> Iterator[Table]:
             caption=f"{info.what}; medians of {info.rounds} interleaved rounds",
             title_justify="left",
             caption_justify="left",
+            box=box.SIMPLE_HEAD,
         )
         for name in ("model", "ms", "less"):
             table.add_column(name, justify="left" if name == "model" else "right")
