@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import hf_model, randomise, timm_vit
 from torch import nn
 
 import dwattn
@@ -18,6 +17,7 @@ from dwattn.adapters import describe
 from dwattn.errors import PlanError
 from dwattn.fingerprint import fingerprint
 from dwattn.plan import KernelInit, LayerPlan
+from support.models import hf_model, randomise, timm_vit
 
 
 def plan_of(model: nn.Module, **changes: Any) -> Plan:
@@ -50,7 +50,9 @@ def test_a_person_can_read_it() -> None:
 
 def test_blocks_by_index_name_and_module() -> None:
     model = timm_vit()
-    names = [layer.name for layer in Plan.for_layers(model, [0, -1, "blocks.1", "blocks.2.attn"]).layers]
+    names = [
+        layer.name for layer in Plan.for_layers(model, [0, -1, "blocks.1", "blocks.2.attn"]).layers
+    ]
     assert names == ["blocks.0.attn", "blocks.3.attn", "blocks.1.attn", "blocks.2.attn"]
 
 
@@ -157,7 +159,9 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
         plan.save(tmp_path / "no" / "folder" / "plan.json")
 
 
-def test_an_interrupted_save_keeps_the_old_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_save_keeps_the_old_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "plan.json"
     plan = plan_of(timm_vit())
     plan.save(path)
@@ -174,7 +178,8 @@ def test_an_interrupted_save_keeps_the_old_plan(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == [path]
 
 
-# --- fingerprints -------------------------------------------------------------------------------------
+# --- fingerprints
+# -------------------------------------------------------------------------------------
 
 
 def check(plan: Plan, model: nn.Module, **options: Any) -> None:

@@ -116,7 +116,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     record = record_of(model)
     tensors, record.aliases = _distinct(model.state_dict())
-    metadata = {"format": "pt", METADATA_KEY: record.model_dump_json(exclude_none=True)}
+    # One key only: safetensors writes several in random order, and equal models should give equal
+    # files.
+    metadata = {METADATA_KEY: record.model_dump_json(exclude_none=True)}
     with write_atomically(path, CheckpointError) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
@@ -198,8 +200,10 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     name = os.fspath(path)
     if Path(path).is_dir():
         raise CheckpointError(
-            f"{name!r} is a directory. dwattn.save() writes one file; save_pretrained() cannot describe a "
-            f"converted model, so load the original with from_pretrained() and then the file into it."
+            f"{name!r} is a directory. dwattn.save() writes one file; save_pretrained() cannot "
+            f"describe a "
+            f"converted model, so load the original with from_pretrained() and then the file into "
+            f"it."
         )
     if not Path(path).is_file():
         raise CheckpointError(f"There is no checkpoint to load: {name!r} does not exist.")
