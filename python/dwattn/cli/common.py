@@ -9,6 +9,7 @@ import functools
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
@@ -50,17 +51,24 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return function(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return function(*args, **kwargs)
         except DwattnError as error:
-            err().print(
-                f"[bold red]Error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True
-            )
+            text = _escape(str(error))
+            err().print(f"[bold red]Error:[/] {text}", highlight=False, soft_wrap=True)
             raise typer.Exit(EXIT_ERROR) from error
         except KeyboardInterrupt as interrupt:
             err().print("Interrupted; no file was left half-written.", highlight=False)
             raise typer.Exit(EXIT_INTERRUPTED) from interrupt
 
     return guarded
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """A warning is a sentence for the person; those that libraries address to programmers are not."""
+    if not issubclass(category, (DeprecationWarning, FutureWarning)):
+        note(f"Note: {message}")
 
 
 def _escape(text: str) -> str:
@@ -75,6 +83,8 @@ def emit(result: Any, as_json: bool) -> None:
         plain = result.to_dict() if hasattr(result, "to_dict") else result
         sys.stdout.write(json.dumps(plain, indent=2, default=_plain) + "\n")
         sys.stdout.flush()
+    elif isinstance(result, str):
+        out().print(result, markup=False, highlight=False, soft_wrap=True)
     else:
         out().print(result)
 

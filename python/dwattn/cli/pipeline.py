@@ -4,6 +4,7 @@ at a time.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,6 +97,13 @@ def select(
         typer.Option(help="Replace as many blocks as this speed-up of the model needs."),
     ] = None,
     criterion: Annotated[str, typer.Option(help="variance or residual.")] = "variance",
+    order: Annotated[
+        str | None,
+        typer.Option(metavar="B,B,...", help="Your own ranking of blocks instead, as indices."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model to time on this machine, for --target-speedup.")
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Plan to write.")] = Path("plan.json"),
     as_json: JsonOption = False,
 ) -> None:
@@ -104,26 +112,48 @@ def select(
     """
     import dwattn
 
-    given = [name for name, value in _choices(blocks, heads, target_speedup) if value is not None]
+    given = [
+        name
+        for name, value in (
+            ("--blocks", blocks),
+            ("--heads", heads),
+            ("--target-speedup", target_speedup),
+        )
+        if value is not None
+    ]
     if len(given) != 1:
         raise typer.BadParameter(
-            "Give exactly one of --blocks, --heads and --target-speedup; got "
-            f"{', '.join(given) or 'none'}."
+            f"Give exactly one of --blocks, --heads and --target-speedup; "
+            f"got {', '.join(given) or 'none'}."
         )
+    if target_speedup is not None and model is None:
+        raise typer.BadParameter("--target-speedup times the model; name it with --model.")
+    timed = None
+    if target_speedup is not None and model is not None:
+        timed = _model(model, None, "cpu", pretrained=False)
     plan = dwattn.select(
         dwattn.Scores.load(scores),
         blocks=blocks,
         heads=heads,
         target_speedup=target_speedup,
         criterion=criterion,
+        order=_parse_order(order),
+        model=timed,
     )
     plan.save(out)
-    emit(plan.model_dump(mode="json") if as_json else _plan_table(plan), as_json)
+    emit(json.loads(plan.to_json()) if as_json else _plan_table(plan), as_json)
     note(f"Wrote {out}.")
 
 
-def _choices(blocks: Any, heads: Any, speedup: Any) -> list[tuple[str, Any]]:
-    return [("--blocks", blocks), ("--heads", heads), ("--target-speedup", speedup)]
+def _parse_order(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"--order {text} is not a list of block indices such as 3,1,2."
+        ) from None
 
 
 @command

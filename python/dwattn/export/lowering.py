@@ -144,8 +144,8 @@ class _StaticRows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mean = x[:, self.num_prefix :].mean(1, keepdim=True)
         values = self.value(torch.cat([x[:, : self.num_prefix], mean], 1))
-        prefix: Tensor = values[:, : self.num_prefix]
-        return self.a * prefix + self.b * values[:, self.num_prefix :]
+        rows: Tensor = self.a * values[:, : self.num_prefix]
+        return rows + self.b * values[:, self.num_prefix :]
 
 
 def _prefix(layer: ReplacementAttention) -> nn.Module | None:
@@ -215,10 +215,12 @@ class _Depthwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.stencil(self.value(x))
         if self.prefix is None:
-            return self.proj(y)  # type: ignore[no-any-return]
-        if self.prefix_proj is None:
-            return self.proj(torch.cat([self.prefix(x), y], 1))  # type: ignore[no-any-return]
-        return torch.cat([self.prefix_proj(self.prefix(x)), self.proj(y)], 1)
+            out: Tensor = self.proj(y)
+        elif self.prefix_proj is None:
+            out = self.proj(torch.cat([self.prefix(x), y], 1))
+        else:
+            out = torch.cat([self.prefix_proj(self.prefix(x)), self.proj(y)], 1)
+        return out
 
 
 class _Dense(nn.Module):
@@ -278,6 +280,8 @@ class _Dense(nn.Module):
     def _context(self, x: Tensor) -> Tensor:
         prefix, patches = x[:, : self.where.num_prefix], x[:, self.where.num_prefix :]
         values: Tensor = self.context_value(torch.cat([prefix, patches.mean(1, keepdim=True)], 1))
+        assert self.mu is not None
+        assert self.beta is not None
         ctx = self.mu * values[:, self.where.num_prefix :] + self.beta
         if self.kappa is not None:
             ctx = ctx + (self.kappa * values[:, : self.where.num_prefix]).sum(1, keepdim=True)
@@ -326,4 +330,5 @@ class _Scattered(nn.Module):
         if self.prefix is not None:
             y = torch.cat([self.prefix(x), y], 1)
         rows = torch.cat([merge_heads(_plain_attention(q, k, v)), y], -1)
-        return self.proj(rows)  # type: ignore[no-any-return]
+        out: Tensor = self.proj(rows)
+        return out
