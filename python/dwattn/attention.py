@@ -20,6 +20,7 @@ from dwattn.prefix import PREFIX_MODES, ExactPrefixRows, StaticPrefixRows
 from dwattn.projections import AttentionWeights
 from dwattn.token_grid import Grid, TokenGridModule
 
+
 class ReplacementAttention(TokenGridModule):
     """Base of the replacements of whole layers: prefix rows, context terms and output projection.
 
@@ -39,6 +40,13 @@ class ReplacementAttention(TokenGridModule):
     """
 
     variant = ""
+    kernel: nn.Parameter  # every variant but spvit has one, of its own shape
+    kappa: nn.Parameter | None
+    mu: nn.Parameter | None
+    beta: nn.Parameter | None
+    prefix_rows: ExactPrefixRows | StaticPrefixRows | None
+    prefix_value: nn.Linear | None
+    prefix_proj: nn.Linear | None
 
     def __init__(
         self,
@@ -65,7 +73,9 @@ class ReplacementAttention(TokenGridModule):
             dim, num_heads, grid=grid, num_prefix=num_prefix, head_dim=head_dim, scale=scale
         )
         if prefix not in PREFIX_MODES:
-            raise DwattnError(f"Unknown prefix mode {prefix!r}; choose one of {', '.join(PREFIX_MODES)}.")
+            raise DwattnError(
+                f"Unknown prefix mode {prefix!r}; choose one of {', '.join(PREFIX_MODES)}."
+            )
         if prefix == "drop" and num_prefix:
             raise DwattnError(
                 f"prefix='drop' needs a model without prefix tokens, but num_prefix={num_prefix}: remove the CLS "
@@ -101,9 +111,7 @@ class ReplacementAttention(TokenGridModule):
         k_norm: nn.Module | None,
         options: dict[str, Any],
     ) -> None:
-        self.prefix_rows: ExactPrefixRows | StaticPrefixRows | None = None
-        self.prefix_value: nn.Linear | None = None
-        self.prefix_proj: nn.Linear | None = None
+        self.prefix_rows, self.prefix_value, self.prefix_proj = None, None, None
         if self.prefix == "static":
             self.prefix_rows = StaticPrefixRows(self.num_prefix, self.output_dim, **options)
         elif self.prefix == "exact":
@@ -112,13 +120,9 @@ class ReplacementAttention(TokenGridModule):
                 scale=self.scale, qkv_bias=qkv_bias, q_norm=q_norm, k_norm=k_norm, **options,
             )  # fmt: skip
 
-    def own_prefix_projections(self) -> None:
-        """Give exact prefix rows copies of value and output projection, so that refitting them leaves the rows exact."""
-        if self.prefix != "exact":
-            return
-        if self.prefix_value is None:
-            self.prefix_value = copy.deepcopy(self.value)
-        if self.prefix_proj is None:
+    def own_prefix_projection(self) -> None:
+        """Give exact prefix rows a copy of the output projection, so that refitting Wo leaves the rows exact."""
+        if self.prefix == "exact" and self.prefix_proj is None:
             self.prefix_proj = copy.deepcopy(self.proj)
 
     def config(self) -> dict[str, Any]:
@@ -153,8 +157,10 @@ class ReplacementAttention(TokenGridModule):
         value, bias = self.value_projection() if self.prefix_value is None else (
             self.prefix_value.weight, self.prefix_value.bias
         )  # fmt: skip
-        rows = self.prefix_rows(x, value, bias)
-        return self.output_projection(rows) if self.prefix_proj is None else self.prefix_proj(rows)
+        rows: Tensor = self.prefix_rows(x, value, bias)
+        proj = self.output_projection if self.prefix_proj is None else self.prefix_proj
+        out: Tensor = proj(rows)
+        return out
 
     def value_projection(self) -> tuple[Tensor, Tensor | None]:
         """Value weight and bias as the forward pass uses them."""
@@ -167,7 +173,7 @@ class ReplacementAttention(TokenGridModule):
 
     def thin_context(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """``ctx (B, 1, C)`` from ``P + 1`` projected rows, for variants that never form V."""
-        if self.beta is None:
+        if self.mu is None or self.beta is None:
             return None
         prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
         values = F.linear(torch.cat([prefix, patches.mean(1, keepdim=True)], 1), weight, bias)
@@ -269,6 +275,21 @@ class LowRankDWAttention(FusedDWAttention):
     def config(self) -> dict[str, Any]:
         return {**super().config(), "rank": self.inner_dim}
 
+    def with_rank(self, rank: int) -> LowRankDWAttention:
+        """A layer of another inner width with the same prefix rows and new factors, still to be fitted."""
+        factory = factory_of(self.value)
+        other = LowRankDWAttention(
+            self.dim, self.num_heads, rank=rank, grid=self.grid, num_prefix=self.num_prefix,
+            head_dim=self.head_dim, qkv_bias=self.value.bias is not None, proj_bias=self.proj.bias is not None,
+            prefix=self.prefix, context=self.beta is not None, scale=self.scale, **factory,
+        )  # fmt: skip
+        if isinstance(self.prefix_rows, ExactPrefixRows):
+            other.prefix_rows = copy.deepcopy(self.prefix_rows)
+            other.prefix_value = copy.deepcopy(self.prefix_value)
+            other.prefix_proj = copy.deepcopy(self.prefix_proj)
+        other.grid_source = self.grid_source
+        return other.train(self.training)
+
     @torch.no_grad()
     def load_attention(self, weights: AttentionWeights) -> None:
         """Initial factors: the ``r`` leading directions of ``Wo Wv``, the layer's action on a uniform map."""
@@ -284,7 +305,9 @@ class LowRankDWAttention(FusedDWAttention):
             self.value.bias.zero_()
         if self.proj.bias is not None:
             bias = torch.zeros_like(product[0]) if weights.bo is None else weights.bo.double()
-            self.proj.bias.copy_(bias if weights.bv is None else bias + weights.wo.double() @ weights.bv.double())
+            self.proj.bias.copy_(
+                bias if weights.bv is None else bias + weights.wo.double() @ weights.bv.double()
+            )
         self.load_prefix(weights)
 
 
@@ -331,7 +354,9 @@ class EnsembleDWAttention(ReplacementAttention):
 
     def ensemble(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """``Wve (d_h, D)``, ``bve (d_h)``, ``Woe (D, d_h)`` of Eq. 12."""
-        return reference.ensemble_weights(self.value.weight, self.value.bias, self.proj.weight, self.gamma)
+        return reference.ensemble_weights(
+            self.value.weight, self.value.bias, self.proj.weight, self.gamma
+        )
 
     def patch_features(self, x: Tensor, geometry: Geometry) -> Tensor:
         weight, bias, _ = self.ensemble()
@@ -347,7 +372,9 @@ class EnsembleDWAttention(ReplacementAttention):
     def fold(self) -> LowRankDWAttention:
         """The same function with ``gamma`` folded in: inner width ``d_h``, two thin projections."""
         if self.prefix == "static":
-            raise DwattnError("Static prefix rows of ens_dw use all heads' channels; fold with prefix='exact'.")
+            raise DwattnError(
+                "Static prefix rows of ens_dw use all heads' channels; fold with prefix='exact'."
+            )
         factory = factory_of(self.value)
         folded = LowRankDWAttention(
             self.dim, self.num_heads, rank=self.head_dim, grid=self.grid, num_prefix=self.num_prefix,
@@ -392,7 +419,13 @@ class SPViTAttention(ReplacementAttention):
 
     def patch_output(self, x: Tensor, geometry: Geometry) -> Tensor:
         out = reference.spvit_attention(
-            x, self.value.weight, self.value.bias, self.proj.weight, self.proj.bias, self.logits, geometry
+            x,
+            self.value.weight,
+            self.value.bias,
+            self.proj.weight,
+            self.proj.bias,
+            self.logits,
+            geometry,
         )
         if self.beta is None:
             return out

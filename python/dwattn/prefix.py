@@ -48,7 +48,9 @@ class ExactPrefixRows(nn.Module):
         self.scale = head_dim**-0.5 if scale is None else scale
         channels = num_heads * head_dim
         self.query = nn.Linear(dim, channels, bias=qkv_bias, device=device, dtype=dtype)
-        self.key = nn.Linear(dim, channels, bias=k_norm is not None and qkv_bias, device=device, dtype=dtype)
+        self.key = nn.Linear(
+            dim, channels, bias=k_norm is not None and qkv_bias, device=device, dtype=dtype
+        )
         self.q_norm, self.k_norm = q_norm, k_norm
 
     def forward(self, x: Tensor, value_weight: Tensor, value_bias: Tensor | None) -> Tensor:

@@ -105,7 +105,9 @@ def dw_aggregate(
     geometry.check(v.shape[1])
     patches = v[:, geometry.num_prefix :]
     y = sum(
-        kernel[:, r + 1, s + 1] * shift(patches, geometry, r, s) for r in (-1, 0, 1) for s in (-1, 0, 1)
+        kernel[:, r + 1, s + 1] * shift(patches, geometry, r, s)
+        for r in (-1, 0, 1)
+        for s in (-1, 0, 1)
     )
     assert isinstance(y, Tensor)
     ctx = context(v, geometry, kappa, mu, beta)

@@ -77,6 +77,9 @@ class ScatteredDWAttention(TokenGridModule):
     """
 
     variant = "dw"
+    kappa: nn.Parameter | None
+    mu: nn.Parameter | None
+    beta: nn.Parameter | None
 
     def __init__(
         self,

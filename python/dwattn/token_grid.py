@@ -46,7 +46,9 @@ class TokenGridModule(nn.Module):
         super().__init__()
         if head_dim is None:
             if num_heads < 1 or dim % num_heads:
-                raise DwattnError(f"dim={dim} is not a multiple of num_heads={num_heads}; pass head_dim=.")
+                raise DwattnError(
+                    f"dim={dim} is not a multiple of num_heads={num_heads}; pass head_dim=."
+                )
             head_dim = dim // num_heads
         if num_prefix < 0:
             raise GeometryError(f"num_prefix={num_prefix} must be 0 or more.")
@@ -65,7 +67,9 @@ class TokenGridModule(nn.Module):
             GeometryError: tokens of another width, no known grid, or ``N != P + H * W``.
         """
         if x.dim() != 3 or x.shape[-1] != self.dim:
-            raise GeometryError(f"Expected tokens of shape (batch, N, {self.dim}), got {tuple(x.shape)}.")
+            raise GeometryError(
+                f"Expected tokens of shape (batch, N, {self.dim}), got {tuple(x.shape)}."
+            )
         source = self.grid_source.grid if self.grid_source is not None else None
         chosen = grid or self.grid or source
         if chosen is None:

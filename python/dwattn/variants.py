@@ -21,7 +21,13 @@ from dwattn.scattered import ScatteredDWAttention, SelfAttention
 
 REPLACEMENTS: dict[str, type[ReplacementAttention]] = {
     cls.variant: cls
-    for cls in (FusedDWAttention, LowRankDWAttention, ConvAttention, EnsembleDWAttention, SPViTAttention)
+    for cls in (
+        FusedDWAttention,
+        LowRankDWAttention,
+        ConvAttention,
+        EnsembleDWAttention,
+        SPViTAttention,
+    )
 }
 VARIANTS = (SelfAttention.variant, *REPLACEMENTS)
 
@@ -29,7 +35,12 @@ Replacement = ReplacementAttention | ScatteredDWAttention
 
 
 def build_replacement(
-    variant: str, weights: AttentionWeights, *, num_prefix: int, heads: list[int] | None = None, **options: Any
+    variant: str,
+    weights: AttentionWeights,
+    *,
+    num_prefix: int,
+    heads: list[int] | None = None,
+    **options: Any,
 ) -> Replacement:
     """A replacement layer that holds the pretrained weights, on their device and in their dtype.
 
@@ -61,7 +72,9 @@ def build_replacement(
         layer = REPLACEMENTS[variant](weights.dim, weights.num_heads, **common, **options)
     elif variant == "dw":
         scattered = {k: v for k, v in options.items() if k in ("grid", "context")}
-        layer = ScatteredDWAttention(weights.dim, weights.num_heads, heads=list(heads), **common, **scattered)
+        layer = ScatteredDWAttention(
+            weights.dim, weights.num_heads, heads=list(heads), **common, **scattered
+        )
     else:
         raise DwattnError(
             f"Only 'dw' can replace some heads of a layer, {variant!r} replaces whole layers; got heads={heads} of "

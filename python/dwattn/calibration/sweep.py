@@ -252,11 +252,12 @@ class _Sweep:
         """Fit one replacement in fp32 and copy it into ``shim``; returns the converted block."""
         weights = _weights(original)
         working = copy.deepcopy(shim).float().eval()
-        if isinstance(working.layer, LowRankDWAttention) and self.options.fidelity is not None:
+        if isinstance(shim.layer, LowRankDWAttention) and self.options.fidelity is not None:
             rank = choose_rank(
                 weights, lambda: self._inputs(original), self.geometry, self.options.fidelity
             )
-            working.layer, shim.layer = working.layer.with_rank(rank), shim.layer.with_rank(rank)
+            shim.layer = shim.layer.with_rank(rank)
+            working.layer = copy.deepcopy(shim.layer).float()
         layer = working.layer
         layer.grid = self.geometry.grid  # the private copy has no patch embedding to learn it from
         fit = fit_layer(layer, weights, lambda: self._inputs(original), self.geometry)
