@@ -153,9 +153,16 @@ def test_tied_and_overlapping_weights_are_stored_once_and_come_back(path: Path) 
             base = torch.arange(10.0)
             self.register_buffer("low", base[:6])
             self.register_buffer("high", base[4:])
+            self.register_buffer("column", base.view(5, 2))
+            self.register_buffer("row", base.view(2, 5))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.tail(self.head(self.vit(x))) + self.low.sum() + 2 * self.high.sum()
+            return (
+                self.tail(self.head(self.vit(x)))
+                + self.low.sum()
+                + 2 * self.high.sum()
+                + self.row[1, 2]
+            )
 
     model = convert(lambda: Tied().eval())
     dwattn.save(model, path)
@@ -329,6 +336,20 @@ def test_a_really_full_disk(path: Path) -> None:
         dwattn.save(convert(), path.parent / "missing" / "model.safetensors")
     with pytest.raises(CheckpointError, match="is a directory"):
         dwattn.save(convert(), path.parent)
+
+
+def test_readers_of_the_old_file_keep_the_old_file(path: Path) -> None:
+    """The new one is put in its place in one step, not written over it."""
+    model = convert()
+    dwattn.save(model, path)
+    before = path.read_bytes()
+    with path.open("rb") as reader:
+        start = reader.read(100)
+        with torch.no_grad():
+            model.head.bias += 1
+        dwattn.save(model, path)
+        assert start + reader.read() == before
+    assert path.read_bytes() != before
 
 
 def test_permissions_are_those_of_any_new_file(path: Path) -> None:
