@@ -41,16 +41,13 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 $(VENV)/.transformers-4.57: $(VENV)/.torch
-	$(PIP) install --quiet --target $(HF457) "transformers==4.57.6" "huggingface-hub<1" || \
+	$(PIP) install --quiet --no-warn-conflicts --target $(HF457) "transformers==4.57.6" "huggingface-hub<1" || \
 	  echo "transformers 4.57 is not available; its test will be skipped"
 	touch $@
 
-# More photos than the pip packages carry, where Debian's package tools exist; no root needed.
-$(VENV)/.demo-data: $(VENV)/.torch
-	mkdir -p $(VENV)/demo-data
-	-cd $(VENV)/demo-data && command -v apt-get >/dev/null && \
-	  apt-get download -qq opencv-doc tuxpaint-stamps-default && \
-	  for package in *.deb; do dpkg -x $$package . && rm $$package; done
+# More photos than the pip packages carry, where Debian's package tools exist; no root needed, best effort.
+$(VENV)/.demo-data: | $(VENV)/.installed
+	-$(BIN)/python -m dwattn.demo.debian $(VENV)/demo-data
 	touch $@
 
 clean:
