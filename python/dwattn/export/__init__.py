@@ -37,9 +37,8 @@ from dwattn.export.target import Target, flatten_outputs, lower_layers, make_tar
 
 __all__ = ["DEFAULT_OPSET", "ExportReport", "Parity", "export"]
 
-#: Opset 18 is the newest that everything of interest reads (TensorRT 8.6 to 10.x, onnxruntime since
-#: 1.14), the first with antialiased Resize, and the one the exporter writes without a conversion
-#: afterwards.
+#: Opset 18 is read by everything of interest (TensorRT 8.6 and later, onnxruntime 1.14 and later), and
+#: is the one the exporter writes without a conversion afterwards.
 DEFAULT_OPSET = 18
 _OPSETS = range(18, 22)
 _TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dwattn import backends
 from dwattn.errors import ExportError
 from dwattn.export.target import Target, flatten_outputs
+from dwattn.export.translations import translations
 
 #: The standard operators a Vision Transformer and its heads need. Anything else in a graph is an
 #: error here, not a surprise on the device.
@@ -85,7 +86,7 @@ def trace(
                 input_names=[target.input_name],
                 output_names=names,
                 dynamic_shapes=({**_dynamic_sides(target), **_dynamic_batch(dynamic_batch)},),
-                custom_translation_table=_translations(),
+                custom_translation_table=translations(),
                 verbose=False,
             )
     except ExportError:
@@ -146,40 +147,6 @@ def _name_sides(graph: Any) -> None:
             for i, d in enumerate(value.shape)
         ]
         value.shape = ir.Shape(dims)
-
-
-def _translations() -> dict[Any, Any]:
-    """Softmax attention as Mul, Transpose, MatMul, Softmax, MatMul: what runtimes recognise and
-    fuse.
-
-    The exporter's own translation reshapes the keys through their run-time shape, nine nodes more a
-    layer.
-    """
-    from onnxscript import opset18 as op
-
-    def attention(
-        query: Any,
-        key: Any,
-        value: Any,
-        attn_mask: Any = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Any:
-        if attn_mask is not None or is_causal or enable_gqa:
-            raise ExportError(
-                "The model calls scaled_dot_product_attention with a mask, causally or with "
-                "grouped queries; only full self-attention is exported. Call the model without "
-                "masks."
-            )
-        factor = query.shape[-1] ** -0.5 if scale is None else scale
-        constant: Any = op.Constant(value_float=float(factor))
-        scaled = op.Mul(query, op.CastLike(constant, query))
-        scores = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
-        return op.MatMul(op.Softmax(scores, axis=-1), value)
-
-    return {torch.ops.aten.scaled_dot_product_attention.default: attention}
 
 
 @contextlib.contextmanager
