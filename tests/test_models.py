@@ -22,8 +22,8 @@ from dwattn.models import (
     import_timm,
     load_model,
     preprocessing,
-    read_weights,
 )
+from dwattn.weights import read_weights
 from support.models import hf_model
 
 TINY = "timm:vit_tiny_patch16_224?img_size=32x48&depth=1&num_classes=0&pretrained=false"

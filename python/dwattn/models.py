@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from dwattn.errors import CheckpointError, DwattnError
+from dwattn.weights import load_state, mismatch, read_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _HUB_REPOSITORY = "facebookresearch/dinov2"
-_PICKLED = (".pth", ".pt", ".bin")
 _VISION_TOWERS = {
     "clip": "CLIPVisionModel",
     "clip_vision_model": "CLIPVisionModel",
@@ -120,7 +120,7 @@ def load_model(
         options["pretrained"] = bool(options.get("pretrained", pretrained)) and state is None
     model = makers[parsed.kind](parsed, state, options)
     if state is not None and parsed.kind != "hf":
-        _load_state(model, state, f"{weights}")
+        load_state(model, state, f"{weights}")
     return model.eval()
 
 
@@ -136,44 +136,6 @@ def preprocessing(model: nn.Module, spec: str | None = None) -> Preprocessing:
             mean, std = _triple(found["image_mean"]), _triple(found["image_std"])
             return Preprocessing(mean, std, "preprocessor_config.json")
     return Preprocessing(IMAGENET_MEAN, IMAGENET_STD, "ImageNet defaults")
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Tensors by name from a local file.
-
-    ``.safetensors`` holds nothing but tensors. A ``.pth`` is a pickle, which can run code when it
-    is read; it is opened with ``torch.load(weights_only=True)``, which admits tensors and plain
-    containers alone.
-
-    Raises:
-        CheckpointError: missing, damaged, of another kind, or not a state dict.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"There is no weights file {path}.")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is not a complete safetensors file: {error}.") from error
-    if path.suffix not in _PICKLED:
-        raise CheckpointError(
-            f"{path} has the ending {path.suffix or '(none)'!r}; weights are read from "
-            f".safetensors, or from {', '.join(_PICKLED)} files that hold tensors only."
-        )
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path} is damaged or holds pickled objects besides tensors, which could run code "
-            f"when they are read ({reason}). Where you trust its origin, load it yourself and save "
-            "it with safetensors.torch.save_file(state_dict, 'weights.safetensors')."
-        ) from error
-    return _state_dict_in(loaded, path)
 
 
 def import_timm() -> ModuleType:
@@ -282,7 +244,7 @@ def _load_renamed(cls: Any, config: Any, state: dict[str, Tensor], spec: ModelSp
     missing = sorted([*info.get("missing_keys", []), *mismatched])
     if missing:
         raise CheckpointError(
-            _mismatch(f"hf:{spec.name}", missing, sorted(info.get("unexpected_keys", [])))
+            mismatch(f"hf:{spec.name}", missing, sorted(info.get("unexpected_keys", [])))
         )
     loaded: nn.Module = model
     return loaded
@@ -353,55 +315,6 @@ def _module_from_file(path: Path) -> ModuleType:
             f"{path} failed with {type(error).__name__}: {_first_line(error)}."
         ) from error
     return module
-
-
-def _state_dict_in(loaded: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict itself, or under one of the names training scripts keep it."""
-    for key in ("state_dict", "model", "teacher"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    tensors = (
-        isinstance(loaded, dict) and loaded and all(isinstance(v, Tensor) for v in loaded.values())
-    )
-    if not tensors:
-        raise CheckpointError(
-            f"{path} holds {type(loaded).__name__}, not a state dict of tensors (alone or under "
-            "'state_dict', 'model' or 'teacher')."
-        )
-    # DistributedDataParallel's prefix.
-    return {str(name).removeprefix("module."): tensor for name, tensor in loaded.items()}
-
-
-def _load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    expected = model.state_dict()
-    missing = sorted(set(expected) - set(state))
-    unexpected = sorted(set(state) - set(expected))
-    shapes = [
-        f"{name} is {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in expected
-        if name in state and state[name].shape != expected[name].shape
-    ]
-    if missing or unexpected:
-        raise CheckpointError(_mismatch(source, missing, unexpected))
-    if shapes:
-        raise CheckpointError(
-            f"{source} belongs to a model of other sizes: {'; '.join(shapes[:3])}. Give the "
-            "model's options in its name, for example ?img_size=224&num_classes=0."
-        )
-    model.load_state_dict(state)
-
-
-def _mismatch(source: str, missing: list[str], unexpected: list[str]) -> str:
-    def some(names: list[str]) -> str:
-        return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-    parts = []
-    if missing:
-        parts.append(f"{len(missing)} weights of the model are not in the file ({some(missing)})")
-    if unexpected:
-        parts.append(f"{len(unexpected)} in the file are not in the model ({some(unexpected)})")
-    return f"{source} does not fit the model: {' and '.join(parts)}."
 
 
 def _library_failure(library: str, name: str, error: Exception, downloads: bool) -> str:
