@@ -382,14 +382,15 @@ def test_sampled_positions_depend_on_the_pixels_alone() -> None:
     assert not torch.equal(image_keys(pixels.flip(3)), keys)
     sample = sample_positions(keys, geometry, torch.device("cpu"))
     alone = sample_positions(keys[5:6], geometry, torch.device("cpu"))
-    assert torch.equal(sample.queries[5], alone.queries[0])
+    place = sample.images.tolist().index(5)
+    assert torch.equal(sample.queries[place], alone.queries[0])
     assert sample.queries.min() >= 3
     assert sample.queries.max() < geometry.num_tokens
     for row in sample.queries:
         assert len(set(row.tolist())) == len(row)
-    counts = [len(fold) for fold in sample.folds]
-    assert sum(counts) == 40
-    assert min(counts) > 0
+    assert sorted(sample.images.tolist()) == list(range(40))
+    assert sum(sample.folds) == 40
+    assert min(sample.folds) > 0
     assert len(set(sample.queries.flatten().tolist())) == geometry.num_patches
 
 
@@ -620,3 +621,21 @@ def test_a_file_that_cannot_be_written_leaves_nothing(scored: Scores, tmp_path: 
     with pytest.raises(ScoreError, match="it is a directory"):
         scored.save(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_perturbation_is_the_residual_seen_through_the_next_norm() -> None:
+    """Scaling a layer's output scales its perturbation by the square; the residual share stays."""
+    model = timm_vit()
+    louder = copy.deepcopy(model)
+    with torch.no_grad():
+        louder.blocks[0].attn.proj.weight.mul_(3)
+    height, width = model.patch_embed.img_size
+    x = torch.randn(12, 3, height, width)
+    quiet_scores = dwattn.score(model, x, progress=False)
+    loud_scores = dwattn.score(louder, x, progress=False)
+    first, loud = quiet_scores.layers[0], loud_scores.layers[0]
+    assert first.perturbation is not None
+    assert loud.perturbation is not None
+    torch.testing.assert_close(loud.perturbation, 9 * first.perturbation, rtol=1e-5, atol=0)
+    assert loud.block_residual == pytest.approx(first.block_residual, rel=1e-5)
+    assert quiet_scores.order("perturbation") != []

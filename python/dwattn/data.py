@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dwattn.errors import DataError
+from dwattn.finite import all_finite
 
 #: Keys of a batch dictionary that hold targets; a model is called without them.
 LABEL_KEYS = frozenset({"label", "labels", "label_ids", "target", "targets"})
@@ -272,10 +273,9 @@ def _check_shape(pixels: Tensor | None, where: str) -> None:
 def _check_pixels(batch: Batch, where: str) -> None:
     if batch.pixels is None:
         return
-    finite = torch.isfinite(batch.pixels)
-    if bool(finite.all()):
+    if all_finite(batch.pixels):
         return
-    bad = (~finite.flatten(1).all(1)).nonzero().flatten().tolist()
+    bad = (~torch.isfinite(batch.pixels).flatten(1).all(1)).nonzero().flatten().tolist()
     raise DataError(
         f"Images {bad} of a batch ({where}) have NaN or infinite pixels. Remove these images or "
         "repair the preprocessing."

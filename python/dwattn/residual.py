@@ -27,20 +27,22 @@ RIDGE = 1e-3
 class Sample:
     """The query positions that are looked at in each image of a batch, shared by all layers.
 
+    The images are sorted by fold.
+
     Args:
-        images: ``(B, 1, 1)`` int64, ``0 ... B - 1``.
+        images: ``(B,)`` int64, indices into the batch.
         queries: ``(B, S)`` int64, token indices of the sampled patches.
         window: ``(B, S, 9)`` int64, token indices of their 3x3 windows, any valid index outside the
             grid.
-        inside: ``(B, S, 9)`` bool, which of them are on the grid.
-        folds: for each fold the images in it, int64; a fold may be empty.
+        outside: ``(n,)`` int64, indices into the flattened windows that are not on the grid.
+        folds: number of images in each fold.
     """
 
     images: Tensor
     queries: Tensor
     window: Tensor
-    inside: Tensor
-    folds: tuple[Tensor, ...]
+    outside: Tensor
+    folds: tuple[int, ...]
 
 
 def image_keys(pixels: Tensor) -> Tensor:
@@ -51,11 +53,12 @@ def image_keys(pixels: Tensor) -> Tensor:
     batched or divided among processes.
     """
     words = {8: torch.int64, 4: torch.int32, 2: torch.int16}[pixels.element_size()]
-    bits = pixels.detach().contiguous().view(words).flatten(1).long()
+    flat = pixels.detach().flatten(1)
     # Sums of integers wrap around and have the same value in any order. Odd weights tell images
-    # apart whose pixels are permuted, for example flipped ones.
-    weights = torch.arange(bits.shape[1], device=bits.device) * 2 + 1
-    return (bits * weights).sum(1).cpu()
+    # apart whose pixels are permuted, for example flipped ones. One image at a time: the products
+    # take twice the memory of fp32 pixels.
+    weights = torch.arange(1, 2 * flat.shape[1], 2, device=pixels.device)
+    return torch.stack([(image.view(words) * weights).sum() for image in flat]).cpu()
 
 
 def sample_positions(
@@ -68,7 +71,9 @@ def sample_positions(
         keys: ``(B,)`` int64 of :func:`image_keys`.
         seed: another seed draws other positions and folds.
     """
-    batch, patches = len(keys), geometry.num_patches
+    fold = (_uniform(keys + seed, torch.zeros_like(keys)) * FOLDS).long()
+    images = fold.argsort(stable=True)
+    keys, patches = keys[images], geometry.num_patches
     count = min(POSITIONS_PER_IMAGE, patches)
     index = torch.arange(count)
     jitter = _uniform(keys[:, None] + seed, index[None] + 1)
@@ -82,13 +87,12 @@ def sample_positions(
     window = rows.clamp(0, geometry.height - 1) * geometry.width + columns.clamp(
         0, geometry.width - 1
     )
-    fold = (_uniform(keys + seed, torch.zeros_like(keys)) * FOLDS).long()
     return Sample(
-        images=torch.arange(batch, device=device)[:, None, None],
+        images=images.to(device),
         queries=(queries + geometry.num_prefix).to(device),
         window=(window + geometry.num_prefix).to(device),
-        inside=inside.to(device),
-        folds=tuple((fold == f).nonzero().flatten().to(device) for f in range(FOLDS)),
+        outside=(~inside).flatten().nonzero().flatten().to(device),
+        folds=tuple(torch.bincount(fold, minlength=FOLDS).tolist()),
     )
 
 
@@ -112,12 +116,22 @@ class StaticFit:
     Args:
         channels: ``C``; num_prefix: ``P``.
         device: where they are accumulated, in fp64.
+        storage: fp64 zeros to use, 1-D, :meth:`nbytes` long.
     """
 
-    def __init__(self, channels: int, num_prefix: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        channels: int,
+        num_prefix: int,
+        device: torch.device,
+        storage: Tensor | None = None,
+    ) -> None:
         size = 9 + num_prefix + 2 + 1
         self.num_prefix = num_prefix
-        self.grams = torch.zeros(FOLDS, channels, size, size, dtype=torch.float64, device=device)
+        if storage is None:
+            count = FOLDS * channels * size * size
+            storage = torch.zeros(count, dtype=torch.float64, device=device)
+        self.grams = storage.view(FOLDS, channels, size, size)
 
     @staticmethod
     def nbytes(channels: int, num_prefix: int) -> int:
@@ -129,16 +143,25 @@ class StaticFit:
         """Add a batch: ``values`` V and ``output`` E V, both ``(B, N, C)``."""
         if values.dtype not in (torch.float32, torch.float64):
             values, output = values.float(), output.float()
-        window = values[sample.images, sample.window] * sample.inside[..., None]
+        features = self._features(values, output, sample)
+        positions, size, channels = features.shape
+        # (C, F + 1, positions) views of one transposed copy
+        rows = features.flatten(1).t().contiguous().view(size, channels, positions).transpose(0, 1)
+        folds = rows.split([count * sample.queries.shape[1] for count in sample.folds], dim=2)
+        for gram, fold in zip(self.grams, folds, strict=True):
+            if fold.shape[2]:
+                gram += torch.bmm(fold, fold.transpose(1, 2))
+
+    def _features(self, values: Tensor, output: Tensor, sample: Sample) -> Tensor:
+        """Features and true output at the sampled positions: ``(B * S, F + 1, C)``."""
         shape = (*sample.queries.shape, -1, values.shape[-1])
-        prefix = values[:, None, : self.num_prefix].expand(shape)
-        mean = values[:, self.num_prefix :].mean(1)[:, None, None].expand(*shape[:2], 1, -1)
-        target = output[sample.images[..., 0], sample.queries][:, :, None]
-        features = torch.cat([window, prefix, mean, torch.ones_like(mean), target], dim=2)
-        for gram, images in zip(self.grams, sample.folds, strict=True):
-            if len(images):
-                rows = features[images].flatten(0, 1).permute(2, 1, 0).contiguous()
-                gram += torch.bmm(rows, rows.transpose(1, 2))
+        image = sample.images[:, None]
+        window = values[image[..., None], sample.window]
+        window.view(-1, shape[-1]).index_fill_(0, sample.outside, 0)
+        prefix = values[sample.images, None, : self.num_prefix].expand(shape)
+        mean = values[:, self.num_prefix :].mean(1)[image, None].expand(*shape[:2], 1, -1)
+        target = output[image, sample.queries][:, :, None]
+        return torch.cat([window, prefix, mean, torch.ones_like(mean), target], dim=2).flatten(0, 1)
 
 
 def unexplained(grams: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:

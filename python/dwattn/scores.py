@@ -21,8 +21,16 @@ from dwattn.plan import ModelInfo, problems
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_TENSORS = ("sigma", "mean_kernel", "prefix_mass", "uniform", "residual", "residual_plain")
-_OPTIONAL = ("residual", "residual_plain", "mean_map", "std_map")
+_TENSORS = (
+    "sigma",
+    "mean_kernel",
+    "prefix_mass",
+    "uniform",
+    "residual",
+    "residual_plain",
+    "perturbation",
+)
+_OPTIONAL = ("residual", "residual_plain", "perturbation", "mean_map", "std_map")
 
 
 @dataclass
@@ -39,6 +47,9 @@ class LayerScore:
             leaves unexplained, channels weighted by the squared column norms of Wo; block_residual
             of the layer.
         residual_plain, block_residual_plain: the same with equal weights.
+        perturbation: ``(n_h,)`` or None: what that unexplained part does to the residual stream,
+            the mean square it adds to a token that is scaled to unit variance (as the next
+            LayerNorm scales it).
         mean_map, std_map: ``(n_h, n, n)`` fp32 if the maps were kept.
     """
 
@@ -50,6 +61,7 @@ class LayerScore:
     uniform: Tensor
     residual: Tensor | None = None
     residual_plain: Tensor | None = None
+    perturbation: Tensor | None = None
     block_residual: float | None = None
     block_residual_plain: float | None = None
     mean_map: Tensor | None = None
@@ -219,25 +231,37 @@ def block_score(layer: LayerScore, criterion: str) -> float:
     Raises:
         ScoreError: an unknown criterion, or a score that is missing or NaN.
     """
-    value = layer.sigma_block if check_criterion(criterion) == "variance" else layer.block_residual
-    return _known(value, layer, criterion)
+    values = {
+        "variance": layer.sigma_block,
+        "residual": layer.block_residual,
+        "perturbation": None if layer.perturbation is None else float(layer.perturbation.sum()),
+    }
+    return _known(values[check_criterion(criterion)], layer, criterion)
 
 
 def head_scores(layer: LayerScore, criterion: str) -> list[float]:
     """The numbers by which the heads of a layer are ranked, smallest first; raises as
     :func:`block_score`.
     """
-    values = layer.sigma if check_criterion(criterion) == "variance" else layer.residual
+    values = {
+        "variance": layer.sigma,
+        "residual": layer.residual,
+        "perturbation": layer.perturbation,
+    }[check_criterion(criterion)]
     if values is None:
         return [_known(None, layer, criterion)]
     return [_known(value, layer, criterion) for value in values.tolist()]
 
 
+CRITERIA = ("variance", "residual", "perturbation")
+
+
 def check_criterion(criterion: str) -> str:
-    """Return ``criterion``, or raise :class:`ScoreError` unless it is ``variance`` or ``residual``."""
-    if criterion not in ("variance", "residual"):
+    """Return ``criterion``, or raise :class:`ScoreError` unless it is one of ``CRITERIA``."""
+    if criterion not in CRITERIA:
         raise ScoreError(
-            f"criterion={criterion!r} must be 'variance' or 'residual', or pass order=[...]."
+            f"criterion={criterion!r} must be {', '.join(map(repr, CRITERIA[:-1]))} or "
+            f"{CRITERIA[-1]!r}, or pass order=[...]."
         )
     return criterion
 
@@ -331,6 +355,7 @@ def _layer(
         "uniform": (heads,),
         "residual": (heads,),
         "residual_plain": (heads,),
+        "perturbation": (heads,),
         "mean_map": (heads, map_size, map_size),
         "std_map": (heads, map_size, map_size),
     }

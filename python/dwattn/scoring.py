@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from dwattn import data as images
-from dwattn.adapters import describe, refusal
+from dwattn.adapters import describe
 from dwattn.errors import ScoreError
 from dwattn.plan import ModelInfo
 from dwattn.ranks import Ranks
@@ -76,7 +76,8 @@ def score(
     share = ranks.share(num_images)
     with ranks.agreement():
         layout = describe(model)
-        run = ScoringRun(layout, scoreable(layout, entries), residual, memory_budget, data)
+        layers, refused = scoreable(layout, entries)
+        run = ScoringRun(layout, layers, residual, memory_budget, data)
     like = next(layout.module.parameters())
     with (
         untouched(model),
@@ -112,9 +113,7 @@ def score(
         grid=run.geometry.grid,
         num_prefix=layout.num_prefix,
         model=ModelInfo.of(layout),
-        refused={
-            s.attention_name: r for s in layout.blocks if (r := refusal(s.attention)) is not None
-        },
+        refused=refused,
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dwattn import data as images
 from dwattn.adapters import BackboneLayout, BlockSite, CallConvention, adapter_for, refusal
 from dwattn.errors import DataError, DwattnError, ScoreError, UnsupportedAttentionError
+from dwattn.finite import all_finite
 from dwattn.geometry import Geometry
 from dwattn.projections import AttentionWeights
 from dwattn.ranks import Ranks
@@ -41,12 +42,29 @@ class LayerRun:
     convention: CallConvention
     variance: AttentionVariance
     fit: StaticFit | None = None
+    #: Sum over images of the mean over patches of ``1 / var_D(t)``, t the stream in front; and the
+    #: images.
+    stream: tuple[float, int] = (0.0, 0)
 
-    def nbytes(self, tokens: int, residual: bool) -> int:
-        """Bytes of its statistics."""
+    def note_stream(self, tokens: Tensor, num_prefix: int) -> None:
+        """Observe the residual stream ``(B, N, D)`` in front of the block."""
+        variance = tokens[:, num_prefix:].float().var(-1, correction=0)
+        tiny = torch.finfo(variance.dtype).tiny
+        inverse = variance.clamp_min(tiny).reciprocal().mean(1)
+        self.stream = (self.stream[0] + float(inverse.sum()), self.stream[1] + len(tokens))
+
+    def nbytes(self, tokens: int, residual: bool) -> tuple[int, int]:
+        """Bytes of its statistics: maps and Gram matrices."""
         w, v = self.weights, self.variance
-        state = AttentionVariance.nbytes(w.num_heads, tokens, v.num_prefix, v.entries)
-        return state + (StaticFit.nbytes(w.channels, v.num_prefix) if residual else 0)
+        maps = AttentionVariance.nbytes(w.num_heads, tokens, v.num_prefix, v.entries)
+        return maps, StaticFit.nbytes(w.channels, v.num_prefix) if residual else 0
+
+    def allocate(self, tokens: int, maps: Tensor, grams: Tensor) -> None:
+        """Start with empty statistics in these fp64 zeros; no Gram matrices if ``grams`` is empty."""
+        w = self.weights
+        self.variance.allocate(w.num_heads, tokens, maps.device, maps)
+        if len(grams):
+            self.fit = StaticFit(w.channels, self.variance.num_prefix, grams.device, grams)
 
     def attention(self, tokens: Tensor, sample: Sample | None) -> Tensor:
         """What the layer itself computes, ``(B, N, D)``; the statistics are updated on the way."""
@@ -59,8 +77,7 @@ class LayerRun:
         k = k if w.k_norm is None else w.k_norm(k)
         rows = merge_heads(self.variance.attend(q, k, v, w.scale))
         if sample is not None:
-            if self.fit is None:
-                self.fit = StaticFit(w.channels, self.variance.num_prefix, tokens.device)
+            assert self.fit is not None
             self.fit.update(merge_heads(v), rows, sample)
         return F.linear(rows, w.wo, w.bo)
 
@@ -79,7 +96,7 @@ class LayerRun:
             mean_map=v.mean.float().cpu() if keep_maps else None,
             std_map=v.std.float().cpu() if keep_maps else None,
         )
-        if not bool(torch.isfinite(made.sigma).all()):
+        if not all_finite(made.sigma):
             raise ScoreError(
                 f"{made.name}: the statistics of its attention are not finite; look for huge "
                 "activations."
@@ -88,39 +105,60 @@ class LayerRun:
             error, power = (x.cpu() for x in unexplained(self.fit.grams))
             weight = w.wo.double().square().sum(0).cpu()
             made.residual, made.block_residual = residual_shares(error, power, weight, w.num_heads)
+            made.perturbation = self._perturbation(error)
             plain = torch.ones_like(weight)
             made.residual_plain, made.block_residual_plain = residual_shares(
                 error, power, plain, w.num_heads
             )
         return made
 
+    def _perturbation(self, error: Tensor) -> Tensor:
+        """Per head, the mean square that the unexplained part adds to a token of unit variance:
+        ``(n_h,)``.
+        """
+        assert self.fit is not None
+        w, (inverse, seen) = self.weights, self.stream
+        constant = -2  # the feature that is 1 everywhere counts the samples
+        samples = float(self.fit.grams[:, 0, constant, constant].sum())
+        wo = w.wo.double()
+        if self.site.attention_scale is not None:
+            wo = wo * self.site.attention_scale.double()[:, None]
+        added = error * wo.square().sum(0).cpu() / (samples * w.dim)
+        return added.view(w.num_heads, -1).sum(1) * (inverse / max(seen, 1))
 
-def scoreable(layout: BackboneLayout, entries: str) -> list[LayerRun]:
-    """The layers of ``layout`` that are not refused, in depth order."""
-    layers, refused = [], []
+
+def scoreable(layout: BackboneLayout, entries: str) -> tuple[list[LayerRun], dict[str, str]]:
+    """The layers of ``layout`` in depth order, and the refused ones with the reason.
+
+    Raises:
+        UnsupportedAttentionError: all of them are refused.
+        ScoreError: attention weights that are not finite.
+    """
+    layers: list[LayerRun] = []
+    refused: dict[str, str] = {}
     for block, site in enumerate(layout.blocks):
         _require_finite(site)
         reason, adapter = refusal(site.attention), adapter_for(site.attention)
         if reason is not None or adapter is None:
-            refused.append(f"{site.attention_name}: {reason}")
+            refused[site.attention_name] = reason or "No adapter knows its class."
             continue
         weights, convention = adapter.weights(site.attention), adapter.convention(site.attention)
         state = AttentionVariance(layout.num_prefix, entries)
         layers.append(LayerRun(site, block, weights, convention, state))
     if not layers:
         raise UnsupportedAttentionError(
-            f"No attention layer of this {layout.family} can be scored. {'; '.join(refused)}"
+            f"No attention layer of this {layout.family} can be scored. "
+            f"{'; '.join(f'{name}: {reason}' for name, reason in refused.items())}"
         )
-    return layers
+    return layers, refused
 
 
 def _require_finite(site: BlockSite) -> None:
     for name, parameter in site.attention.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+        if not all_finite(parameter):
             raise ScoreError(
                 f"{site.attention_name}: its weight {name} holds NaN or infinite values. Load "
-                f"intact "
-                "weights first."
+                "intact weights first."
             )
 
 
@@ -162,7 +200,20 @@ class ScoringRun:
             undo.callback(hook.remove)
             for layer in self.waiting:
                 undo.enter_context(instance_forward(layer.site.attention, self._stand_in(layer)))
+                if self.residual:
+                    hook = layer.site.module.register_forward_pre_hook(
+                        self._see_stream(layer), with_kwargs=True
+                    )
+                    undo.callback(hook.remove)
             yield
+
+    def _see_stream(self, layer: LayerRun) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tokens = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+            if tokens is not None and tokens.dim() == 3:
+                layer.note_stream(tokens, self.layout.num_prefix)
+
+        return hook
 
     def start_pass(self) -> None:
         self.seen, self.active = 0, []
@@ -205,6 +256,9 @@ class ScoringRun:
                 layer.variance.merge_ranks()
                 if layer.fit is not None:
                     ranks.sum(layer.fit.grams)
+                    level = torch.tensor(layer.stream, dtype=torch.float64, device=device)
+                    inverse, seen = ranks.sum(level).tolist()
+                    layer.stream = (inverse, int(seen))
             self.results.append(layer.result(self.geometry, keep_maps))
             layer.variance = AttentionVariance(self.layout.num_prefix, layer.variance.entries)
             layer.fit = None
@@ -268,7 +322,7 @@ class ScoringRun:
         if self.geometry is None:
             raise ScoreError("The attention layers ran before the patch embedding saw any pixels.")
         tokens = self.geometry.num_tokens
-        sizes = [layer.nbytes(tokens, self.residual) for layer in self.waiting]
+        sizes = [sum(layer.nbytes(tokens, self.residual)) for layer in self.waiting]
         budget = sum(sizes) if self.memory_budget is None else self.memory_budget
         if max(sizes) > budget:
             raise ScoreError(
@@ -292,3 +346,12 @@ class ScoringRun:
         if not self.results:
             self.passes = len(groups)
         self.active = groups[0]
+        self._allocate(tokens)
+
+    def _allocate(self, tokens: int) -> None:
+        """Room for the statistics of the active layers, in one allocation."""
+        parts = [size // 8 for layer in self.active for size in layer.nbytes(tokens, self.residual)]
+        device = self.active[0].weights.wv.device
+        storage = torch.zeros(sum(parts), dtype=torch.float64, device=device).split(parts)
+        for layer, maps, grams in zip(self.active, storage[::2], storage[1::2], strict=True):
+            layer.allocate(tokens, maps, grams)

@@ -32,7 +32,9 @@ def select(
         heads: number of heads anywhere in the model (scattered).
         target_speedup: as few whole layers as reach this speedup of the whole model, as estimated
             from ``latency``, or from a measurement of ``model`` on this machine.
-        criterion: ``"variance"`` (Sigma_b, Sigma_h) or ``"residual"``.
+        criterion: ``"variance"`` (Sigma_b, Sigma_h), ``"residual"`` (unexplained share of the
+            layer's output) or ``"perturbation"`` (what the unexplained part does to the residual
+            stream).
         order: the user's own ranking instead: block indices or attention layer names, or ``(block,
             head)`` pairs with ``heads=``. Without ``blocks``, ``heads`` and ``target_speedup`` all
             of it is chosen.

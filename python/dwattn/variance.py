@@ -13,13 +13,17 @@ import torch
 from torch import Tensor
 
 from dwattn.errors import ScoreError
+from dwattn.finite import all_finite
 
-#: Images per tile, and entries of E per image in a tile. The rows of a tile depend on N alone, so
-#: that E of an image has the same bits however the images are batched (a GEMM's rounding depends on
-#: its number of rows).
-_IMAGES_PER_TILE = 16
-_ENTRIES_PER_IMAGE = {"cpu": 25_000}
-_ENTRIES_PER_IMAGE_ON_DEVICES = 4_000_000
+#: A tile of E: many rows of a few images suit the matrix products. Its rows depend on N alone, so
+#: that E of an image has the same bits however the images are batched (the rounding of a matrix
+#: product depends on its number of rows).
+_IMAGES_PER_TILE = 8
+_ENTRIES_PER_IMAGE = 110_000
+#: Entries of a tile that are folded at a time: their fp64 deviations should stay in the cache.
+_ENTRIES_PER_FOLD = 75_000
+#: Devices other than the CPU want fewer, larger steps.
+_DEVICE_FACTOR = 32
 
 
 class AttentionVariance:
@@ -147,31 +151,30 @@ class AttentionVariance:
             # Laid out as (B, N, n_h, d_v): joining the heads afterwards is a view.
             out = v.new_empty(batch, tokens, heads, v.shape[3])
             v = v.to(compute)
-        self._allocate(heads, tokens, q.device)
-        rows = max(
-            1,
-            min(
-                tokens,
-                _ENTRIES_PER_IMAGE.get(q.device.type, _ENTRIES_PER_IMAGE_ON_DEVICES) // tokens,
-            ),
-        )
+        if self._mean is None:
+            self.allocate(heads, tokens, q.device)
+        factor = 1 if q.device.type == "cpu" else _DEVICE_FACTOR
+        rows = min(tokens, max(1, factor * _ENTRIES_PER_IMAGE // tokens))
         self._interrupted = True
         for first in range(0, batch, _IMAGES_PER_TILE):
             images = slice(first, min(first + _IMAGES_PER_TILE, batch))
-            tile = _Tile(images.stop - images.start, rows, tokens, q)
+            count = images.stop - images.start
+            fold_rows = min(rows, max(1, factor * _ENTRIES_PER_FOLD // (count * tokens)))
+            tile = _Tile(count, rows, fold_rows, tokens, q, self.dtype)
             for head in range(heads):
                 for start in range(0, tokens, rows):
                     stop = min(start + rows, tokens)
                     e = tile.softmax(q[images, head, start:stop], keys[images, head])
                     if out is not None and v is not None:
-                        out[images, start:stop, head] = torch.bmm(e, v[images, head]).to(out.dtype)
-                    self._fold(e, head, start, tile)
-            self.count += images.stop - images.start
+                        out[images, start:stop, head] = torch.bmm(e, v[images, head])
+                    for row in range(0, stop - start, fold_rows):
+                        self._fold(e[:, row : row + fold_rows], head, start + row, tile)
+            self.count += count
         self._interrupted = False
         return None if out is None else out.transpose(1, 2)
 
     def _fold(self, e: Tensor, head: int, start: int, tile: _Tile) -> None:
-        """Add a tile ``(b, r, N)`` that holds the query rows ``start ... start + r`` of one head."""
+        """Add ``e (b, r, N)``, the query rows ``start ... start + r`` of one head."""
         assert self._mean is not None
         assert self._m2 is not None
         offset = 0 if self.entries == "all" else self.num_prefix
@@ -193,14 +196,25 @@ class AttentionVariance:
         m2.add_(deviation.mul_(deviation).sum(0)).addcmul_(s1, s1, value=-1 / total)
         mean.add_(s1, alpha=1 / total)
 
-    def _allocate(self, heads: int, tokens: int, device: torch.device) -> None:
-        if self._mean is not None:
-            return
+    def allocate(
+        self, heads: int, tokens: int, device: torch.device, storage: Tensor | None = None
+    ) -> None:
+        """Make the empty state now instead of at the first update.
+
+        Args:
+            storage: zeros to use, 1-D in the state's dtype, :meth:`nbytes` long. Many states in one
+                allocation do not fragment the heap.
+        """
         size = tokens if self.entries == "all" else tokens - self.num_prefix
-        self._mean = torch.zeros(heads, size, size, dtype=self.dtype, device=device)
-        self._m2 = torch.zeros_like(self._mean)
-        if self.entries == "patches" and self.num_prefix:
-            self._prefix = self._mean.new_zeros(heads, size, self.num_prefix)
+        prefix = self.num_prefix if self.entries == "patches" else 0
+        if storage is None:
+            count = heads * size * (2 * size + prefix)
+            storage = torch.zeros(count, dtype=self.dtype, device=device)
+        maps = heads * size * size
+        self._mean = storage[:maps].view(heads, size, size)
+        self._m2 = storage[maps : 2 * maps].view(heads, size, size)
+        if prefix:
+            self._prefix = storage[2 * maps :].view(heads, size, prefix)
 
     def _check(self, q: Tensor, k: Tensor) -> None:
         if self._interrupted:
@@ -227,7 +241,7 @@ class AttentionVariance:
                 "layer cannot be added."
             )
         for name, tensor in (("q", q), ("k", k)):
-            if not bool(torch.isfinite(tensor).all()):
+            if not all_finite(tensor):
                 raise ScoreError(
                     f"{name} has NaN or infinite entries; the attention maps of this batch are not "
                     "defined."
@@ -299,15 +313,16 @@ class AttentionVariance:
         settings.
         """
         mean, m2 = self._filled()
+        # Clones: safetensors refuses tensors that share memory.
         state = {
-            "mean": mean,
-            "m2": m2,
+            "mean": mean.clone(),
+            "m2": m2.clone(),
             "count": torch.tensor([self.count]),
             "num_prefix": torch.tensor([self.num_prefix]),
             "patches_only": torch.tensor([int(self.entries == "patches")]),
         }
         if self._prefix is not None:
-            state["prefix_mean"] = self._prefix
+            state["prefix_mean"] = self._prefix.clone()
         return state
 
     @classmethod
@@ -327,7 +342,7 @@ class AttentionVariance:
                 f"Not a state of an AttentionVariance: mean {tuple(mean.shape)}, m2 "
                 f"{tuple(m2.shape)}, count {count}."
             )
-        if not bool(torch.isfinite(mean).all() & torch.isfinite(m2).all()):
+        if not (all_finite(mean) and all_finite(m2)):
             raise ScoreError("The state of an AttentionVariance holds NaN or infinite entries.")
         entries = "patches" if int(state["patches_only"].item()) else "all"
         made = cls(num_prefix, entries, dtype=mean.dtype)
@@ -349,12 +364,14 @@ class AttentionVariance:
 
 
 class _Tile:
-    """Buffers of one tile: E in the compute dtype, and its deviations from the mean in fp64."""
+    """Buffers: E of a tile, in the dtype of ``like``, and deviations of the rows being folded."""
 
-    def __init__(self, images: int, rows: int, tokens: int, like: Tensor) -> None:
+    def __init__(
+        self, images: int, rows: int, fold_rows: int, tokens: int, like: Tensor, state: torch.dtype
+    ) -> None:
         self.images, self.tokens = images, tokens
         self._e = like.new_empty(images * rows * tokens)
-        self._deviation: Tensor | None = None
+        self._deviation = like.new_empty(images * fold_rows * tokens, dtype=state)
 
     def softmax(self, q: Tensor, keys: Tensor) -> Tensor:
         """``softmax(q keys)`` for ``q (b, r, d)`` and ``keys (b, d, N)``: ``(b, r, N)``, valid
@@ -368,7 +385,5 @@ class _Tile:
 
     def deviation(self, e: Tensor, mean: Tensor) -> Tensor:
         """``e - mean`` in the dtype of the mean: ``(b, r, n)``, valid until the next call."""
-        if self._deviation is None:
-            self._deviation = mean.new_empty(self._e.numel())
         buffer = self._deviation[: e.numel()].view(e.shape)
         return buffer.copy_(e).sub_(mean)
