@@ -178,8 +178,7 @@ def test_an_interrupted_save_keeps_the_old_plan(
     assert list(tmp_path.iterdir()) == [path]
 
 
-# --- fingerprints
-# -------------------------------------------------------------------------------------
+# --- fingerprints ---
 
 
 def check(plan: Plan, model: nn.Module, **options: Any) -> None:

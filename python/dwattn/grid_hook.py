@@ -1,5 +1,4 @@
-"""The hook at a converted model's patch embedding: it knows the patch grid of the images that pass.
-"""
+"""The hook at a converted model's patch embedding: it knows the grid of the images that pass."""
 
 from __future__ import annotations
 

@@ -85,6 +85,13 @@ def timm_vit(**options: Any) -> nn.Module:
     return randomise(VisionTransformer(**{**defaults, "num_classes": 5, **options}))
 
 
+def timm_model(name: str, **options: Any) -> nn.Module:
+    """One of timm's own models, as small as the options make it."""
+    import timm
+
+    return timm.create_model(name, **options)
+
+
 def timm_distilled() -> nn.Module:
     from timm.models.deit import VisionTransformerDistilled
 

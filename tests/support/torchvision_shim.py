@@ -6,6 +6,8 @@ load. Declaring them first lets the pure Python parts, which timm needs, import.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 _SCHEMAS = (
@@ -22,7 +24,5 @@ def install() -> None:
         return
     _library = torch.library.Library("torchvision", "FRAGMENT")
     for schema in _SCHEMAS:
-        try:
+        with contextlib.suppress(RuntimeError):  # declared already: this torchvision's binary loads
             _library.define(schema)
-        except RuntimeError:
-            continue  # this torchvision's binary loads and has declared it

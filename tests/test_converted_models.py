@@ -1,0 +1,166 @@
+"""What a converted model goes through: copies, dtypes, second plans, compilers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import dwattn
+from dwattn.conversion import conversion
+from dwattn.errors import PlanError
+from support.models import hf_model, hub_vit, timm_vit
+from support.surgery import Snapshot, plan_for, shims
+
+
+def test_copies_are_independent() -> None:
+    model, images = timm_vit(dynamic_img_size=True), torch.randn(1, 3, 32, 24)
+    original = model(images)
+    dwattn.replace(model, plan_for(model), dynamic_grid=True)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(images), model(images))
+    with torch.no_grad():
+        shims(twin)["blocks.0.attn"].layer.kernel.zero_()
+    assert not torch.equal(twin(images), model(images))
+    # Each has a grid source of its own.
+    twin(torch.randn(1, 3, 24, 32))
+    assert shims(model)["blocks.0.attn"].layer.grid_source.grid == (4, 3)
+    assert shims(twin)["blocks.0.attn"].layer.grid_source.grid == (3, 4)
+    dwattn.restore(twin)
+    assert torch.equal(twin(images), original)
+    assert not shims(twin)
+    assert len(shims(model)) == 2
+    dwattn.restore(model)
+    assert torch.equal(model(images), original)
+    assert not model.patch_embed._forward_pre_hooks
+    assert not twin.patch_embed._forward_pre_hooks
+
+
+def test_originals_follow_a_change_of_dtype() -> None:
+    model, images = timm_vit(), torch.randn(1, 3, 32, 24)
+    expected = copy.deepcopy(model).double()(images.double())
+    dwattn.replace(model, plan_for(model))
+    model.double()
+    assert model(images.double()).dtype == torch.float64
+    dwattn.restore(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert torch.equal(model(images.double()), expected)
+
+
+def test_originals_do_not_lose_bits_on_a_detour_through_half() -> None:
+    model = timm_vit()
+    exact = model.blocks[0].attn.qkv.weight.clone()
+    dwattn.replace(model, plan_for(model))
+    model.half()
+    model.float()
+    dwattn.restore(model)
+    assert torch.equal(model.blocks[0].attn.qkv.weight, exact)
+
+
+def test_originals_of_mixed_dtypes_come_back_as_they_were() -> None:
+    model = timm_vit(qk_norm=True)
+    model.blocks[0].attn.q_norm.double()
+    before = Snapshot(model)
+    dwattn.replace(model, plan_for(model))
+    dwattn.restore(model)
+    before.check()
+
+
+def test_originals_follow_to_the_meta_device() -> None:
+    """The only second device of every machine."""
+    model = timm_vit()
+    dwattn.replace(model, plan_for(model))
+    model.to("meta")
+    dwattn.restore(model)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_restoring_and_replacing_again() -> None:
+    model, images = timm_vit(), torch.randn(1, 3, 32, 24)
+    plan = plan_for(model)
+    dwattn.replace(model, plan)
+    first = model(images)
+    dwattn.restore(model)
+    dwattn.replace(model, plan)
+    assert torch.equal(model(images), first)
+
+
+def test_disjoint_plans_add_up_and_are_restored_together() -> None:
+    model, images = timm_vit(), torch.randn(1, 3, 32, 24)
+    before = Snapshot(model)
+    plans = [plan_for(model, [0]), plan_for(model, [2, 3], [[1], None])]
+    for plan in plans:
+        dwattn.replace(model, plan)
+    assert list(shims(model)) == ["blocks.0.attn", "blocks.2.attn", "blocks.3.attn"]
+    record = conversion(model)
+    assert record is not None
+    assert [layer.name for layer in record.plan.layers] == list(shims(model))
+    both = timm_vit()
+    dwattn.replace(both, plan_for(both, [0, 2, 3], [None, [1], None]))
+    assert torch.equal(model(images), both(images))
+    assert len(model.patch_embed._forward_pre_hooks) == 1
+    dwattn.restore(model)
+    before.check()
+
+
+def test_a_second_plan_cannot_replace_a_replaced_layer_or_change_the_grid() -> None:
+    model = timm_vit(dynamic_img_size=True)
+    plan = plan_for(model, [0])
+    dwattn.replace(model, plan)
+    before = Snapshot(model)
+    with pytest.raises(PlanError, match=r"blocks.0.attn: It is already replaced.*restore"):
+        dwattn.replace(model, plan)
+    with pytest.raises(PlanError, match=r"before with grid=\(4, 3\), now dynamic_grid=True"):
+        dwattn.replace(model, plan_for(model, [1]), dynamic_grid=True)
+    before.check()
+    assert list(shims(model)) == ["blocks.0.attn"]
+
+
+def test_parts_and_wrappers_of_a_converted_model() -> None:
+    model = hf_model("ViT", "ViTForImageClassification")
+    plan = plan_for(model)
+    dwattn.replace(model.vit, plan)
+    assert conversion(model) is conversion(model.vit)
+    with pytest.raises(PlanError, match=r"part of this model \(ViTModel\)"):
+        dwattn.replace(model, plan_for(model, [1]))
+    dwattn.restore(model)
+    dwattn.replace(model, plan)
+    with pytest.raises(PlanError, match="has no layers replaced by dwattn"):
+        dwattn.restore(model.vit)
+
+
+def test_restoring_what_was_not_converted_or_was_tampered_with() -> None:
+    model = timm_vit()
+    with pytest.raises(PlanError, match="VisionTransformer has no layers replaced by dwattn"):
+        dwattn.restore(model)
+    dwattn.replace(model, plan_for(model))
+    model.blocks[2].attn = nn.Identity()
+    with pytest.raises(PlanError, match=r"blocks.2.attn is no longer.*but a Identity"):
+        dwattn.restore(model)
+    assert list(shims(model)) == ["blocks.0.attn"]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@torch.no_grad()
+def test_converted_models_compile_and_export(dynamic: bool) -> None:
+    model = timm_vit(reg_tokens=4, depth=2, dynamic_img_size=dynamic)
+    dwattn.replace(model, plan_for(model, [0, 1], [None, [1]]), dynamic_grid=dynamic)
+    images = torch.randn(2, 3, 32, 24)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (images,), dynamic_shapes={"x": {0: batch}})
+    more = torch.randn(5, 3, 32, 24)
+    torch.testing.assert_close(program.module()(more), model(more), rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_and_gradients_of_a_converted_model() -> None:
+    model = hub_vit(num_register_tokens=4).train()
+    dwattn.replace(model, plan_for(model))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(torch.randn(2, 3, 56, 56)).float().square().mean()
+    loss.backward()
+    assert all(p.grad is not None for s in shims(model).values() for p in s.parameters())
