@@ -55,7 +55,7 @@ def test_names_are_parsed() -> None:
     assert ModelSpec.parse("hf:facebook/dinov2-small").name == "facebook/dinov2-small"
     spec = ModelSpec.parse("a.b.c:make")
     assert (spec.kind, spec.name, spec.function) == ("python", "a.b.c", "make")
-    assert ModelSpec.parse("/tmp/x.py:make?flag=True&none=None").options == {
+    assert ModelSpec.parse("some/x.py:make?flag=True&none=None").options == {
         "flag": True, "none": None
     }  # fmt: skip
 
