@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwattn import functional
-from dwattn.attention import add_context, copy_linear, factory_of, gaussian_kernel_
+from dwattn.attention import add_context, copy_linear, gaussian_kernel_
 from dwattn.errors import DwattnError
 from dwattn.prefix import ExactPrefixRows
 from dwattn.projections import AttentionWeights

@@ -96,7 +96,9 @@ def select(
         float | None,
         typer.Option(help="Replace as many blocks as this speed-up of the model needs."),
     ] = None,
-    criterion: Annotated[str, typer.Option(help="variance, residual or perturbation.")] = "variance",
+    criterion: Annotated[
+        str, typer.Option(help="variance, residual or perturbation.")
+    ] = "variance",
     order: Annotated[
         str | None,
         typer.Option(metavar="B,B,...", help="Your own ranking of blocks instead, as indices."),

@@ -42,8 +42,8 @@ def make_importable() -> None:
     global _library
     if _library is not None or not needs_schemas():
         return
-    _library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    _library = torch.library.Library("torchvision", "FRAGMENT")
     for schema in _SCHEMAS:
         # Somebody else may have declared them for the same reason.
         with contextlib.suppress(RuntimeError):
-            _library.define(schema)  # type: ignore[no-untyped-call]
+            _library.define(schema)

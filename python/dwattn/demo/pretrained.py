@@ -123,7 +123,7 @@ class SaliencyModel(nn.Module):
     def decode(self, tokens: Tensor) -> Tensor:
         """Saliency ``(B, 1, 224, 224)`` of tokens from :meth:`tokens`."""
         patches = tokens[:, 1:].transpose(1, 2).reshape(-1, DIM, *GRID)
-        return self.decoder(patches, (IMAGE_SIZE, IMAGE_SIZE))  # type: ignore[no-any-return]
+        return self.decoder(patches, (IMAGE_SIZE, IMAGE_SIZE))
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.decode(self.tokens(pixels))

@@ -54,7 +54,8 @@ def _pyplot(name: str) -> Iterator[Any]:
     from matplotlib import pyplot
 
     # A fixed salt makes ids, and so the page, the same from run to run.
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+    style: Any = {**_STYLE, "svg.hashsalt": name}
+    with matplotlib.rc_context(style):
         yield pyplot
 
 
