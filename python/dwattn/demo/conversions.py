@@ -72,26 +72,22 @@ def specs(channels: int, blocks: int, quick: bool) -> list[Spec]:
     ]
     if quick:
         return main
-    most = blocks + blocks // 2
+    fewer, more = blocks - 2, blocks + blocks // 2
     return [
         *main,
         Spec("dw, fitted", "dw", "variance", blocks),
-        Spec(f"lowrank_dw {head}, fitted", "lowrank_dw", "residual", blocks, rank=head),
         Spec(f"ens_dw {head}, Gaussian", "ens_dw", "residual", blocks, "gaussian", keep=True),
         Spec("dw, mean map", "dw", "residual", blocks, "mean-map"),
-        Spec("dw, fitted", "dw", "residual", blocks - 2, optional=True),
-        Spec("dw, fitted", "dw", "residual", most, optional=True),
-        *(
-            Spec(label, "dw", "residual", count, method, optional=True)
-            for label, method in (
-                ("dw, Gaussian", "gaussian"),
-                ("dw, mean map", "mean-map"),
-            )
-            for count in (blocks - 2, most)
+        Spec("dw, Gaussian", "dw", "residual", fewer, "gaussian", optional=True),
+        Spec("dw, Gaussian", "dw", "residual", more, "gaussian", optional=True),
+        Spec("dw, fitted", "dw", "residual", more, optional=True),
+        Spec("dw, fitted", "dw", "residual", fewer, optional=True),
+        Spec(
+            f"lowrank_dw {head}, fitted", "lowrank_dw", "residual", blocks, rank=head, optional=True
         ),
-        Spec("dw, fitted", "dw", "variance", blocks - 2, optional=True),
-        Spec("dw, fitted", "dw", "variance", most, optional=True),
-    ]  # fmt: skip
+        Spec("dw, fitted", "dw", "variance", more, optional=True),
+        Spec("dw, fitted", "dw", "variance", fewer, optional=True),
+    ]
 
 
 @dataclass(frozen=True)
@@ -141,6 +137,7 @@ def carry_out(
     images: Tensor,
     held_out: HeldOut,
     *,
+    quick: bool,
     seed: int,
     progress: bool,
 ) -> Outcome:
@@ -148,6 +145,7 @@ def carry_out(
 
     Args:
         images: calibration images ``(M, 3, 224, 224)``.
+        quick: correct only the output projections of the replaced layers.
     """
     plan = dwattn.select(scores, blocks=spec.blocks, criterion=spec.criterion)
     student = copy.deepcopy(model)
@@ -156,7 +154,7 @@ def carry_out(
         options["rank"] = spec.rank
     if spec.method == "calibrated":
         # One view a photo: a second one adds a little fidelity and doubles the time.
-        options |= {"calibrate": images, "views": 1}
+        options |= {"calibrate": images, "views": 1, "refit": "attention" if quick else "all"}
     elif spec.method == "gaussian":
         options |= {"kernel_init": "gaussian", "context": False}
     else:

@@ -228,6 +228,7 @@ def _convert(
             scores,
             data.calibration,
             data.held_out,
+            quick=settings.quick,
             seed=settings.seed,
             progress=tell.progress,
         )
@@ -268,12 +269,13 @@ def _latency(
     models["removed"] = _without_attention(model, kept[0].record.blocks)
     pixels = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
     found = []
-    for count in sorted({1, threads}):
+    for count in [1] if settings.quick else sorted({1, threads}):
         with cpu_threads(count), torch.inference_mode():
             timings = interleaved(
                 {key: partial(item.tokens, pixels) for key, item in models.items()},
-                rounds=10 if settings.quick else 40,
-                budget_s=20,
+                rounds=10 if settings.quick else 30,
+                warmup=2,
+                budget_s=12,
             )
         entries = [
             Latency(
@@ -379,6 +381,11 @@ def _notes(info: PhotoInfo, skipped: list[Spec], settings: Settings) -> list[str
             f"fits. On Debian or "
             f"Ubuntu, python -m dwattn.demo.debian {photos.LOCAL_FOLDER} fetches more, without "
             f"root."
+        )
+    if settings.quick:
+        notes.append(
+            "A quick run: fewer photos, and of the layers that write to the residual stream only the "
+            "replaced ones were corrected. A full run keeps more of the original."
         )
     if skipped:
         counts = sorted({spec.blocks for spec in skipped})

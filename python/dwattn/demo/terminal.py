@@ -68,20 +68,23 @@ def summary(results: Results, report: str) -> Table:
 
 
 def _fidelity(results: Results) -> Table:
+    with_masks = results.original_mask_iou is not None
     table = Table(
         title="Fidelity to the original model on held-out photos",
         title_justify="left",
+        caption="masks: IoU with the alpha masks of pasted cut-outs" if with_masks else None,
+        caption_justify="left",
         box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
     )
-    with_masks = results.original_mask_iou is not None
-    for name in ("layer", "chosen by", "blocks"):
+    for name in ("layer", "by", "blocks"):
         table.add_column(name, no_wrap=True)
-    for name in ("cosine", "IoU", "MAE", *(["masks"] if with_masks else []), "s"):
+    for name in ("cosine", "IoU", "MAE", *(["masks"] if with_masks else [])):
         table.add_column(name, justify="right", no_wrap=True)
     if results.original_mask_iou is not None:
-        table.add_row(
-            "original model", "", "", "1", "1", "0", f"{results.original_mask_iou:.3f}", ""
-        )
+        own = f"{results.original_mask_iou:.3f}"
+        table.add_row("original model", "", "", "1", "1", "0", own)
     for item in results.conversions:
         f = item.fidelity
         numbers = [f"{f.cosine:.3f}", f"{f.iou:.3f}", f"{f.mae:.3f}"]
@@ -89,9 +92,7 @@ def _fidelity(results: Results) -> Table:
             numbers.append("" if f.mask_iou is None else f"{f.mask_iou:.3f}")
         style = "bold" if item.key == results.headline else None
         blocks = compact(item.blocks)
-        table.add_row(
-            item.label, item.criterion, blocks, *numbers, f"{item.seconds:.0f}", style=style
-        )
+        table.add_row(item.label, item.criterion, blocks, *numbers, style=style)
     return table
 
 
@@ -115,6 +116,8 @@ def _latency(results: Results) -> Iterator[Table]:
             title_justify="left",
             caption_justify="left",
             box=box.SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
         )
         for name in ("model", "ms", "less"):
             table.add_column(name, justify="left" if name == "model" else "right")
