@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--no-memory", action="store_true", help="measure times only")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -191,12 +192,12 @@ def main() -> None:
         state = state_bytes(size)
         print(f"{size} px, {options.threads} threads, state {state / 2**20:.0f} MiB")
         for name, numbers in found.items():
-            extra = memory_of(name, size, options.images, options.batch, options.threads)
-            numbers["extra_bytes"] = extra
-            print(
-                f"  {name:20s} {numbers['ms_per_image']:8.1f} ms/image {numbers['ratio']:6.2f}x"
-                f"   peak +{extra / 2**20:.0f} MiB"
-            )
+            line = f"  {name:20s} {numbers['ms_per_image']:8.1f} ms/image {numbers['ratio']:6.2f}x"
+            if not options.no_memory:
+                extra = memory_of(name, size, options.images, options.batch, options.threads)
+                numbers["extra_bytes"] = extra
+                line += f"   peak +{extra / 2**20:.0f} MiB"
+            print(line, flush=True)
         results["sizes"][str(size)] = {"state_bytes": state, "ways": found}
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")

@@ -411,6 +411,34 @@ def test_without_residual() -> None:
         scores.order("residual")
 
 
+# --- projections
+
+
+def test_a_fused_weight_is_recognised_and_neighbours_in_memory_are_not() -> None:
+    from dwattn.scoring_run import joined
+
+    whole = torch.randn(12, 5)
+    assert torch.equal(joined(*whole.chunk(3)), whole)
+    assert torch.equal(joined(*whole[:6].chunk(3)), whole[:6])
+    q, k, v = whole.chunk(3)
+    for parts in (
+        (q, v, k),
+        (k, v, q),
+        (q, k, q),
+        (q, k, v.clone()),
+        (q, k, v[:2]),
+        (q, k, v.double()),
+    ):
+        assert joined(*parts) is None
+    columns = torch.randn(5, 12).t().chunk(3)
+    assert joined(*columns) is None
+    # Two allocations that happen to touch: the second one is not part of the first one's storage.
+    pool = torch.randn(24)
+    halves = [torch.empty(0).set_(pool.untyped_storage(), i * 12, (4, 3)) for i in range(2)]
+    assert joined(halves[0], halves[1]) is not None
+    assert joined(halves[1], torch.randn(4, 3)) is None
+
+
 # --- what is refused
 
 

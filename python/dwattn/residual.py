@@ -17,10 +17,12 @@ from torch import Tensor
 from dwattn.errors import ScoreError
 from dwattn.geometry import Geometry
 
-POSITIONS_PER_IMAGE = 24
+POSITIONS_PER_IMAGE = 16
 FOLDS = 4
 #: Ridge relative to the mean of the Gram matrix' diagonal.
 RIDGE = 1e-3
+#: Channels whose features are formed at a time: a few megabytes.
+_CHANNELS_AT_ONCE = 96
 
 
 @dataclass(frozen=True)
@@ -143,14 +145,16 @@ class StaticFit:
         """Add a batch: ``values`` V and ``output`` E V, both ``(B, N, C)``."""
         if values.dtype not in (torch.float32, torch.float64):
             values, output = values.float(), output.float()
-        features = self._features(values, output, sample)
-        positions, size, channels = features.shape
-        # (C, F + 1, positions) views of one transposed copy
-        rows = features.flatten(1).t().contiguous().view(size, channels, positions).transpose(0, 1)
-        folds = rows.split([count * sample.queries.shape[1] for count in sample.folds], dim=2)
-        for gram, fold in zip(self.grams, folds, strict=True):
-            if fold.shape[2]:
-                gram += torch.bmm(fold, fold.transpose(1, 2))
+        for start in range(0, values.shape[-1], _CHANNELS_AT_ONCE):
+            channels = slice(start, start + _CHANNELS_AT_ONCE)
+            features = self._features(values[..., channels], output[..., channels], sample)
+            positions, size, count = features.shape
+            # (count, F + 1, positions) views of one transposed copy
+            rows = features.flatten(1).t().contiguous().view(size, count, positions).transpose(0, 1)
+            folds = rows.split([n * sample.queries.shape[1] for n in sample.folds], dim=2)
+            for gram, fold in zip(self.grams, folds, strict=True):
+                if fold.shape[2]:
+                    gram[channels] += torch.bmm(fold, fold.transpose(1, 2))
 
     def _features(self, values: Tensor, output: Tensor, sample: Sample) -> Tensor:
         """Features and true output at the sampled positions: ``(B * S, F + 1, C)``."""

@@ -20,7 +20,8 @@ from dwattn.finite import all_finite
 #: product depends on its number of rows).
 _IMAGES_PER_TILE = 8
 _ENTRIES_PER_IMAGE = 110_000
-#: Entries of a tile that are folded at a time: their fp64 deviations should stay in the cache.
+#: Entries of a tile that are folded at a time, per thread: their fp64 deviations should stay in its
+#: cache.
 _ENTRIES_PER_FOLD = 75_000
 #: Devices other than the CPU want fewer, larger steps.
 _DEVICE_FACTOR = 32
@@ -144,8 +145,8 @@ class AttentionVariance:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor | None, scale: float | None) -> Tensor | None:
         batch, heads, tokens, width = q.shape
         compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-        q = q.to(compute) * (width**-0.5 if scale is None else scale)
-        keys = k.to(compute).transpose(2, 3)
+        scale = width**-0.5 if scale is None else scale
+        q, keys = q.to(compute), k.to(compute).transpose(2, 3)
         out = None
         if v is not None:
             # Laid out as (B, N, n_h, d_v): joining the heads afterwards is a view.
@@ -155,16 +156,17 @@ class AttentionVariance:
             self.allocate(heads, tokens, q.device)
         factor = 1 if q.device.type == "cpu" else _DEVICE_FACTOR
         rows = min(tokens, max(1, factor * _ENTRIES_PER_IMAGE // tokens))
+        fold = factor * _ENTRIES_PER_FOLD * torch.get_num_threads()
         self._interrupted = True
         for first in range(0, batch, _IMAGES_PER_TILE):
             images = slice(first, min(first + _IMAGES_PER_TILE, batch))
             count = images.stop - images.start
-            fold_rows = min(rows, max(1, factor * _ENTRIES_PER_FOLD // (count * tokens)))
+            fold_rows = min(rows, max(1, fold // (count * tokens)))
             tile = _Tile(count, rows, fold_rows, tokens, q, self.dtype)
             for head in range(heads):
                 for start in range(0, tokens, rows):
                     stop = min(start + rows, tokens)
-                    e = tile.softmax(q[images, head, start:stop], keys[images, head])
+                    e = tile.softmax(q[images, head, start:stop], keys[images, head], scale)
                     if out is not None and v is not None:
                         out[images, start:stop, head] = torch.bmm(e, v[images, head])
                     for row in range(0, stop - start, fold_rows):
@@ -373,14 +375,15 @@ class _Tile:
         self._e = like.new_empty(images * rows * tokens)
         self._deviation = like.new_empty(images * fold_rows * tokens, dtype=state)
 
-    def softmax(self, q: Tensor, keys: Tensor) -> Tensor:
-        """``softmax(q keys)`` for ``q (b, r, d)`` and ``keys (b, d, N)``: ``(b, r, N)``, valid
-        until the next call.
+    def softmax(self, q: Tensor, keys: Tensor, scale: float) -> Tensor:
+        """``softmax(scale * q keys)`` for ``q (b, r, d)`` and ``keys (b, d, N)``: ``(b, r, N)``,
+        valid until the next call.
         """
         e = self._e[: self.images * q.shape[1] * self.tokens].view(
             self.images, q.shape[1], self.tokens
         )
-        torch.bmm(q, keys, out=e)
+        # beta=0: what the buffer held does not matter, not even if it was NaN.
+        torch.baddbmm(e, q, keys, beta=0, alpha=scale, out=e)
         return torch.softmax(e, dim=-1, out=e)
 
     def deviation(self, e: Tensor, mean: Tensor) -> Tensor:
