@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS := timm,hf,onnx,demo,dev
 OUT    ?= demo-output
+# Test processes; the tests' tensors are small, so each gets one thread.
+JOBS   ?= 2
 # transformers 4.57 cannot share a venv with 5.x: it lives in a folder of its own for one subprocess test.
 HF457  := $(VENV)/transformers-4.57
 
@@ -17,7 +19,7 @@ demo: $(VENV)/.installed $(VENV)/.demo-data
 	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/dwattn demo --out $(OUT)
 
 test: $(VENV)/.installed $(VENV)/.transformers-4.57 lint
-	DWATTN_TRANSFORMERS_457=$(HF457) $(BIN)/python -m pytest
+	DWATTN_TRANSFORMERS_457=$(HF457) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
