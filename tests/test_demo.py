@@ -69,6 +69,15 @@ def test_crops_fill_up_the_calibration_side_only(some_photos: list[photos.Photo]
     assert torch.equal(pixels, photos.load(views)[0])
 
 
+def test_a_small_pool_is_a_sample_of_all_packages() -> None:
+    pytest.importorskip("skimage")
+    pytest.importorskip("sklearn")
+    few = photos.pool(total=12, seed=1)
+    assert len(few) == 12
+    assert few == photos.pool(total=12, seed=1)
+    assert len(photos.packages(few)) >= 2
+
+
 def test_more_photos_than_views_are_all_kept(some_photos: list[photos.Photo]) -> None:
     assert photos.with_crops(some_photos, 10) == some_photos
 
@@ -232,6 +241,30 @@ def test_model_equals_the_wheels_own_onnx(library: pretrained.Library) -> None:
     expected = session.run(None, {"input_image": pixels.numpy()})[0]
     assert expected.max() > 0.9  # the photos do show something salient
     assert np.abs(got - expected).max() < 2e-5
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_the_ceiling_is_the_model_without_those_layers(library: pretrained.Library) -> None:
+    _require_model()
+    pytest.importorskip(library)
+    from dwattn.adapters import describe
+    from dwattn.demo.journey import _without_attention
+
+    model = pretrained.build(library)
+    bare = _without_attention(model, [3])
+    seen: list[torch.Tensor] = []
+    for whole in (model, bare):
+        block = describe(whole).blocks[3].module
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        norm = block.norm2
+        norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        with torch.inference_mode():
+            whole.tokens(torch.zeros(1, 3, 224, 224))
+    before, after, bare_before, bare_after = seen
+    assert torch.equal(before, bare_before)
+    assert not torch.allclose(before, after)
+    assert torch.equal(bare_before, bare_after)  # the residual stream passes unchanged
 
 
 @pytest.mark.model

@@ -163,7 +163,7 @@ def _in_folder(
 
 
 def pool(total: int = CALIBRATION + HELD_OUT, seed: int = 0) -> list[Photo]:
-    """All photographs found here; cut-outs on some of them bring the number up to ``total`` where
+    """Photographs found here, ``total`` at most; cut-outs on some of them make up the number where
     stamps exist.
 
     Raises:
@@ -188,7 +188,7 @@ def pool(total: int = CALIBRATION + HELD_OUT, seed: int = 0) -> list[Photo]:
     backgrounds = [*interiors, *templates] or photos
     if folder is not None and len(photos) < total:
         photos += _composed(backgrounds, folder, total - len(photos), seed)
-    return photos[:total] if len(photos) > total else photos
+    return photos if len(photos) <= total else random.Random(seed).sample(photos, total)
 
 
 def _composed(backgrounds: list[Photo], folder: Path, count: int, seed: int) -> list[Photo]:
