@@ -44,6 +44,7 @@ from dwattn.report.results import (
     PictureRow,
     Results,
 )
+from dwattn.scores import CRITERIA
 
 RESULTS, REPORT, CHECKPOINT, ONNX = (
     "results.json",
@@ -161,7 +162,7 @@ def _travel(settings: Settings, tell: Narrator, threads: int) -> Results:
         model=_model_info(model),
         photos=data.info,
         scores=_block_scores(scores),
-        selected={c: scores.order(c)[: settings.blocks] for c in ("variance", "residual")},
+        selected={c: scores.order(c)[: settings.blocks] for c in CRITERIA},
         headline=main.record.key,
         conversions=[item.record for item in outcomes.values()],
         original_mask_iou=mask_iou(data.held_out.saliency, data.held_out.masks),
@@ -356,6 +357,7 @@ def _block_scores(scores: Any) -> list[BlockScore]:
             name=layer.name,
             sigma=layer.sigma_block,
             residual=layer.block_residual,
+            perturbation=None if layer.perturbation is None else float(layer.perturbation.sum()),
             head_sigma=layer.sigma.tolist(),
             mean_kernel=layer.mean_kernel.tolist(),
         )

@@ -17,6 +17,7 @@ import numpy as np
 from dwattn.report.results import BlockScore, Conversion, LatencyInfo
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2a86c8", "#d98a00", "#12966f", "#d65a20", "#8b95a1"
+PURPLE = "#8a5cc2"
 # matplotlib knows no "inherit from the page": these stand in for it and are replaced in the SVG
 # text.
 _INK, _FAINT = "#010203", "#040506"
@@ -89,10 +90,12 @@ def _blocks_label(blocks: list[int]) -> str:
 
 
 def block_scores(scores: list[BlockScore], selected: dict[str, list[int]]) -> str:
-    """Two bar charts: variance and residual by block, the chosen blocks hatched."""
+    """A bar chart for each criterion, the chosen blocks hatched."""
     panels = [("variance", "Variance score Σ", [s.sigma for s in scores])]
     if all(s.residual is not None for s in scores):
         panels.append(("residual", "Residual", [s.residual or 0.0 for s in scores]))
+    if all(s.perturbation is not None for s in scores):
+        panels.append(("perturbation", "Perturbation", [s.perturbation or 0.0 for s in scores]))
     with _pyplot("scores") as plt:
         figure, axes = plt.subplots(len(panels), 1, figsize=(5.4, 2.1 * len(panels)), squeeze=False)
         for axis, (criterion, title, values) in zip(axes[:, 0], panels, strict=True):
@@ -197,11 +200,12 @@ def kernels(scores: list[BlockScore], blocks: list[int]) -> str:
 # Lines of the fidelity figure: (method, variant, criterion or None for any) -> label, colour,
 # marker.
 _LINES = (
-    (("calibrated", "dw", "residual"), "dw, fitted, residual", BLUE, "o"),
+    (("calibrated", "dw", "perturbation"), "dw, fitted, perturbation", BLUE, "o"),
+    (("calibrated", "dw", "residual"), "dw, fitted, residual", PURPLE, "P"),
     (("calibrated", "dw", "variance"), "dw, fitted, variance", ORANGE, "s"),
-    (("calibrated", "lowrank_dw", "residual"), "lowrank_dw, fitted", GREEN, "D"),
-    (("mean-map", "dw", "residual"), "dw, mean map, no fit", GREY, "^"),
-    (("gaussian", "dw", "residual"), "dw, Gaussian, no fit", RED, "v"),
+    (("calibrated", "lowrank_dw", "perturbation"), "lowrank_dw, fitted", GREEN, "D"),
+    (("mean-map", "dw", "perturbation"), "dw, mean map, no fit", GREY, "^"),
+    (("gaussian", "dw", "perturbation"), "dw, Gaussian, no fit", RED, "v"),
 )
 
 

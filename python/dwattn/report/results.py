@@ -57,6 +57,7 @@ class BlockScore(Record):
     name: str
     sigma: float
     residual: float | None
+    perturbation: float | None = None
     head_sigma: list[float]
     mean_kernel: list[list[list[float]]]
 
