@@ -249,10 +249,10 @@ def test_the_ceiling_is_the_model_without_those_layers(library: pretrained.Libra
     _require_model()
     pytest.importorskip(library)
     from dwattn.adapters import describe
-    from dwattn.demo.journey import _without_attention
+    from dwattn.demo.speed import without_attention
 
     model = pretrained.build(library)
-    bare = _without_attention(model, [3])
+    bare = without_attention(model, [3])
     seen: list[torch.Tensor] = []
     for whole in (model, bare):
         block = describe(whole).blocks[3].module

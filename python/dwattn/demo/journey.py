@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from torch import Tensor
 
 import dwattn
 from dwattn import report
 from dwattn.adapters import describe
-from dwattn.demo import machine, photos, pictures
+from dwattn.demo import machine, photos, pictures, speed
 from dwattn.demo.conversions import HeldOut, Outcome, Spec, carry_out, specs
 from dwattn.demo.pretrained import (
     DESCRIPTION,
     DIM,
-    GRID,
     HEADS,
     IMAGE_SIZE,
     Library,
@@ -30,14 +26,12 @@ from dwattn.demo.pretrained import (
 )
 from dwattn.demo.terminal import Narrator
 from dwattn.demo.terminal import summary as summary_table
-from dwattn.demo.timing import RemovedAttention, cpu_threads, interleaved
+from dwattn.demo.timing import cpu_threads
 from dwattn.errors import DataError
 from dwattn.fidelity import mask_iou
 from dwattn.report.results import (
     BlockScore,
     ExportInfo,
-    Latency,
-    LatencyInfo,
     LayerRow,
     ModelInfo,
     PhotoInfo,
@@ -141,7 +135,12 @@ def _travel(settings: Settings, tell: Narrator, threads: int) -> Results:
         outcomes, skipped = _convert(wanted, model, scores, data, settings, tell)
     main, narrow, gaussian = (outcomes[spec.key] for spec in wanted[:3])
     with tell.step("latency", "Measuring latency, all models in turn"):
-        latency = _latency(model, outcomes, settings, threads)
+        latency = speed.measure(
+            model,
+            outcomes,
+            threads=[1] if settings.quick else sorted({1, threads}),
+            rounds=10 if settings.quick else 30,
+        )
     with tell.step("export", "Saving and exporting the converted model"):
         dwattn.save(main.model, settings.out / CHECKPOINT)
         exported = _export(main, data.held_out, settings.out / ONNX)
@@ -248,64 +247,6 @@ def _convert(
 def _lean(outcome: Outcome, original: SaliencyModel) -> Outcome:
     """The outcome without the converted weights, 100 MB each."""
     return Outcome(outcome.record, outcome.report, original, outcome.saliency)
-
-
-def _latency(
-    model: SaliencyModel, outcomes: dict[str, Outcome], settings: Settings, threads: int
-) -> list[LatencyInfo]:
-    """Backbone latency of the original, the kept conversions and the ceiling, at one and at all
-    threads.
-    """
-    kept = [item for item in outcomes.values() if item.model is not model]
-    models = {"original": model}
-    labels = {"original": "original", "removed": "ceiling:\nlayers removed"}
-    for item in kept:
-        record = item.record
-        # Gaussian dw is the same graph as the fitted one.
-        if record.variant not in models:
-            models[record.variant] = item.model
-            labels[record.variant] = record.variant + (
-                f",\nwidth {record.rank}" if record.rank else ""
-            )
-    models["removed"] = _without_attention(model, kept[0].record.blocks)
-    pixels = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
-    found = []
-    for count in [1] if settings.quick else sorted({1, threads}):
-        with cpu_threads(count), torch.inference_mode():
-            timings = interleaved(
-                {key: partial(item.tokens, pixels) for key, item in models.items()},
-                rounds=10 if settings.quick else 30,
-                warmup=2,
-                budget_s=12,
-            )
-        entries = [
-            Latency(
-                key=key, label=labels[key], median_ms=t.median_ms, p20_ms=t.p20_ms, p80_ms=t.p80_ms
-            )
-            for key, t in timings.items()
-        ]
-        found.append(
-            LatencyInfo(
-                what=f"Backbone, PyTorch fp32, {IMAGE_SIZE} px",
-                batch=1,
-                threads=count,
-                rounds=min(t.rounds for t in timings.values()),
-                entries=entries,
-            )
-        )
-    return found
-
-
-def _without_attention(model: SaliencyModel, blocks: list[int]) -> SaliencyModel:
-    """A copy whose attention layers in ``blocks`` do nothing."""
-    bare = copy.deepcopy(model)
-    for index in blocks:
-        site = describe(bare).blocks[index]
-        parent, _, name = site.attention_name.rpartition(".")
-        with torch.inference_mode():
-            probe = site.attention(torch.zeros(1, 1 + GRID[0] * GRID[1], DIM))
-        setattr(bare.get_submodule(parent), name, RemovedAttention(isinstance(probe, tuple)))
-    return bare
 
 
 def _export(main: Outcome, held_out: HeldOut, path: Path) -> ExportInfo:

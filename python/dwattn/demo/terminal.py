@@ -85,7 +85,7 @@ def _fidelity(results: Results) -> Table:
     if results.original_mask_iou is not None:
         own = f"{results.original_mask_iou:.3f}"
         table.add_row("original model", "", "", "1", "1", "0", own)
-    for item in results.conversions:
+    for item in sorted(results.conversions, key=lambda item: len(item.blocks)):
         f = item.fidelity
         numbers = [f"{f.cosine:.3f}", f"{f.iou:.3f}", f"{f.mae:.3f}"]
         if with_masks:

@@ -62,6 +62,7 @@ def render(results: Results, pictures: Path) -> str:
     return page.render(
         r=results,
         main=_headline(results),
+        rows=sorted(results.conversions, key=lambda item: len(item.blocks)),
         figures=_figures(results),
         speed=_speed(results),
         embed=lambda name: _embed(pictures / name),

@@ -129,7 +129,7 @@ def _short(value: float) -> str:
 def head_map(scores: list[BlockScore]) -> str:
     """Heat map of Sigma: heads by blocks, with the values written in the cells."""
     from matplotlib.colors import LogNorm
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     values = np.array([s.head_sigma for s in scores]).T
     with _pyplot("heads") as plt:
@@ -149,7 +149,10 @@ def head_map(scores: list[BlockScore]) -> str:
         axis.spines[:].set_visible(False)
         axis.set_xlabel("block")
         axis.set_ylabel("head")
-        bar = figure.colorbar(mesh, ax=axis, pad=0.02, aspect=14, format=ScalarFormatter())
+        ticks = LogLocator(subs=(1, 2, 5))
+        bar = figure.colorbar(
+            mesh, ax=axis, pad=0.02, aspect=14, ticks=ticks, format=ScalarFormatter()
+        )
         bar.ax.yaxis.set_minor_formatter(NullFormatter())
         bar.outline.set_visible(False)
         svg = _svg(figure, "heads", "Variance score of every head of every block")
