@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -318,8 +320,33 @@ def test_wrapped_models() -> None:
     assert inside.layers[0].name == "vit.blocks.0.attn"
     compiled = torch.compile(model, backend="eager")
     assert dwattn.score(compiled, images, IMAGES, progress=False).layers[0].name == "blocks.0.attn"
+    assert compiled(images).shape == (IMAGES, 5)
+    assert dwattn.score(compiled, images, IMAGES, progress=False).sigma_blocks == plain.sigma_blocks
     parallel = dwattn.score(nn.DataParallel(model), images, IMAGES, progress=False)
     assert parallel.sigma_blocks == plain.sigma_blocks
+
+
+def test_compiled_blocks() -> None:
+    family = BY_NAME["timm"]
+    model, images = family.build(), family.images(IMAGES)
+    plain = dwattn.score(model, images, IMAGES, progress=False)
+    for block in model.blocks:
+        block.compile(backend="eager")
+    with torch.no_grad():
+        before = model(images)
+        again = dwattn.score(model, images, IMAGES, progress=False)
+        assert again.sigma_blocks == pytest.approx(plain.sigma_blocks, rel=1e-6)
+        torch.testing.assert_close(model(images), before)
+
+
+def test_scoring_does_not_import_the_compiler() -> None:
+    """It would take seconds and more memory than the statistics of a small model."""
+    code = (
+        "import sys, torch, dwattn; from support.models import BY_NAME; f = BY_NAME['hub']; "
+        "dwattn.score(f.build(), f.images(4), 4, progress=False); "
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
 
 
 def test_half_precision_model_takes_fp32_images() -> None:
@@ -369,6 +396,22 @@ def test_residual_is_that_of_a_ridge_regression_on_the_features() -> None:
         assert low <= block <= high
         assert heads.shape == (2,)
         assert low <= heads.min() <= block <= heads.max() <= high
+
+
+def test_few_images_do_not_make_a_layer_look_better_than_it_is() -> None:
+    from dwattn.geometry import Geometry
+    from dwattn.residual import StaticFit
+
+    geometry = Geometry(6, 5, 2)
+    v, noise = torch.randn(2, 6, geometry.num_tokens, 64, dtype=torch.float64)
+    sample = sample_positions(image_keys(torch.randn(6, 3, 8, 8)), geometry, v.device)
+    assert sum(count > 0 for count in sample.folds) > 1
+    fit = StaticFit(64, 2, v.device)
+    fit.update(v, noise, sample)
+    error, power = unexplained(fit.grams)
+    assert error.sum() / power.sum() > 1  # 96 samples, 13 weights: judged on itself it is 0.86
+    in_sample = unexplained(fit.grams.sum(0, keepdim=True))
+    assert in_sample[0].sum() / in_sample[1].sum() < 0.9
 
 
 def test_sampled_positions_depend_on_the_pixels_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -81,6 +82,11 @@ class LayerRun:
 
     def attention(self, tokens: Tensor, sample: Sample | None) -> Tensor:
         """What the layer itself computes, ``(B, N, D)``; the statistics are updated on the way."""
+        # Queries, keys and values are gone before the output is made: their room is used again.
+        return F.linear(self._rows(tokens, sample), self.weights.wo, self.weights.bo)
+
+    def _rows(self, tokens: Tensor, sample: Sample | None) -> Tensor:
+        """Attention output before Wo, ``(B, N, C)``."""
         w = self.weights
         q, k, v = (split_heads(t, w.num_heads) for t in self._projections(tokens))
         q = q if w.q_norm is None else w.q_norm(q)
@@ -89,7 +95,7 @@ class LayerRun:
         if sample is not None:
             assert self.fit is not None
             self.fit.update(merge_heads(v), rows, sample)
-        return F.linear(rows, w.wo, w.bo)
+        return rows
 
     def result(self, geometry: Geometry, keep_maps: bool) -> LayerScore:
         """The scores, on the CPU."""
@@ -319,7 +325,6 @@ class ScoringRun:
         original = layer.site.attention.forward
         name = layer.site.attention_name
 
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not self.active:
                 self._choose_layers()
@@ -332,7 +337,11 @@ class ScoringRun:
             except DwattnError as error:
                 raise type(error)(f"{name}: {error}") from error
 
-        return cast("Callable[..., Any]", forward)
+        if "torch._dynamo" in sys.modules:
+            # Blocks may be compiled. Without that check the compiler itself would be imported,
+            # which takes seconds and 60 MB.
+            return cast("Callable[..., Any]", torch.compiler.disable(forward))
+        return forward
 
     def _check_tokens(self, tokens: Tensor) -> None:
         if self.geometry is None or len(tokens) != self.images:
