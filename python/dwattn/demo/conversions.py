@@ -77,13 +77,13 @@ def specs(channels: int, blocks: int, quick: bool) -> list[Spec]:
         Spec("dw, fitted", "dw", "residual", blocks),
         Spec("dw, fitted", "dw", "variance", blocks),
         Spec(f"ens_dw {head}, Gaussian", "ens_dw", best, blocks, "gaussian", keep=True),
-        Spec("dw, mean map", "dw", best, blocks, "mean-map"),
         Spec("dw, fitted", "dw", best, fewer, optional=True),
-        Spec("dw, fitted", "dw", "residual", more, optional=True),
-        Spec(narrower, "lowrank_dw", best, blocks, rank=head, optional=True),
         Spec("dw, fitted", "dw", best, more, optional=True),
         Spec("dw, Gaussian", "dw", best, fewer, "gaussian", optional=True),
         Spec("dw, Gaussian", "dw", best, more, "gaussian", optional=True),
+        Spec("dw, mean map", "dw", best, blocks, "mean-map", optional=True),
+        Spec(narrower, "lowrank_dw", best, blocks, rank=head, optional=True),
+        Spec("dw, fitted", "dw", "residual", more, optional=True),
     ]
 
 

@@ -71,7 +71,7 @@ class Settings:
     blocks: int = 6
     seed: int = 0
     threads: int | None = None
-    budget_s: float = 235.0
+    budget_s: float = 250.0
     calibration: int = photos.CALIBRATION
     held_out: int = photos.HELD_OUT
 
