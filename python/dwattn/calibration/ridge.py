@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Strengths tried, relative to the mean feature variance: half decades from 1e-4 to 10.
-STRENGTHS = tuple(10.0 ** (k / 2) for k in range(-8, 3))
+#: Strengths tried, relative to the mean feature variance: half decades from 10 down to 1e-4, until the held-out
+#: error rises.
+STRENGTHS = tuple(10.0 ** (k / 2) for k in range(2, -9, -1))
 
 #: A correction is kept only if it lowers the held-out error by this share.
 MIN_GAIN = 1e-3
@@ -118,11 +119,15 @@ class CorrectionFit:
         """
         judged = self.held_out.count > 0
         best, best_error = None, self.held_out.energy() * (1 - MIN_GAIN) if judged else float("inf")
-        for strength in STRENGTHS if judged else STRENGTHS[-1:]:
+        previous = float("inf")
+        for strength in STRENGTHS if judged else STRENGTHS[:1]:
             weight, bias = _solve(self.fit, strength)
             error = self.held_out.error(weight, bias) if judged else 0.0
             if error < best_error:
                 best, best_error = strength, error
+            if error > previous:
+                break
+            previous = error
         if best is None:
             return Correction(self.fit.fe.T * 0, self.fit.e * 0, float("inf"), 1.0, 1.0)
         everything = self.fit + self.held_out if judged else self.fit
