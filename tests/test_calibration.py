@@ -94,15 +94,16 @@ class TestCorrectionFit:
         direct = (error - features @ guess.T - offset).square().sum(1).mean()
         assert fit.fit.error(guess.T, offset) == pytest.approx(float(direct), rel=1e-10)
 
-    def test_pure_noise_is_left_alone(self) -> None:
+    def test_a_correction_that_hurts_on_held_out_images_is_dropped(self) -> None:
+        """The held-out error has the opposite slope: every ridge strength would make it worse."""
+        features, error, _, _ = self.data(noise=0.0)
         fit = CorrectionFit(6, 3, torch.device("cpu"))
-        fit.add(torch.randn(12, 6), torch.randn(12, 3), held_out=False)
-        fit.add(torch.randn(4000, 6), torch.randn(4000, 3), held_out=True)
+        fit.add(features[:300], error[:300], held_out=False)
+        fit.add(features[300:], -error[300:], held_out=True)
         found = fit.solve()
-        assert found.held_out <= 1.0
-        if found.strength == float("inf"):
-            assert not found.weight.any()
-            assert not found.bias.any()
+        assert found.strength == float("inf")
+        assert not found.weight.any()
+        assert not found.bias.any()
 
     def test_without_bias_the_offset_stays_zero(self) -> None:
         features, error, _, _ = self.data(noise=0.1)
@@ -202,8 +203,6 @@ def test_static_attention_is_replaced_exactly(variant: str, options: dict[str, A
     before = tokens(model, images(4))
     rank = {"rank": 1.0} if variant == "lowrank_dw" else {}
     replace(model, [1], variant=variant, refit="none", **rank)
-    if variant == "conv":
-        return  # one kernel a head suits only heads whose pattern is the same in all channels; it must just run
     after = tokens(model, images(4))
     assert (after - before).norm() / before.norm() < 2e-2
 

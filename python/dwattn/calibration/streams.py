@@ -71,18 +71,6 @@ def embed(
     )
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every module's own training flag back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
 class BlockRunner:
     """A private fp32 copy of one block, in eval mode, with its attention layer exchangeable.
 

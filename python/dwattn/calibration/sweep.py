@@ -17,14 +17,15 @@ from dwattn import data as image_data
 from dwattn.adapters import BackboneLayout, BlockSite, ConvertedAttention, adapter_for
 from dwattn.attention import EnsembleDWAttention, LowRankDWAttention, ReplacementAttention
 from dwattn.calibration.journal import CalibrationResult, LayerNote
-from dwattn.calibration.layer_fit import LayerFit, choose_rank, fit_layer, true_rows
+from dwattn.calibration.layer_fit import choose_rank, fit_layer
 from dwattn.calibration.ridge import Correction, CorrectionFit
-from dwattn.calibration.streams import BlockCall, BlockRunner, embed, evaluating
+from dwattn.calibration.streams import BlockCall, BlockRunner, embed
 from dwattn.calibration.views import views_of
 from dwattn.errors import CalibrationError
 from dwattn.geometry import Geometry
 from dwattn.projections import AttentionWeights
 from dwattn.scattered import ScatteredDWAttention
+from dwattn.untouched import untouched
 from dwattn.variants import Replacement
 
 #: Held-out error left by a correction above which a block that stays counts as beyond repair.
@@ -106,7 +107,7 @@ def calibrate(
         raise CalibrationError(f"Unknown calibration options {sorted(unknown)}; known are {known}.")
     started = time.perf_counter()
     chosen = CalibrationOptions(**options)
-    with evaluating(model):
+    with untouched(model):
         sweep = _Sweep(model, layout, replacements, data, chosen)
         sweep.run()
     sweep.result.seconds = time.perf_counter() - started
@@ -409,6 +410,3 @@ def _apply(linear: nn.Linear, correction: Correction, scale: Tensor | None) -> N
     linear.weight.add_(weight.to(linear.weight.dtype))
     if linear.bias is not None:
         linear.bias.add_(bias.to(linear.bias.dtype))
-
-
-__all__ = ["CalibrationOptions", "LayerFit", "calibrate", "true_rows"]
