@@ -29,13 +29,7 @@ def fake_calibration(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], dict[st
             seen.update(model=model, layout=layout, shims=shims, data=data, options=options)
             return types.SimpleNamespace(updates=function(model, shims) or {})
 
-        module = types.SimpleNamespace(calibrate=calibrate)
-        real = surgery.importlib.import_module
-        monkeypatch.setattr(
-            surgery.importlib,
-            "import_module",
-            lambda name: module if name == "dwattn.calibration" else real(name),
-        )
+        monkeypatch.setattr(surgery, "calibrate", calibrate)
         return seen
 
     return install
@@ -145,18 +139,6 @@ def test_interrupted_calibration_takes_its_hook_and_patch_order_back(fake_calibr
     with pytest.raises(KeyboardInterrupt):
         dwattn.replace(model, plan_for(model), calibrate=torch.zeros(1))
     before.check()
-
-
-def test_missing_calibration_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = timm_vit()
-
-    def missing(name: str) -> Any:
-        raise ImportError("No module named 'dwattn.calibration'")
-
-    monkeypatch.setattr(surgery.importlib, "import_module", missing)
-    with pytest.raises(CalibrationError, match=r"dwattn.calibration, which cannot be imported"):
-        dwattn.replace(model, plan_for(model), calibrate=torch.zeros(1))
-    assert not shims(model)
 
 
 @pytest.mark.parametrize("variant", ["dw", "lowrank_dw"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import os
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dwattn.adapters import BackboneLayout, ConvertedAttention, describe, refusal
+from dwattn.calibration import CalibrationResult, calibrate
 from dwattn.conversion import (
     ATTRIBUTE,
     Conversion,
@@ -249,16 +249,8 @@ def _calibrate(
     hook: GridHook,
     images: Any,
     options: dict[str, Any],
-) -> Any:
+) -> CalibrationResult:
     """Fit the replacements; the hook refuses images of another grid than they are built for."""
-    try:
-        calibrate = importlib.import_module("dwattn.calibration").calibrate
-    except (ImportError, AttributeError) as error:
-        raise CalibrationError(
-            f"calibrate= needs dwattn.calibration, which cannot be imported ({error}); reinstall "
-            f"dwattn, or replace "
-            f"without calibrate=."
-        ) from error
     installed = hook in layout.patch_embed._forward_pre_hooks.values()
     with layout.in_raster_order():
         try:
