@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs="+", default=[224, 336], help="pixels")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--no-memory", action="store_true", help="measure times only")

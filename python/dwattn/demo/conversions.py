@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,14 @@ from torch import Tensor
 
 import dwattn
 from dwattn.demo.pretrained import HEADS, SaliencyModel
-from dwattn.fidelity import compare, mask_iou
+from dwattn.fidelity import Fidelity, compare, mask_iou
 from dwattn.report.results import Conversion, FidelityInfo
 
 BATCH = 10
 
 
 #: By which the main comparison chooses its blocks; the other criteria are shown beside it.
-MAIN_CRITERION = "perturbation"
+MAIN_CRITERION = "residual"
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,19 @@ def specs(channels: int, blocks: int, quick: bool) -> list[Spec]:
     if quick:
         return main
     fewer, more = blocks - 2, blocks + blocks // 2
+    other = "perturbation"
     return [
         *main,
-        Spec("dw, fitted", "dw", "residual", blocks),
+        Spec("dw, fitted", "dw", other, blocks),
         Spec("dw, fitted", "dw", "variance", blocks),
         Spec(f"ens_dw {head}, Gaussian", "ens_dw", best, blocks, "gaussian", keep=True),
-        Spec("dw, fitted", "dw", best, fewer, optional=True),
         Spec("dw, fitted", "dw", best, more, optional=True),
-        Spec("dw, Gaussian", "dw", best, fewer, "gaussian", optional=True),
-        Spec("dw, Gaussian", "dw", best, more, "gaussian", optional=True),
-        Spec("dw, mean map", "dw", best, blocks, "mean-map", optional=True),
+        Spec("dw, fitted", "dw", other, fewer, optional=True),
         Spec(narrower, "lowrank_dw", best, blocks, rank=head, optional=True),
-        Spec("dw, fitted", "dw", "residual", more, optional=True),
+        Spec("dw, Gaussian", "dw", best, more, "gaussian", optional=True),
+        Spec("dw, Gaussian", "dw", best, fewer, "gaussian", optional=True),
+        Spec("dw, fitted", "dw", best, fewer, optional=True),
+        Spec("dw, mean map", "dw", best, blocks, "mean-map", optional=True),
     ]
 
 
@@ -108,6 +109,22 @@ class HeldOut:
         return cls(
             pixels, [None if m is None else torch.from_numpy(m) for m in masks], tokens, saliency
         )
+
+    def fidelity(self, tokens: Tensor, saliency: Tensor) -> FidelityInfo:
+        """Fidelity of a converted model's outputs, on all photos and on those with a cut-out."""
+        whole = self._compare(tokens, saliency, slice(None))
+        with_object = [index for index, mask in enumerate(self.masks) if mask is not None]
+        part = self._compare(tokens, saliency, with_object) if with_object else None
+        return FidelityInfo(
+            **asdict(whole),
+            mask_iou=mask_iou(saliency, self.masks),
+            object_cosine=part.cosine if part else None,
+            object_iou=part.iou if part else None,
+        )
+
+    def _compare(self, tokens: Tensor, saliency: Tensor, chosen: slice | list[int]) -> Fidelity:
+        maps = (self.saliency[chosen], saliency[chosen])
+        return compare(self.tokens[chosen], tokens[chosen], maps, num_prefix=1)
 
 
 @torch.inference_mode()
@@ -137,12 +154,14 @@ def carry_out(
     quick: bool,
     seed: int,
     progress: bool,
+    views: int = 1,
 ) -> Outcome:
     """Convert a copy of ``model`` and compare it with the original on the held-out photos.
 
     Args:
         images: calibration images ``(M, 3, 224, 224)``.
         quick: correct only the output projections of the replaced layers.
+        views: of each photo; a second one adds a little fidelity and doubles the time.
     """
     plan = dwattn.select(scores, blocks=spec.blocks, criterion=spec.criterion)
     student = copy.deepcopy(model)
@@ -150,8 +169,7 @@ def carry_out(
     if spec.rank is not None:
         options["rank"] = spec.rank
     if spec.method == "calibrated":
-        # One view a photo: a second one adds a little fidelity and doubles the time.
-        options |= {"calibrate": images, "views": 1, "refit": "attention" if quick else "all"}
+        options |= {"calibrate": images, "views": views, "refit": "attention" if quick else "all"}
     elif spec.method == "gaussian":
         options |= {"kernel_init": "gaussian", "context": False}
     else:
@@ -160,7 +178,6 @@ def carry_out(
     report = dwattn.replace(student, plan, **options)
     seconds = time.perf_counter() - start
     tokens, saliency = outputs(student, held_out.pixels)
-    fidelity = compare(held_out.tokens, tokens, (held_out.saliency, saliency), num_prefix=1)
     record = Conversion(
         key=spec.key,
         label=spec.label,
@@ -169,9 +186,7 @@ def carry_out(
         criterion=spec.criterion,
         blocks=sorted(row.block for row in report.rows if row.action == "replaced"),
         method=spec.method,
-        fidelity=FidelityInfo.model_validate(
-            {**fidelity.to_dict(), "mask_iou": mask_iou(saliency, held_out.masks)}
-        ),
+        fidelity=held_out.fidelity(tokens, saliency),
         seconds=seconds,
     )
     return Outcome(record, report, student, saliency)

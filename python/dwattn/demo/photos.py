@@ -30,7 +30,7 @@ DATA_FOLDER_VARIABLE = "DWATTN_DEMO_DATA"
 LOCAL_FOLDER = ".demo-data"
 #: Photos wanted when the Debian packages are there: enough to calibrate, enough to measure, and the
 #: whole demo stays under five minutes on two cores.
-CALIBRATION, HELD_OUT = 100, 60
+CALIBRATION, HELD_OUT = 100, 80
 
 OPENCV = "usr/share/doc/opencv-doc/examples/data"
 TEMPLATES = "usr/share/tuxpaint/templates"

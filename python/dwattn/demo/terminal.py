@@ -68,31 +68,28 @@ def summary(results: Results, report: str) -> Table:
 
 
 def _fidelity(results: Results) -> Table:
-    with_masks = results.original_mask_iou is not None
+    """Cosine and IoU with the original; the report has the other measures."""
+    objects = results.original_mask_iou is not None
     table = Table(
         title="Fidelity to the original model on held-out photos",
         title_justify="left",
-        caption="masks: IoU with the alpha masks of pasted cut-outs" if with_masks else None,
+        caption="on objects: on the photos with a pasted cut-out, one object each" * objects,
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for name in ("layer", "by", "blocks"):
         table.add_column(name, no_wrap=True)
-    for name in ("cosine", "IoU", "MAE", *(["masks"] if with_masks else [])):
+    for name in ("cosine / IoU", *(["on objects"] if objects else [])):
         table.add_column(name, justify="right", no_wrap=True)
-    if results.original_mask_iou is not None:
-        own = f"{results.original_mask_iou:.3f}"
-        table.add_row("original model", "", "", "1", "1", "0", own)
     for item in sorted(results.conversions, key=lambda item: len(item.blocks)):
         f = item.fidelity
-        numbers = [f"{f.cosine:.3f}", f"{f.iou:.3f}", f"{f.mae:.3f}"]
-        if with_masks:
-            numbers.append("" if f.mask_iou is None else f"{f.mask_iou:.3f}")
+        pairs = [(f.cosine, f.iou), *([(f.object_cosine, f.object_iou)] if objects else [])]
+        numbers = ["" if cosine is None else f"{cosine:.3f} / {iou:.3f}" for cosine, iou in pairs]
         style = "bold" if item.key == results.headline else None
-        blocks = compact(item.blocks)
-        table.add_row(item.label, item.criterion, blocks, *numbers, style=style)
+        table.add_row(item.label, item.criterion, compact(item.blocks), *numbers, style=style)
     return table
 
 

@@ -206,9 +206,9 @@ _LINES = (
     (("calibrated", "dw", "perturbation"), "dw, fitted, perturbation", BLUE, "o"),
     (("calibrated", "dw", "residual"), "dw, fitted, residual", PURPLE, "P"),
     (("calibrated", "dw", "variance"), "dw, fitted, variance", ORANGE, "s"),
-    (("calibrated", "lowrank_dw", "perturbation"), "lowrank_dw, fitted", GREEN, "D"),
-    (("mean-map", "dw", "perturbation"), "dw, mean map, no fit", GREY, "^"),
-    (("gaussian", "dw", "perturbation"), "dw, Gaussian, no fit", RED, "v"),
+    (("calibrated", "lowrank_dw", "residual"), "lowrank_dw, fitted", GREEN, "D"),
+    (("mean-map", "dw", "residual"), "dw, mean map, no fit", GREY, "^"),
+    (("gaussian", "dw", "residual"), "dw, Gaussian, no fit", RED, "v"),
 )
 
 

@@ -63,8 +63,13 @@ class BlockScore(Record):
 
 
 class FidelityInfo(Record):
-    """See :class:`dwattn.fidelity.Fidelity`; ``mask_iou`` is against alpha masks where there are
-    any.
+    """See :class:`dwattn.fidelity.Fidelity`.
+
+    Args:
+        mask_iou: against the alpha masks of the pasted cut-outs, where there are any.
+        object_cosine, object_iou: ``cosine`` and ``iou`` on the photos with a cut-out alone. They
+            show one object with a known outline; other photos may show none that stands out, and
+            the overlap of two nearly empty maps says little.
     """
 
     cosine: float
@@ -74,6 +79,8 @@ class FidelityInfo(Record):
     empty: int
     images: int
     mask_iou: float | None = None
+    object_cosine: float | None = None
+    object_iou: float | None = None
 
 
 class Conversion(Record):
