@@ -13,3 +13,9 @@ torchvision_shim.install()
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_dynamo() -> None:
+    """No compiled graphs of earlier tests."""
+    torch._dynamo.reset()

@@ -256,11 +256,6 @@ def test_a_nan_or_infinity_reaches_its_neighbours_only() -> None:
 # Autograd and tracing
 
 
-@pytest.fixture
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
-
-
 def differentiable(*shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 

@@ -32,6 +32,13 @@ void check_coefficient(const char* name, const Tensor& t, const Tensor& tokens,
                "; convert it with .float().");
 }
 
+void check_like(const char* name, const Tensor& t, const Tensor& x) {
+  check_device(name, t, x);
+  DWATTN_CHECK(t.scalar_type() == x.scalar_type(), name, " is ", dtype_name(t.scalar_type()),
+               " but x is ", dtype_name(x.scalar_type()),
+               "; convert the layer to the dtype of x or run it under torch.autocast.");
+}
+
 }  // namespace
 
 void check_tokens(const char* name, const Tensor& t, const Geometry& g) {
@@ -52,16 +59,25 @@ void check_tokens(const char* name, const Tensor& t, const Geometry& g) {
 void check_projection(const Tensor& x, const Tensor& wv, const OptionalTensor& bv) {
   DWATTN_CHECK(wv.dim() == 2 && wv.size(1) == x.size(2), "wv must have shape (C, ", x.size(2),
                ") to project the ", x.size(2), " features of x, got ", shape_text(wv), ".");
-  check_device("wv", wv, x);
-  DWATTN_CHECK(wv.scalar_type() == x.scalar_type(), "wv is ", dtype_name(wv.scalar_type()),
-               " but x is ", dtype_name(x.scalar_type()),
-               "; convert the layer to the dtype of x or run it under torch.autocast.");
+  check_like("wv", wv, x);
   if (!bv.has_value()) return;
   check_shape("bv", *bv, {wv.size(0)});
-  check_device("bv", *bv, x);
-  DWATTN_CHECK(bv->scalar_type() == x.scalar_type(), "bv is ", dtype_name(bv->scalar_type()),
-               " but x is ", dtype_name(x.scalar_type()),
-               "; convert the layer to the dtype of x or run it under torch.autocast.");
+  check_like("bv", *bv, x);
+}
+
+void check_output(const Tensor& x, const Tensor& wv, const Tensor& wo, const OptionalTensor& bo,
+                  const OptionalTensor& prefix_out, const Geometry& g) {
+  DWATTN_CHECK(wo.dim() == 2 && wo.size(1) == wv.size(0), "wo must have shape (D, ", wv.size(0),
+               ") to project the ", wv.size(0), " aggregated channels, got ", shape_text(wo), ".");
+  check_like("wo", wo, x);
+  if (bo.has_value()) {
+    check_shape("bo", *bo, {wo.size(0)});
+    check_like("bo", *bo, x);
+  }
+  if (prefix_out.has_value()) {
+    check_shape("prefix_out", *prefix_out, {x.size(0), g.num_prefix, wo.size(0)});
+    check_like("prefix_out", *prefix_out, x);
+  }
 }
 
 void check_coefficients(const Tensor& tokens, int64_t channels, const Geometry& geometry,

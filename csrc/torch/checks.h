@@ -24,6 +24,10 @@ void check_tokens(const char* name, const Tensor& t, const Geometry& geometry);
 
 void check_projection(const Tensor& x, const Tensor& wv, const OptionalTensor& bv);
 
+// The output projection wo (D_out, C), bo (D_out) and the finished prefix rows (B, P, D_out).
+void check_output(const Tensor& x, const Tensor& wv, const Tensor& wo, const OptionalTensor& bo,
+                  const OptionalTensor& prefix_out, const Geometry& geometry);
+
 void check_coefficients(const Tensor& tokens, int64_t channels, const Geometry& geometry,
                         const Coefficients& coefficients);
 

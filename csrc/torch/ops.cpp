@@ -11,4 +11,8 @@ STABLE_TORCH_LIBRARY(dwattn, m) {
   m.def(
       "dw_attention(Tensor x, Tensor wv, Tensor? bv, Tensor kernel, Tensor? kappa, Tensor? mu, "
       "Tensor? beta, SymInt height, SymInt width, int num_prefix) -> Tensor");
+  m.def(
+      "dw_layer(Tensor x, Tensor wv, Tensor? bv, Tensor kernel, Tensor? kappa, Tensor? mu, "
+      "Tensor? beta, Tensor wo, Tensor? bo, Tensor? prefix_out, SymInt height, SymInt width, "
+      "int num_prefix) -> Tensor");
 }

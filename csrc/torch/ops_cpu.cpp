@@ -59,7 +59,7 @@ Tensor dw_aggregate_cpu(const Tensor& v, const Tensor& kernel, const OptionalTen
   check_coefficients(v, v.size(2), geometry, given);
   const ScalarType type = v.scalar_type();
   const Tensor rows = v.size(2) == 1 || v.stride(2) == 1 ? v : torch::stable::contiguous(v);
-  const Tensor y = torch::stable::new_empty(v, {v.size(0), height * width, v.size(2)});
+  const Tensor y = empty_cpu({v.size(0), height * width, v.size(2)}, type);
   if (y.numel() == 0) return y;
   const int64_t bytes = workspace_bytes(type, v.size(0), v.size(2));
   cpu::Scratch scratch(cpu::Scratch::padded(bytes));
@@ -90,14 +90,14 @@ int64_t images_per_chunk(int64_t batch, int64_t image_bytes) {
   return fitting < 1 ? 1 : fitting > batch ? batch : fitting;
 }
 
-// dw_attention of one batch: sizes, the scratch tensors, and the loop over chunks of images.
+// The values of a batch, chunk by chunk of images: sizes, scratch tensors and the loop.
 //
 // V of a chunk is aggregated while it is still in the cache, and V of the whole batch never exists.
 // The bias of the projection is added by the aggregation, where it costs nothing.
-class Attention {
+class ValueChunks {
  public:
-  Attention(const Tensor& x, const Tensor& wv, const OptionalTensor& bv, const Coefficients& given,
-            const Geometry& geometry)
+  ValueChunks(const Tensor& x, const Tensor& wv, const OptionalTensor& bv,
+              const Coefficients& given, const Geometry& geometry)
       : x_(x),
         wv_(wv),
         geometry_(geometry),
@@ -113,34 +113,93 @@ class Attention {
         coefficients_(given.prepared(accumulation_type(type_))),
         bias_(dense(bv, accumulation_type(type_))) {}
 
+  // The aggregated values, straight into y (B, H*W, C).
   void run(const Tensor& y) const {
-    const int64_t v_bytes = chunk_ * tokens_ * row_ * element_;
-    const int64_t work_bytes = workspace_bytes(type_, chunk_, channels_);
-    const int64_t x_bytes = convert_ ? chunk_ * tokens_ * dim_ * element_ : 0;
-    const int64_t w_bytes = convert_ ? channels_ * dim_ * element_ : 0;
-    using cpu::Scratch;
-    Scratch scratch(Scratch::padded(v_bytes) + Scratch::padded(work_bytes) +
-                    Scratch::padded(x_bytes) + Scratch::padded(w_bytes));
-    void* const v_memory = scratch.take(v_bytes);
-    void* const workspace = scratch.take(work_bytes);
-    void* const x_memory = scratch.take(x_bytes);
-    void* const w_memory = scratch.take(w_bytes);
-
-    const Tensor weight = converted(wv_, w_memory);
-    const Tensor weight_t = torch::stable::transpose(weight, 0, 1);
-    for (int64_t first = 0; first < batch_; first += chunk_) {
-      const int64_t images = batch_ - first < chunk_ ? batch_ - first : chunk_;
-      const int64_t rows = images * tokens_;
-      const Tensor inputs = converted(slice(x_, first, images), x_memory);
-      const Tensor v = blob(v_memory, {images, tokens_, channels_}, {tokens_ * row_, row_, 1});
-      mm_out(blob(v_memory, {rows, channels_}, {row_, 1}),
-             torch::stable::reshape(inputs, {rows, dim_}), weight_t);
+    cpu::Scratch scratch(scratch_bytes());
+    each_chunk(scratch, [&](int64_t first, int64_t images, const Tensor& v, void* workspace) {
       aggregate(v, bias_, coefficients_, geometry_, slice(y, first, images), workspace);
-    }
+    });
+  }
+
+  // The whole layer: aggregated values, then `out (B, H*W, D_out) = Y wo^T + bo`; images of `out`
+  // may lie apart.
+  void run(const Tensor& wo, const OptionalTensor& bo, const Tensor& out) const {
+    const int64_t rows = geometry_.height * geometry_.width, dim_out = wo.size(0);
+    const int64_t y_bytes = chunk_ * rows * row_ * element_;
+    const int64_t out_bytes = convert_ ? chunk_ * rows * dim_out * element_ : 0;
+    const int64_t w_bytes = convert_ ? dim_out * (channels_ + 1) * element_ : 0;
+    using cpu::Scratch;
+    Scratch scratch(scratch_bytes() + Scratch::padded(y_bytes) + Scratch::padded(out_bytes) +
+                    Scratch::padded(w_bytes));
+    void* const y_memory = scratch.take(y_bytes);
+    void* const out_memory = scratch.take(out_bytes);
+    const Tensor weight = converted(wo, scratch.take(w_bytes));
+    const OptionalTensor bias = dense(bo, type_);
+    each_chunk(scratch, [&](int64_t first, int64_t images, const Tensor& v, void* workspace) {
+      const Tensor y = blob(y_memory, {images, rows, channels_}, {rows * row_, row_, 1});
+      aggregate(v, bias_, coefficients_, geometry_, y, workspace);
+      Tensor target = slice(out, first, images);
+      const Tensor written =
+          convert_ ? blob(out_memory, {images, rows, dim_out}, {rows * dim_out, dim_out, 1})
+                   : target;
+      project(y, weight, bias, written);
+      if (convert_) torch::stable::copy_(target, written);
+    });
   }
 
  private:
   using Sizes = std::initializer_list<int64_t>;
+
+  int64_t v_bytes() const { return chunk_ * tokens_ * row_ * element_; }
+  int64_t work_bytes() const { return workspace_bytes(type_, chunk_, channels_); }
+  int64_t x_bytes() const { return convert_ ? chunk_ * tokens_ * dim_ * element_ : 0; }
+  int64_t w_bytes() const { return convert_ ? channels_ * dim_ * element_ : 0; }
+  int64_t scratch_bytes() const {
+    using cpu::Scratch;
+    return Scratch::padded(v_bytes()) + Scratch::padded(work_bytes()) + Scratch::padded(x_bytes()) +
+           Scratch::padded(w_bytes());
+  }
+
+  // body(first image, images, V (images, N, C), workspace of the aggregation)
+  template <class Body>
+  void each_chunk(cpu::Scratch& scratch, const Body& body) const {
+    void* const v_memory = scratch.take(v_bytes());
+    void* const workspace = scratch.take(work_bytes());
+    void* const x_memory = scratch.take(x_bytes());
+    const Tensor weight = converted(wv_, scratch.take(w_bytes()));
+    for (int64_t first = 0; first < batch_; first += chunk_) {
+      const int64_t images = batch_ - first < chunk_ ? batch_ - first : chunk_;
+      const int64_t rows = images * tokens_;
+      const Tensor inputs = as_rows(converted(slice(x_, first, images), x_memory));
+      const Tensor v = blob(v_memory, {images, tokens_, channels_}, {tokens_ * row_, row_, 1});
+      linear_out(blob(v_memory, {rows, channels_}, {row_, 1}), inputs, weight, std::nullopt);
+      body(first, images, v, workspace);
+    }
+  }
+
+  // (images, N, D) -> (images * N, D): a view where the strides allow it.
+  Tensor as_rows(const Tensor& t) const {
+    const int64_t images = t.size(0), step = t.stride(1);
+    if (t.stride(2) == 1 && (images == 1 || t.stride(0) == tokens_ * step)) {
+      return blob(const_cast<void*>(t.const_data_ptr()), {images * tokens_, dim_}, {step, 1});
+    }
+    return torch::stable::reshape(t, {images * tokens_, dim_});
+  }
+
+  // out = y weight^T + bias, all images in one product where their rows follow each other.
+  void project(const Tensor& y, const Tensor& weight, const OptionalTensor& bias,
+               const Tensor& out) const {
+    const int64_t images = y.size(0), rows = y.size(1), dim_out = weight.size(0);
+    const bool together = images == 1 || out.stride(0) == rows * dim_out;
+    const int64_t step = together ? images : 1;
+    for (int64_t image = 0; image < images; image += step) {
+      const char* from =
+          static_cast<const char*>(y.const_data_ptr()) + image * rows * row_ * element_;
+      char* to = static_cast<char*>(out.mutable_data_ptr()) + image * out.stride(0) * element_;
+      linear_out(blob(to, {step * rows, dim_out}, {dim_out, 1}),
+                 blob(const_cast<char*>(from), {step * rows, channels_}, {row_, 1}), weight, bias);
+    }
+  }
 
   Tensor blob(void* memory, Sizes sizes, Sizes strides) const {
     return torch::stable::from_blob(memory, sizes, strides, x_.device(), type_);
@@ -164,10 +223,10 @@ class Attention {
   const Tensor& x_;
   const Tensor& wv_;
   const Geometry geometry_;
-  const ScalarType type_;  // of the product and of V
+  const ScalarType type_;  // of the products, of V and of Y
   const bool convert_;     // whether that differs from the dtype of x
   const int64_t element_, batch_, tokens_, dim_, channels_;
-  const int64_t row_;    // stride between tokens of V
+  const int64_t row_;    // stride between tokens of V and of Y
   const int64_t chunk_;  // images
   const Coefficients coefficients_;
   const OptionalTensor bias_;
@@ -182,9 +241,33 @@ Tensor dw_attention_cpu(const Tensor& x, const Tensor& wv, const OptionalTensor&
   check_tokens("x", x, geometry);
   check_projection(x, wv, bv);
   check_coefficients(x, wv.size(0), geometry, given);
-  const Tensor y = torch::stable::new_empty(x, {x.size(0), height * width, wv.size(0)});
-  if (y.numel() > 0) Attention(x, wv, bv, given, geometry).run(y);
+  const Tensor y = empty_cpu({x.size(0), height * width, wv.size(0)}, x.scalar_type());
+  if (y.numel() > 0) ValueChunks(x, wv, bv, given, geometry).run(y);
   return y;
+}
+
+Tensor dw_layer_cpu(const Tensor& x, const Tensor& wv, const OptionalTensor& bv,
+                    const Tensor& kernel, const OptionalTensor& kappa, const OptionalTensor& mu,
+                    const OptionalTensor& beta, const Tensor& wo, const OptionalTensor& bo,
+                    const OptionalTensor& prefix_out, int64_t height, int64_t width,
+                    int64_t num_prefix) {
+  const Geometry geometry{height, width, num_prefix};
+  const Coefficients given{kernel, kappa, mu, beta};
+  check_tokens("x", x, geometry);
+  check_projection(x, wv, bv);
+  check_coefficients(x, wv.size(0), geometry, given);
+  check_output(x, wv, wo, bo, prefix_out, geometry);
+  const int64_t batch = x.size(0), prefix = prefix_out.has_value() ? num_prefix : 0;
+  const int64_t rows = height * width, dim = wo.size(0);
+  Tensor out = empty_cpu({batch, prefix + rows, dim}, x.scalar_type());
+  if (out.numel() == 0) return out;
+  if (prefix > 0) {
+    Tensor head = torch::stable::narrow(out, 1, 0, prefix);
+    torch::stable::copy_(head, *prefix_out);
+  }
+  ValueChunks(x, wv, bv, given, geometry)
+      .run(wo, bo, prefix > 0 ? torch::stable::narrow(out, 1, prefix, rows) : out);
+  return out;
 }
 
 }  // namespace
@@ -193,4 +276,5 @@ Tensor dw_attention_cpu(const Tensor& x, const Tensor& wv, const OptionalTensor&
 STABLE_TORCH_LIBRARY_IMPL(dwattn, CPU, m) {
   m.impl("dw_aggregate", TORCH_BOX(&dwattn::torch_ops::dw_aggregate_cpu));
   m.impl("dw_attention", TORCH_BOX(&dwattn::torch_ops::dw_attention_cpu));
+  m.impl("dw_layer", TORCH_BOX(&dwattn::torch_ops::dw_layer_cpu));
 }

@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -92,12 +94,30 @@ inline const void* data_or_null(const OptionalTensor& t) {
   return t.has_value() ? t->const_data_ptr() : nullptr;
 }
 
-// aten::mm.out: `out` may have a row stride larger than its width.
-inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
+// A contiguous CPU tensor, without the dispatcher, whose microseconds a small layer would feel.
+inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType type) {
+  std::array<int64_t, 3> strides{};
+  int64_t step = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = step;
+    step *= sizes.begin()[d];
+  }
+  const auto shim_type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.begin(), strides.data(), shim_type,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// aten::linear.out: out = a weight^T + bias; rows of `out` and `a` may lie apart.
+inline void linear_out(const Tensor& out, const Tensor& a, const Tensor& weight,
+                       const OptionalTensor& bias) {
+  std::array<StableIValue, 4> stack{
+      torch::stable::detail::from(a), torch::stable::detail::from(weight),
+      torch::stable::detail::from(bias), torch::stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+      torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // releases the returned handle
 }
 

@@ -250,6 +250,18 @@ class FusedDWAttention(ReplacementAttention):
         self.kernel = nn.Parameter(torch.empty(self.inner_dim, 3, 3, **factory_of(self.value)))
         gaussian_kernel_(self.kernel)
 
+    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        """``(B, N, D) -> (B, N, D)``; ``grid=(H, W)`` overrides the fixed grid for this call."""
+        if not _is_plain_linear(self.proj):
+            return super().forward(x, grid)
+        geometry = self.geometry(x, grid)
+        weight, bias = self.value_projection()
+        return functional.dw_layer(
+            x, weight, bias, self.kernel, self.proj.weight, self.proj.bias, geometry,
+            self.kappa, self.mu, self.beta,
+            prefix_out=None if self.prefix_rows is None else self.prefix_output(x),
+        )  # fmt: skip
+
     def patch_features(self, x: Tensor, geometry: Geometry) -> Tensor:
         weight, bias = self.value_projection()
         return functional.dw_attention(
@@ -436,6 +448,12 @@ class SPViTAttention(ReplacementAttention):
         ctx = self.thin_context(x, weight, bias)
         assert ctx is not None
         return out + F.linear(ctx, woe)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether only the weights matter: an adapter (LoRA, a quantised layer) or a hook must be called."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return type(module) is nn.Linear and not hooks
 
 
 def factory_of(like: nn.Linear) -> dict[str, Any]:

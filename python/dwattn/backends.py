@@ -25,7 +25,7 @@ import torch
 from dwattn import library
 from dwattn.errors import BackendError
 
-OPS = ("dw_aggregate", "dw_attention")
+OPS = ("dw_aggregate", "dw_attention", "dw_layer")
 ENVIRONMENT_VARIABLE = "DWATTN_BACKEND"
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -100,7 +100,7 @@ def choose(op: str, *, device: str, dtype: torch.dtype, backend: str | None = No
     """Name of the backend that runs ``op`` on tensors of this device type and dtype.
 
     Args:
-        op: ``dw_aggregate`` or ``dw_attention``.
+        op: one of :data:`OPS`.
         device: device type, e.g. ``"cpu"`` or ``"cuda"``.
         dtype: dtype of the tokens, after autocast.
         backend: force this one.

@@ -105,6 +105,59 @@ def dw_attention(
         return _PYTHON[name](v, geometry, *coefficients)
 
 
+def dw_layer(
+    x: Tensor,
+    wv: Tensor,
+    bv: Tensor | None,
+    kernel: Tensor,
+    wo: Tensor,
+    bo: Tensor | None,
+    geometry: Geometry,
+    kappa: Tensor | None = None,
+    mu: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    prefix_out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`dw_attention` and the output projection: ``out = concat(prefix_out, Y wo^T + bo)``.
+
+    ``dw`` with ``wv (C, D)``, ``wo (D, C)``; ``lowrank_dw`` with the factors ``A (r, D)``, ``B (D, r)``.
+
+    Args:
+        x, wv, bv, kernel, geometry, kappa, mu, beta, backend: as in :func:`dw_attention`.
+        wo: ``(D_out, C)``; bo: ``(D_out,)``; in the dtype of ``x`` unless autocast is on.
+        prefix_out: ``(B, P, D_out)`` finished prefix rows; without them the result has none.
+
+    Returns:
+        ``(B, N, D_out)``, or ``(B, H*W, D_out)`` without ``prefix_out``; in the dtype of ``x``, or in
+        the autocast dtype.
+
+    Raises:
+        GeometryError, DwattnError, BackendError: as :func:`dw_aggregate`.
+    """
+    x, wv, bv, wo, bo, prefix_out = _autocast(x, wv, bv, wo, bo, prefix_out)
+    coefficients = (kernel, kappa, mu, beta)
+    name = backends.choose("dw_layer", device=x.device.type, dtype=x.dtype, backend=backend)
+
+    def check() -> None:
+        _check_attention(x, wv, bv, geometry, *coefficients)
+        _check_output(x, wv, wo, bo, prefix_out, geometry)
+
+    if name == "cpp" and not _needs_grad(x, wv, bv, *coefficients, wo, bo, prefix_out):
+        return _run_compiled(
+            lambda: library.dw_layer(
+                x, wv, bv, *coefficients, wo, bo, prefix_out, *_sizes(geometry)
+            ),
+            check,
+        )
+    check()
+    with _autocast_off(x.device.type):
+        y = dw_attention(x, wv, bv, kernel, geometry, kappa, mu, beta, backend=backend)
+        out = F.linear(y, wo, bo)
+        return out if prefix_out is None else torch.cat([prefix_out, out], dim=1)
+
+
 def _run_compiled(run: Callable[[], Tensor], check: Callable[[], None]) -> Tensor:
     """Run a compiled operator, which checks its arguments itself.
 
@@ -171,17 +224,18 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _autocast(x: Tensor, wv: Tensor, bv: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Cast as autocast does for a linear layer: every floating dtype but fp64."""
     device = x.device.type
     if not torch.is_autocast_enabled(device):
-        return x, wv, bv
+        return x, *others
     dtype = torch.get_autocast_dtype(device)
 
-    def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+    def cast(t: Tensor | None) -> Tensor | None:
+        narrow = t is not None and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if t is not None and narrow else t
 
-    return cast(x), cast(wv), None if bv is None else cast(bv)
+    return tuple(cast(t) for t in (x, *others))
 
 
 def _autocast_off(device: str) -> contextlib.AbstractContextManager[Any]:
@@ -223,15 +277,38 @@ def _check_projection(x: Tensor, wv: Tensor, bv: Tensor | None) -> None:
             f"wv must have shape (C, {x.shape[2]}) to project the {x.shape[2]} features of x, "
             f"got {tuple(wv.shape)}."
         )
-    for name, t, shape in (("wv", wv, wv.shape), ("bv", bv, wv.shape[:1])):
-        if t is None:
-            continue
-        _check_tensor(name, t, tuple(shape), x)
-        if t.dtype != x.dtype:
-            raise DwattnError(
-                f"{name} is {t.dtype} but x is {x.dtype}; convert the layer with .to({x.dtype}) or "
-                f"run it under torch.autocast({x.device.type!r})."
-            )
+    _check_like_tokens("wv", wv, tuple(wv.shape), x)
+    _check_like_tokens("bv", bv, tuple(wv.shape[:1]), x)
+
+
+def _check_output(
+    x: Tensor,
+    wv: Tensor,
+    wo: Tensor,
+    bo: Tensor | None,
+    prefix_out: Tensor | None,
+    geometry: Geometry,
+) -> None:
+    if wo.dim() != 2 or wo.shape[1] != wv.shape[0]:
+        raise DwattnError(
+            f"wo must have shape (D, {wv.shape[0]}) to project the {wv.shape[0]} aggregated "
+            f"channels, got {tuple(wo.shape)}."
+        )
+    _check_like_tokens("wo", wo, tuple(wo.shape), x)
+    _check_like_tokens("bo", bo, tuple(wo.shape[:1]), x)
+    rows = (x.shape[0], geometry.num_prefix, wo.shape[0])
+    _check_like_tokens("prefix_out", prefix_out, rows, x)
+
+
+def _check_like_tokens(name: str, t: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+    if t is None:
+        return
+    _check_tensor(name, t, shape, x)
+    if t.dtype != x.dtype:
+        raise DwattnError(
+            f"{name} is {t.dtype} but x is {x.dtype}; convert the layer with .to({x.dtype}) or "
+            f"run it under torch.autocast({x.device.type!r})."
+        )
 
 
 def _check_coefficients(

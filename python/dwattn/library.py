@@ -20,7 +20,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +111,28 @@ def dw_attention(
     return out
 
 
+def dw_layer(
+    x: Tensor,
+    wv: Tensor,
+    bv: Tensor | None,
+    kernel: Tensor,
+    kappa: Tensor | None,
+    mu: Tensor | None,
+    beta: Tensor | None,
+    wo: Tensor,
+    bo: Tensor | None,
+    prefix_out: Tensor | None,
+    height: int,
+    width: int,
+    num_prefix: int,
+) -> Tensor:
+    """The compiled operator ``x (B, N, D) -> (B, N or H*W, D_out)``; see :mod:`dwattn.functional`."""
+    out: Tensor = torch.ops.dwattn.dw_layer.default(
+        x, wv, bv, kernel, kappa, mu, beta, wo, bo, prefix_out, height, width, num_prefix
+    )
+    return out
+
+
 def _fake_aggregate(
     v: Tensor,
     kernel: Tensor,
@@ -144,6 +166,30 @@ def _fake_attention(
         lambda: f"wv must have shape (C, {x.shape[2]}), got {tuple(wv.shape)}.",
     )
     return x.new_empty(x.shape[0], height * width, wv.shape[0])
+
+
+def _fake_layer(
+    x: Tensor,
+    wv: Tensor,
+    bv: Tensor | None,
+    kernel: Tensor,
+    kappa: Tensor | None,
+    mu: Tensor | None,
+    beta: Tensor | None,
+    wo: Tensor,
+    bo: Tensor | None,
+    prefix_out: Tensor | None,
+    height: int,
+    width: int,
+    num_prefix: int,
+) -> Tensor:
+    y = _fake_attention(x, wv, bv, kernel, kappa, mu, beta, height, width, num_prefix)
+    torch._check(
+        wo.dim() == 2 and wo.shape[1] == y.shape[2],
+        lambda: f"wo must have shape (D, {y.shape[2]}), got {tuple(wo.shape)}.",
+    )
+    rows = y.shape[1] + (0 if prefix_out is None else num_prefix)
+    return x.new_empty(x.shape[0], rows, wo.shape[0])
 
 
 def _check_fake(
@@ -206,6 +252,37 @@ def _backward_attention(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (dx, dwv, dbv, *coefficients, None, None, None)
 
 
+def _save_layer(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, wv, bv, kernel, kappa, mu, beta, wo, bo, prefix_out, *ctx.sizes = inputs
+    ctx.has_bias, ctx.has_prefix = bo is not None, prefix_out is not None
+    ctx.save_for_backward(x, wv, bv, kernel, kappa, mu, beta, wo)
+
+
+def _backward_layer(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Through the composite of :func:`dw_attention` and the output projection, formed again."""
+    *inputs, wo = ctx.saved_tensors
+    prefix = ctx.sizes[2] if ctx.has_prefix else 0
+    rows = grad[:, prefix:]
+    needs = ctx.needs_input_grad
+    dwo = dbo = None
+    if needs[7]:
+        y = dw_attention(*inputs, *ctx.sizes)
+        dwo = rows.flatten(0, 1).t() @ y.flatten(0, 1)
+    if ctx.has_bias and needs[8]:
+        dbo = rows.sum((0, 1))
+    kept = _Kept((*inputs[:6],), needs[:7], ctx.sizes)
+    gradients = _backward_attention(kept, rows @ wo)[:7]
+    return (*gradients, dwo, dbo, grad[:, :prefix] if prefix else None, None, None, None)
+
+
+class _Kept(NamedTuple):
+    """What :func:`_backward_attention` reads of its context."""
+
+    saved_tensors: tuple[Tensor | None, ...]
+    needs_input_grad: tuple[bool, ...]
+    sizes: list[int]
+
+
 def _aggregate_gradients(
     grad: Tensor,
     v: Tensor,
@@ -263,6 +340,7 @@ def _register() -> str:
         for name, fake, backward, save in (
             ("dwattn::dw_aggregate", _fake_aggregate, _backward_aggregate, _save_aggregate),
             ("dwattn::dw_attention", _fake_attention, _backward_attention, _save_attention),
+            ("dwattn::dw_layer", _fake_layer, _backward_layer, _save_layer),
         ):
             torch.library.register_fake(name, fake)
             torch.library.register_autograd(name, backward, setup_context=save)
