@@ -45,10 +45,9 @@ SIZES = (
     (1, 1, 1, 0, 1),
     (1, 7, 3, 1, 2),
     (5, 1, 8, 2, 1),
-    (2, 2, 80, 0, 3),
-    (3, 5, 129, 5, 2),
-    (13, 11, 16, 1, 1),
-    (17, 9, 64, 0, 1),
+    (2, 2, 80, 0, 2),
+    (3, 5, 129, 5, 1),
+    (11, 9, 16, 1, 1),
 )
 
 
@@ -61,6 +60,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(not INSTALLED, reason="Triton is not installed.")
 @pytest.mark.skipif(INTERPRETED, reason="This is the process with the interpreter.")
 def test_under_the_interpreter() -> None:
@@ -316,8 +316,8 @@ def test_gradients_of_a_whole_attention() -> None:
 
 @runs_kernels
 def test_gradients_of_many_strips_are_repeatable_and_of_any_strides() -> None:
-    case = on_device(make_case(19, 10, 5, num_prefix=0, batch=2))
-    grad = torch.randn(2, 190, 5).to(DEVICE)
+    case = on_device(make_case(9, 10, 5, num_prefix=0, batch=3))
+    grad = torch.randn(3, 90, 5).to(DEVICE)
 
     def run(grad: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         return triton_ops.dw_aggregate_backward(
@@ -399,19 +399,22 @@ def in_fp64(layer: dict[str, Tensor | Geometry]) -> dict[str, Tensor | Geometry]
 
 
 #: rank 129 and more: two chunks of inner channels and more; 300: two projections of x
-RANKS = (1, 8, 33, 72, 129, 300)
+RANKS = (1, 8, 129, 72, 33, 300)
 
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rank", RANKS)
 def test_lowrank_is_as_exact_as_pytorch(dtype: torch.dtype, rank: int) -> None:
-    for (height, width, _, num_prefix, batch), dim in zip(
-        SIZES, (5, 16, 70, 20, 130, 33, 64), strict=True
-    ):
+    cases = list(zip(SIZES, (5, 16, 70, 20, 130, 33), strict=True))
+    for (height, width, _, num_prefix, batch), dim in cases[RANKS.index(rank) % 2 :: 2]:
         layer = lowrank_arguments(dtype, height, width, rank, num_prefix, batch, dim)
         exact = plain_lowrank(in_fp64(layer), "reference")
-        assert_as_exact(lowrank(layer), plain_lowrank(layer, "torch"), exact)
+        result, plain = lowrank(layer), plain_lowrank(layer, "torch")
+        assert result.dtype == dtype
+        # Outputs share the errors of a few inner channels: PyTorch's own may be small by luck.
+        floor = torch.finfo(dtype).eps
+        assert error(result, exact) <= 2 * max(error(plain, exact), floor)
 
 
 @runs_kernels

@@ -63,7 +63,7 @@ def power_of_two(size: int, least: int = 16) -> int:
 def processors(device: torch.device) -> int:
     """Multiprocessors of a device; a small number under the interpreter."""
     if device.type != "cuda":
-        return 4
+        return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

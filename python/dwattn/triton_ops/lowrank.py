@@ -100,12 +100,18 @@ def project(
         PRECISION=precision(x.dtype),
         TOKENS=tokens,
         CHANNELS=channels,
-        # 16 KB of weights a stage: with three stages the tiles fit every GPU's shared memory
-        FEATURES=max(16, min(64, 16384 // (channels * x.element_size()))),
-        num_warps=4 if channels <= 128 else 8,
-        num_stages=3,
+        **projection_tile(channels, x.element_size()),
     )  # fmt: skip
     return v, partial
+
+
+def projection_tile(channels: int, element_size: int) -> dict[str, int]:
+    """The rest of the first pass's tile: 16 KB of weights a stage fit every GPU's shared memory."""
+    return {
+        "FEATURES": max(16, min(64, 16384 // (channels * element_size))),
+        "num_warps": 4 if channels <= 128 else 8,
+        "num_stages": 3,
+    }
 
 
 def _tokens_per_tile(batch: int, count: int, blocks: int, wanted: int) -> int:
