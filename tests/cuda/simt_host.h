@@ -101,6 +101,7 @@ struct Warp {
 // The one block that is running.
 struct Machine {
   Order order = Order::kForward;
+  int multiprocessors = 4;  // what kernels are told; steers how they split the work
   dim3 grid, block;
   uint3 block_index{};
   unsigned char* shared = nullptr;
@@ -459,6 +460,8 @@ template <class T>
 inline T __ldg(const T* p) {
   return *p;
 }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 inline float __expf(float v) { return std::exp(v); }
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 inline float __fdividef(float a, float b) { return a / b; }

@@ -156,21 +156,35 @@ DWATTN_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
 
 // Two 16-bit elements in one register, the first in the low half (as in the fragments).
 template <class T>
-DWATTN_DEVICE uint32_t pack2(float low, float high) {
-  struct alignas(4) Pair {
-    T low, high;
-  } const pair{from_float<T>(low), from_float<T>(high)};
+DWATTN_DEVICE uint32_t pack2(float low, float high);
+template <>
+DWATTN_DEVICE uint32_t pack2<__half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
   uint32_t bits;
   memcpy(&bits, &pair, 4);
   return bits;
 }
+template <>
+DWATTN_DEVICE uint32_t pack2<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, 4);
+  return bits;
+}
+
 template <class T>
-DWATTN_DEVICE float2 unpack2(uint32_t bits) {
-  struct alignas(4) Pair {
-    T low, high;
-  } pair;
+DWATTN_DEVICE float2 unpack2(uint32_t bits);
+template <>
+DWATTN_DEVICE float2 unpack2<__half>(uint32_t bits) {
+  __half2 pair;
   memcpy(&pair, &bits, 4);
-  return make_float2(to_float(pair.low), to_float(pair.high));
+  return __half22float2(pair);
+}
+template <>
+DWATTN_DEVICE float2 unpack2<__nv_bfloat16>(uint32_t bits) {
+  __nv_bfloat162 pair;
+  memcpy(&pair, &bits, 4);
+  return __bfloat1622float2(pair);
 }
 
 // ---- Warp reductions: every lane gets the result, summed in an order that does not vary
@@ -190,6 +204,19 @@ DWATTN_DEVICE float warp_max(float v) {
 }
 
 // ---- Launches
+
+// Streaming multiprocessors of the current device, to size grids by.
+inline int multiprocessors() {
+#ifdef DWATTN_SIMT_HOST
+  return simt::machine.multiprocessors;
+#else
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return error == cudaSuccess ? count : 1;
+#endif
+}
 
 template <class T>
 struct AsIs {
