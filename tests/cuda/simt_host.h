@@ -384,10 +384,15 @@ inline bool run_warp(int warp, std::vector<int>& lanes) {
   return ran;
 }
 
-// Releases the block's barrier if every thread has reached it; whether it did.
+// Releases the block's barrier once nobody but waiting threads is left; whether it did.
 inline bool release_barrier() {
-  const auto waits = [](const Fiber& f) { return f.state == State::kAtBarrier; };
-  if (!std::all_of(machine.fibers.begin(), machine.fibers.end(), waits)) return false;
+  size_t waiting = 0, done = 0;
+  for (const Fiber& fiber : machine.fibers) {
+    waiting += fiber.state == State::kAtBarrier;
+    done += fiber.state == State::kDone;
+  }
+  if (waiting == 0 || waiting + done < machine.fibers.size()) return false;
+  if (done > 0) die("__syncthreads after some threads of the block returned");
   for (Fiber& fiber : machine.fibers) {
     if (fiber.barrier != machine.fibers[0].barrier) die("threads wait at different __syncthreads");
     fiber.state = State::kReady;
