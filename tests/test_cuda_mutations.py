@@ -25,41 +25,45 @@ class Bug(NamedTuple):
 BUGS = (
     Bug("no barrier after the copies", "dw_attention.cu",
         "      __syncthreads();  // this step's stage", "      // this step's stage"),
-    Bug("no barrier before the ring is read", "dw_attention.cu",
+    Bug("no barrier before the tile is read", "dw_attention.cu",
         "    __syncthreads();  // the tile", "    // the tile"),
+    Bug("no barrier before the history moves", "dw_attention.cu",
+        "    __syncthreads();  // nobody", "    // nobody"),
     Bug("a barrier that one warp does not reach", "dw_attention.cu",
         "    __syncthreads();  // the tile", "    if (threadIdx.x < 96) __syncthreads();  // the tile"),
     Bug("one group of copies too many in flight", "dw_attention.cu",
         "cp_async_wait<kStages<T> - 2>", "cp_async_wait<kStages<T> - 1>"),
-    Bug("copies into the stage that is being read", "dw_attention.cu",
-        "stage == 0 ? kStages<T> - 1 : stage - 1", "stage"),
+    Bug("copies into the stage that is read", "dw_attention.cu",
+        "loader.next(ahead)", "loader.next(stage)"),
     Bug("fragments of Wv exchanged", "tile_product.cuh",
         "lane / 16 * 8 + lane % 8", "lane / 8 % 2 * 8 + lane % 8"),
     Bug("fragments of x exchanged", "tile_product.cuh",
-        "chunk_offset(row, 2 * k + lane / 16)", "chunk_offset(row, 2 * k + lane / 8 % 2)"),
+        "lane % 16, 2 * k + lane / 16", "lane % 16, 2 * k + lane / 8 % 2"),
     Bug("two chunks in one place", "tile_product.cuh",
         "chunk) ^ (row / 2 % 8)", "chunk) | (row / 2 % 8)"),
     Bug("accumulators kept from tile to tile", "dw_attention.cu",
         "    product.clear();", "    if (tile == 0) product.clear();"),
     Bug("an output before its neighbour", "dw_attention.cu",
-        "filled - window.width - 1", "filled - window.width"),
-    Bug("a ring without the two corner tokens", "dw_attention.cu",
-        "kTileRows + 2 * (window_width + 1)", "kTileRows + 2 * window_width"),
+        "kTileRows - window.width - 1", "kTileRows - window.width"),
+    Bug("a history without the last token", "dw_attention.cu",
+        "return 2 * (window_width + 1);", "return 2 * (window_width + 1) - 1;"),
+    Bug("a history that stays", "dw_attention.cu", "    lines.advance();", "    // stays"),
+    Bug("a history that is not zero at first", "dw_attention.cu", "  lines.clear();", ""),
     Bug("no row of neighbours above a band", "dw_attention.cu",
         "start = max(begin - 1, 0);", "start = begin;"),
-    Bug("no zeros left of the grid", "dw_attention.cu", "if (column > 0) {", "if (token > 0) {"),
+    Bug("no zeros left of the grid", "dw_attention.cu", "      right = ctx;", ""),
     Bug("no zeros below the grid", "dw_attention.cu",
         "row + 1 < window.height ?", "row < window.height ?"),
     Bug("x read behind its end", "dw_attention.cu",
-        "token < window_.tokens() ?", "token >= 0 ?"),
-    Bug("Wv read behind its end", "dw_attention.cu",
-        "window_.channel + channel < p_.channels && left > 0", "left > 0"),
-    Bug("rows of the ring out of line", "dw_attention.cu",
+        "rest > 0 ? (rest + kRowStep - 1) / kRowStep : 0", "rest != 0 ? kRowsOfX : 0"),
+    Bug("Wv read behind its end", "dw_attention.cu", "i < wv_rows_ ? left : 0", "left"),
+    Bug("lines of V out of line", "dw_attention.cu",
         "(sizeof(T) == 2 ? 8 : 4)", "(sizeof(T) == 2 ? 7 : 3)"),
     Bug("16-byte copies of odd rows", "dw_attention.cu", "p.dim % n == 0 && ", ""),
     Bug("the stride of x taken for packed", "dw_attention.cu",
-        "* p_.x_stride_token : nullptr", "* p_.dim : nullptr"),
-    Bug("the context forgotten", "dw_attention.cu", "float2 sum = ctx;", "float2 sum = zero2();"),
+        "* p_.x_stride_token + chunk_", "* p_.dim + chunk_"),
+    Bug("the context forgotten", "dw_attention.cu",
+        "ctx = coefficient(coefficients, 9);", "ctx = zero2();"),
     Bug("the bias forgotten", "dw_attention.cu", "make_float2(v + bias[column], w +",
         "make_float2(v, w +"),
     Bug("a prefix row in the mean", "dw_context.cu",
@@ -97,9 +101,7 @@ def includes(kernel: Path, header: str, seen: set[str] | None = None) -> bool:
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name.replace(" ", "-"))
-def test_a_planted_bug_is_found(
-    bug: Bug, objects: cuda_sources.Objects, tmp_path: Path
-) -> None:
+def test_a_planted_bug_is_found(bug: Bug, objects: cuda_sources.Objects, tmp_path: Path) -> None:
     for folder in ("csrc/kernels", cuda_sources.PROGRAMS):
         shutil.copytree(cuda_sources.ROOT / folder, tmp_path / folder)
     changed = tmp_path / cuda_sources.KERNELS / bug.file
@@ -120,5 +122,7 @@ def test_a_planted_bug_is_found(
     cuda_sources.link(parts, executable)
     done = cuda_sources.run(executable)
     assert done.returncode != 0, "the bug went unnoticed"
-    found = re.search(r"FAIL |ERROR: AddressSanitizer|simt: |runtime error", done.stdout + done.stderr)
+    found = re.search(
+        r"FAIL |ERROR: AddressSanitizer|simt: |runtime error", done.stdout + done.stderr
+    )
     assert found, (done.stdout + done.stderr)[-2000:]

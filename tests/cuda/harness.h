@@ -1,4 +1,5 @@
-// What the kernel tests share: tensors with guarded gaps, random numbers, the error rule, the schedules.
+// What the kernel tests share: tensors with guarded gaps, random numbers, the error rule, the
+// schedules.
 #pragma once
 
 #include <cinttypes>
@@ -59,8 +60,9 @@ struct Layout {
   int64_t row_gap = 0, batch_gap = 0, offset = 0;  // elements
 };
 
-// A strided tensor that ends with its last element, so that the address sanitizer sees the first element
-// behind it. The gaps are NaN: reading them shows in a result, writing them shows in gaps_untouched().
+// A strided tensor that ends with its last element, so that the address sanitizer sees the first
+// element behind it. The gaps are NaN: reading them shows in a result, writing them shows in
+// gaps_untouched().
 template <class T>
 class Tensor {
  public:
@@ -139,9 +141,9 @@ struct Deviation {
   }
 };
 
-// The rule for every kernel: at most twice the error of the plain computation in the same dtype. A small
-// part of a unit in the last place of the largest value is added, for tensors of a few elements, on
-// which the plain computation may be lucky.
+// The rule for every kernel: at most twice the error of the plain computation in the same dtype. A
+// small part of a unit in the last place of the largest value is added, for tensors of a few
+// elements, on which the plain computation may be lucky.
 template <class T>
 void expect_accurate(const Deviation& kernel, const Deviation& plain, const std::string& what) {
   constexpr bool kHalf = std::is_same<T, __half>::value;

@@ -1,12 +1,16 @@
-// Runs CUDA kernels on the CPU, one fiber per CUDA thread, so that sanitizers and tests can judge them.
+// Runs CUDA kernels on the CPU, one fiber per CUDA thread, so that sanitizers and tests can judge
+// them.
 //
 // A .cu file is compiled by a plain C++ compiler with -DDWATTN_SIMT_HOST; CUDA's own headers supply
 // half, bfloat16, uint4 and dim3. Scheduling is chosen to make mistakes visible, not to be fair:
-//   - a warp runs until it has to wait for others, so a missing barrier meets the largest skew, in three
+//   - a warp runs until it has to wait for others, so a missing barrier meets the largest skew, in
+//   three
 //     orders (forward, reverse, shuffled), which also apply to lanes and blocks;
-//   - an asynchronous copy lands only when its own thread waits for it; until then its destination is NaN;
+//   - an asynchronous copy lands only when its own thread waits for it; until then its destination
+//   is NaN;
 //   - shared memory starts as NaN, has exactly the size of the launch and lies between guard zones;
-//   - threads that meet at different barriers, that leave while others wait, or that never meet end the
+//   - threads that meet at different barriers, that leave while others wait, or that never meet end
+//   the
 //     program with a sentence.
 // Not emulated: wgmma, TMA, clusters, atomics between blocks in flight, static __shared__ arrays.
 #pragma once
@@ -121,7 +125,7 @@ inline Machine machine;
 
 // Saves the callee-saved registers on the stack, swaps stacks, restores.
 extern "C" __attribute__((naked, noinline, used)) inline void dwattn_simt_switch(void** /*save*/,
-                                                                                void* /*load*/) {
+                                                                                 void* /*load*/) {
   asm(R"(
     pushq %rbp
     pushq %rbx
@@ -188,7 +192,8 @@ inline void start(Fiber& fiber, int index) {
   fiber.state = State::kReady;
   fiber.open.clear();
   fiber.flights.clear();
-  // The first switch pops six registers and returns into fiber_main, with the stack as after a call.
+  // The first switch pops six registers and returns into fiber_main, with the stack as after a
+  // call.
   const uintptr_t top = reinterpret_cast<uintptr_t>(fiber.stack + kStackBytes) & ~uintptr_t{15};
   void** frame = reinterpret_cast<void**>(top) - 8;
   std::fill(frame, frame + 8, nullptr);
@@ -456,9 +461,9 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
 #define __shfl_sync(mask, value, source) ::simt::shuffle(value, source)
 #define __shfl_xor_sync(mask, value, bits) \
   ::simt::shuffle(value, ::simt::machine.current->lane ^ (bits))
-#define __shfl_down_sync(mask, value, step)                                   \
-  ::simt::shuffle(value, ::simt::machine.current->lane + (step) < 32          \
-                             ? ::simt::machine.current->lane + (step)         \
+#define __shfl_down_sync(mask, value, step)                           \
+  ::simt::shuffle(value, ::simt::machine.current->lane + (step) < 32  \
+                             ? ::simt::machine.current->lane + (step) \
                              : ::simt::machine.current->lane)
 
 template <class T>

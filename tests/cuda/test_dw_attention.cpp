@@ -82,8 +82,7 @@ std::string text(const Case& c, const char* type) {
                 "%s B=%" PRId64 " H=%" PRId64 " W=%" PRId64 " P=%" PRId64 " D=%" PRId64
                 " C=%" PRId64 " terms=%d sms=%d offsets=%" PRId64 ",%" PRId64 " order=%d",
                 type, c.batch, c.height, c.width, c.prefix, c.dim, c.channels, c.terms,
-                c.multiprocessors, c.x.offset, c.y.offset,
-                static_cast<int>(simt::machine.order));
+                c.multiprocessors, c.x.offset, c.y.offset, static_cast<int>(simt::machine.order));
   return line;
 }
 
@@ -148,18 +147,19 @@ void check(const Case& c) {
 const Layout kPacked{}, kGaps{16, 64, 8}, kOdd{3, 5, 1};
 
 const Case kCases[] = {
-    {2, 5, 7, 1, 64, 64},                                      // one partial tile
+    {2, 5, 7, 1, 64, 64},                                       // one partial tile
     {1, 7, 5, 5, 40, 72, kEverything, 4, kGaps, kGaps, kGaps},  // partial stages and slices
-    {3, 1, 37, 0, 32, 16, kBias | kMu},                        // a single row
-    {1, 37, 1, 5, 32, 24, kKappa | kBias},                     // a single column
-    {1, 13, 11, 2, 96, 130, kEverything, 1},                   // two tiles, three slices
-    {1, 24, 17, 0, 40, 64, kBias, 1},                          // four tiles in one band
-    {1, 17, 24, 1, 40, 64, kBias | kBeta, 40},                 // many bands
-    {5, 3, 4, 1, 8, 8, kMu | kBeta},                           // images do not fill a group of four
-    {1, 3, 113, 0, 16, 8, kBias, 4},                           // rectangles beside each other
+    {3, 1, 37, 0, 32, 16, kBias | kMu},                         // a single row
+    {1, 37, 1, 5, 32, 24, kKappa | kBias},                      // a single column
+    {1, 13, 11, 2, 96, 130, kEverything, 1},                    // two tiles, three slices
+    {1, 24, 17, 0, 40, 64, kBias, 1},                           // four tiles in one band
+    {1, 17, 24, 1, 40, 64, kBias | kBeta, 40},                  // many bands
+    {5, 3, 4, 1, 8, 8, kMu | kBeta},  // images do not fill a group of four
+    {1, 3, 113, 0, 16, 8, kBias, 4},  // rectangles beside each other
     {1, 5, 230, 1, 8, 2, kEverything, 64, kGaps, kGaps, kGaps},
-    {2, 6, 5, 1, 33, 65, kEverything, 4, kOdd, kOdd, kOdd},    // element by element
+    {2, 6, 5, 1, 33, 65, kEverything, 4, kOdd, kOdd, kOdd},  // element by element
     {1, 11, 13, 5, 7, 3, kEverything, 1, kOdd, kPacked, kGaps},
+    {2, 3, 5, 1, 33, 6, kBias, 4, {7, 8, 0}, {7, 0, 0}},  // aligned rows of an odd length
     {1, 4, 3, 0, 1, 1, kNothing},
     {1, 1, 1, 1, 8, 2, kEverything},
     {2, 3, 2, 1, 0, 4, kEverything},  // no features: V is its bias

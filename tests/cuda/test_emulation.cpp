@@ -71,8 +71,16 @@ void check_collectives() {
   for (float v : out) expect(v == 10416 + 961, "sums, maxima and transposed fragments of a warp");
 }
 
-enum Rule { kDivergentBarrier, kTwoBarriers, kEarlyExit, kHalfAWarp, kMixed, kUnwaited, kMisaligned };
-const char* const kRules[] = {"divergent-barrier", "two-barriers", "early-exit", "half-a-warp",
+enum Rule {
+  kDivergentBarrier,
+  kTwoBarriers,
+  kEarlyExit,
+  kHalfAWarp,
+  kMixed,
+  kUnwaited,
+  kMisaligned
+};
+const char* const kRules[] = {"divergent-barrier", "two-barriers",  "early-exit",     "half-a-warp",
                               "mixed-collectives", "unwaited-copy", "misaligned-copy"};
 
 __global__ void broken_kernel(int rule, const __half* from) {

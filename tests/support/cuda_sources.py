@@ -84,9 +84,7 @@ def link(objects: Iterable[Path], target: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def run(
-    program: Path, *arguments: str, timeout: float = 300
-) -> subprocess.CompletedProcess[str]:
+def run(program: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(program), *arguments],
         env={**os.environ, **_ENVIRONMENT},

@@ -1,10 +1,10 @@
-// What the kernels need from the machine: asynchronous copies, matrix fragments, tensor-core products,
-// warp reductions, conversions and launches. The only file with PTX.
+// What the kernels need from the machine: asynchronous copies, matrix fragments, tensor-core
+// products, warp reductions, conversions and launches. The only file with PTX.
 //
 // Every wrapper has two bodies: one for the GPU, and one for a CPU emulation (DWATTN_SIMT_HOST, see
 // tests/cuda/simt_host.h), under which the very same kernels run with address sanitizers.
-// For the emulation to see everything, kernels take shared memory only through DYN_SHARED and use the
-// warp collectives below with all 32 lanes.
+// For the emulation to see everything, kernels take shared memory only through DYN_SHARED and use
+// the warp collectives below with all 32 lanes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -26,7 +26,7 @@
 #ifdef DWATTN_SIMT_HOST
 #define DYN_SHARED(T, name) T* const name = reinterpret_cast<T*>(::simt::machine.shared)
 #else
-#define DYN_SHARED(T, name)                                             \
+#define DYN_SHARED(T, name)                                            \
   extern __shared__ __align__(128) unsigned char dwattn_dyn_shared_[]; \
   T* const name = reinterpret_cast<T*>(dwattn_dyn_shared_)
 #endif
@@ -59,7 +59,8 @@ DWATTN_DEVICE void cp_async_commit() {
 #endif
 }
 
-// Waits until at most N of this thread's groups are in flight. Other threads need a barrier as well.
+// Waits until at most N of this thread's groups are in flight. Other threads need a barrier as
+// well.
 template <int N>
 DWATTN_DEVICE void cp_async_wait() {
 #ifdef DWATTN_SIMT_HOST
@@ -212,8 +213,7 @@ inline int multiprocessors() {
 #else
   int device = 0, count = 0;
   cudaGetDevice(&device);
-  const cudaError_t error =
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return error == cudaSuccess ? count : 1;
 #endif
 }
@@ -244,8 +244,12 @@ Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, c
       return Status::kLaunchFailed;
     }
   }
-  kernel<<<grid, block, shared, stream>>>(arguments...);
-  return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kLaunchFailed;
+  void* pointers[] = {&arguments...};
+  const cudaError_t launched = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block,
+                                                pointers, shared, stream);
+  // cudaGetLastError also clears an error, so that it is not reported twice.
+  return cudaGetLastError() == cudaSuccess && launched == cudaSuccess ? Status::kOk
+                                                                      : Status::kLaunchFailed;
 #endif
 }
 

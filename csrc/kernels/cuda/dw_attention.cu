@@ -1,12 +1,12 @@
 // Y = aggregation of x Wv^T + bv in one kernel. Shapes:
 //   x (B, P + H*W, D), Wv (C, D), bv (C), K (C, 3, 3), ctx (B, C) -> Y (B, H*W, C)
 //
-// A block of threads owns 64 channels and a rectangle of patches of one image (dw_window.h). It walks
-// the tokens of the rectangle and its border in row-major order, 128 at a time: a tile of V is
-// accumulated over all of D from a pipeline of asynchronous copies, rounded, and put into a ring in
-// shared memory that holds this tile and the two rows and two tokens before it. Then every output whose
-// lower neighbours have arrived is computed from the ring and written. So V is computed once, except
-// for the borders between rectangles, and the copies for the next tile run under the aggregation.
+// A block of threads owns 64 channels and a rectangle of patches of one image (dw_window.h). It
+// walks the tokens of the rectangle and its border in row-major order, 128 at a time: a tile of V
+// is accumulated over all of D from a pipeline of asynchronous copies, rounded, and put into shared
+// memory behind the two rows and two tokens that came before it. Then every output whose lower
+// neighbours have arrived is computed from there and written. So V is computed once, except for the
+// borders between rectangles, and the copies for the next tile run under the aggregation.
 #include "kernels/cuda/dw_attention.h"
 #include "kernels/cuda/dw_window.h"
 #include "kernels/cuda/pairs.cuh"
@@ -20,28 +20,31 @@ static_assert(kTileColumns == kSlice, "a tile is as wide as the channels of a bl
 template <class T>
 constexpr int kStages = sizeof(T) == 2 ? 4 : 3;
 
-// Rows of the ring are padded against bank conflicts when the accumulators are put into it.
+// Rows of V in shared memory are padded against bank conflicts when the accumulators are put there.
 template <class T>
-constexpr int kRingStride = kSlice + (sizeof(T) == 2 ? 8 : 4);
+constexpr int kLineStride = kSlice + (sizeof(T) == 2 ? 8 : 4);
 
 constexpr int kCoefficientRows = 11;  // nine taps, ctx, bv
 
-__host__ __device__ constexpr int ring_rows(int window_width) { return kTileRows + 2 * (window_width + 1); }
+// Tokens of V kept from earlier tiles: the stencil of the first output that had to wait for this
+// tile reaches back one row and one token, and that output lies one row and one token back itself.
+__host__ __device__ constexpr int history(int window_width) { return 2 * (window_width + 1); }
 
 template <class T>
 constexpr size_t shared_bytes(int window_width) {
   return kStages<T> * kStageBytes + kCoefficientRows * kSlice * sizeof(float) +
-         ring_rows(window_width) * kRingStride<T> * sizeof(T);
+         (1 + history(window_width) + kTileRows) * kLineStride<T> * sizeof(T);
 }
 
 // What every listed architecture grants a block; sm_87 and sm_80 run two such blocks at a time as
 // long as they stay below 81 KB, which 16-bit elements do up to a width of 42.
 constexpr size_t kMostShared = 99 << 10;
 
+// The history must also fit into one tile, out of which it is copied.
 template <class T>
 constexpr int widest_window() {
   int width = 1;
-  while (shared_bytes<T>(width + 1) <= kMostShared) ++width;
+  while (shared_bytes<T>(width + 1) <= kMostShared && history(width + 1) <= kTileRows) ++width;
   return width;
 }
 
@@ -84,33 +87,38 @@ struct Window {
   }
 };
 
-// Fills the stages: the inner dimension of tile 0 chunk by chunk, then that of tile 1, and so on.
+DWATTN_DEVICE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Fills the stages: the inner dimension of tile 0 chunk by chunk, then that of tile 1, and so on. A
+// thread copies the same chunk of every 32nd row.
 template <class T, bool kAligned>
 class Loader {
  public:
-  DWATTN_DEVICE Loader(const DwAttentionParams& p, const Window& window) : p_(p), window_(window) {
+  DWATTN_DEVICE Loader(const DwAttentionParams& p, const Window& window)
+      : p_(p), window_(window), row_(threadIdx.x / 4), chunk_(threadIdx.x % 4 * kChunk<T>) {
     x_ = static_cast<const T*>(p.x) + window.image * p.x_stride_batch;
-    wv_ = static_cast<const T*>(p.wv) + window.channel * p.wv_stride;
+    const int64_t channel = window.channel + row_;
+    wv_ = static_cast<const T*>(p.wv) + channel * p.wv_stride + chunk_;
+    wv_step_ = kRowStep * p.wv_stride;
+    wv_rows_ = p.channels > channel
+                   ? static_cast<int>(least((p.channels - channel + kRowStep - 1) / kRowStep, 2))
+                   : 0;
+    offset_ = chunk_offset(row_, threadIdx.x % 4);
   }
 
   DWATTN_DEVICE void next(unsigned char* stage) {
     if (depth_ == 0) find_rows();
-    const int row = threadIdx.x / 4, chunk = threadIdx.x % 4;
-    const int64_t from = depth_ + chunk * kChunk<T>;
-    const int64_t left = p_.dim - from;
+    const int left = static_cast<int>(p_.dim) - depth_ - chunk_;
+    unsigned char* const to = stage + offset_;
 #pragma unroll
     for (int i = 0; i < kRowsOfX; ++i) {
-      const bool exists = x_rows_[i] != nullptr && left > 0;
-      load_chunk<T, kAligned>(stage + chunk_offset(row + 32 * i, chunk),
-                              exists ? x_rows_[i] + from : x_, exists ? left : 0);
+      load_chunk<T, kAligned>(to + i * 2 * kSixteenRows, x_rows_[i] + depth_,
+                              i < x_count_ ? left : 0);
     }
 #pragma unroll
     for (int i = 0; i < kRowsOfW; ++i) {
-      const int channel = row + 32 * i;
-      const bool exists = window_.channel + channel < p_.channels && left > 0;
-      load_chunk<T, kAligned>(stage + kColumnsOfStage + chunk_offset(channel, chunk),
-                              exists ? wv_ + channel * p_.wv_stride + from : wv_,
-                              exists ? left : 0);
+      load_chunk<T, kAligned>(to + kColumnsOfStage + i * 2 * kSixteenRows,
+                              wv_ + i * wv_step_ + depth_, i < wv_rows_ ? left : 0);
     }
     depth_ += kStageDepth<T>;
     if (depth_ >= p_.dim) {
@@ -120,119 +128,127 @@ class Loader {
   }
 
  private:
-  static constexpr int kRowsOfX = kTileRows * 4 / kTileThreads;
-  static constexpr int kRowsOfW = kTileColumns * 4 / kTileThreads;
+  static constexpr int kRowStep = kTileThreads / 4;
+  static constexpr int kRowsOfX = kTileRows / kRowStep;
+  static constexpr int kRowsOfW = kTileColumns / kRowStep;
 
+  // The rows of x in this tile; those below the window are not read.
   DWATTN_DEVICE void find_rows() {
+    const unsigned width = window_.width;
+    const int rest = window_.tokens() - token_ - row_;
+    x_count_ = rest > 0 ? (rest + kRowStep - 1) / kRowStep : 0;
 #pragma unroll
     for (int i = 0; i < kRowsOfX; ++i) {
-      const int token = token_ + threadIdx.x / 4 + 32 * i;
-      const int row = token / window_.width;
-      const int64_t patch = window_.patch(p_, row, token - row * window_.width);
-      x_rows_[i] =
-          token < window_.tokens() ? x_ + (p_.num_prefix + patch) * p_.x_stride_token : nullptr;
+      const unsigned token = i < x_count_ ? token_ + row_ + kRowStep * i : 0;
+      const unsigned row = token / width;
+      const int64_t patch = window_.patch(p_, row, token - row * width);
+      x_rows_[i] = x_ + (p_.num_prefix + patch) * p_.x_stride_token + chunk_;
     }
   }
 
   const DwAttentionParams& p_;
   const Window& window_;
+  const int row_, chunk_;  // of this thread
+  unsigned offset_;        // of both in a stage
   const T* x_;
   const T* wv_;
-  const T* x_rows_[kRowsOfX];  // null below the window
-  int64_t depth_ = 0;
+  int64_t wv_step_;
+  int wv_rows_, x_count_ = 0;  // how many of this thread's rows exist
+  const T* x_rows_[kRowsOfX];
+  int depth_ = 0;
   int token_ = 0;
 };
 
-// The last tokens of V. Token t of the window lies in row t % rows.
+// V in shared memory: a line of zeros, the history, the tile; a line is 64 channels of a token.
 template <class T>
-struct Ring {
-  T* values;
-  int rows;
+struct Lines {
+  T* zeros;
+  int history;  // lines
 
-  DWATTN_DEVICE T* at(int row) const { return values + row * kRingStride<T>; }
-  // The row `step` tokens after (or before) a row, for less than one turn.
-  DWATTN_DEVICE int moved(int row, int step) const {
-    const int sum = row + step;
-    return sum < 0 ? sum + rows : sum >= rows ? sum - rows : sum;
+  DWATTN_DEVICE T* at(int line) const { return zeros + (1 + line) * kLineStride<T>; }
+
+  // At first nothing but zeros: the row above the window is never inside the grid.
+  DWATTN_DEVICE void clear() const {
+    for (int i = threadIdx.x; i < (1 + history) * kLineStride<T>; i += kTileThreads) {
+      zeros[i] = from_float<T>(0.0f);
+    }
   }
-};
 
-// The three values of V in a column of the stencil; zero outside the window.
-template <class T>
-struct Column {
-  float2 v[3];
-
-  DWATTN_DEVICE void load(const Ring<T>& ring, const Window& window, int ring_row, int row) {
-    const int pair = threadIdx.x % kWarp * 2;
-    const int width = window.width;
-    v[0] = row > 0 ? load_whole_pair(ring.at(ring.moved(ring_row, -width)) + pair) : zero2();
-    v[1] = load_whole_pair(ring.at(ring_row) + pair);
-    v[2] = row + 1 < window.height ? load_whole_pair(ring.at(ring.moved(ring_row, width)) + pair)
-                                   : zero2();
+  // The end of the tile becomes the history of the next one. They do not overlap.
+  DWATTN_DEVICE void advance() const {
+    constexpr int kChunks = kLineStride<T> / kChunk<T>;
+    uint4* const to = reinterpret_cast<uint4*>(at(0));
+    const uint4* const from = reinterpret_cast<const uint4*>(at(kTileRows));
+    for (int i = threadIdx.x; i < history * kChunks; i += kTileThreads) to[i] = from[i];
   }
-  DWATTN_DEVICE void clear() { v[0] = v[1] = v[2] = zero2(); }
 };
 
 DWATTN_DEVICE float2 coefficient(const float* coefficients, int row) {
   return *reinterpret_cast<const float2*>(coefficients + row * kSlice + threadIdx.x % kWarp * 2);
 }
 
-// Writes the outputs of the window's tokens first..last-1: a run of tokens for each warp, a pair of
-// channels for each lane, sliding along the rows.
+// sum + the taps of one column of the stencil.
+DWATTN_DEVICE float2 add_column(const float2 (&taps)[9], int column, const float2 (&v)[3],
+                                float2 sum) {
+#pragma unroll
+  for (int r = 0; r < 3; ++r) sum = fma2(taps[3 * r + column], v[r], sum);
+  return sum;
+}
+
+// Writes the outputs of the window's tokens first..last-1, of which `tile` is the first in the
+// tile: a run of tokens for each warp, a pair of channels for each lane. Every column of V is
+// loaded once and feeds the outputs to its left, at its place and to its right.
 template <class T, bool kAligned>
-DWATTN_DEVICE void aggregate(const DwAttentionParams& p, const Window& window, const Ring<T>& ring,
-                             const float* coefficients, int first, int last) {
+DWATTN_DEVICE void aggregate(const DwAttentionParams& p, const Window& window,
+                             const Lines<T>& lines, const float* coefficients, int tile, int first,
+                             int last) {
   constexpr int kWarps = kTileThreads / kWarp;
   const int share = (last - first + kWarps - 1) / kWarps;
   const int begin = first + static_cast<int>(threadIdx.x) / kWarp * share;
   const int end = min(begin + share, last);
-  const int64_t channel = window.channel + threadIdx.x % kWarp * 2;
-  const int64_t valid = p.channels - channel;
-  T* const y = static_cast<T*>(p.y) + window.image * p.y_stride_batch + channel;
+  if (begin >= end) return;
+  const int pair = threadIdx.x % kWarp * 2;
+  const int valid = static_cast<int>(least(p.channels - window.channel, kSlice)) - pair;
 
   float2 taps[9];
 #pragma unroll
   for (int i = 0; i < 9; ++i) taps[i] = coefficient(coefficients, i);
   const float2 ctx = coefficient(coefficients, 9);
 
-  Column<T> left, middle, right;
+  const int below = window.width * kLineStride<T>;
   int row = begin / window.width, column = begin - row * window.width;
-  int ring_row = begin % ring.rows;
-  bool fresh = true;
-  for (int token = begin; token < end; ++token) {
-    if (fresh) {
-      if (column > 0) {
-        left.load(ring, window, ring.moved(ring_row, -1), row);
-      } else {
-        left.clear();
-      }
-      middle.load(ring, window, ring_row, row);
-      fresh = false;
+  const int start = column > 0 ? begin - 1 : begin;  // the left neighbour only contributes
+  column -= begin - start;
+  const T* v = lines.at(lines.history + start - tile) + pair;
+  T* y = static_cast<T*>(p.y) + window.image * p.y_stride_batch +
+         window.patch(p, row, column) * p.y_stride_token + window.channel + pair;
+  const int64_t next_row = (p.width - window.width) * p.y_stride_token;
+  const auto put = [&](int token, int at, T* to, float2 sum) {
+    if (token >= begin && token < end && at >= window.first_column && at < window.end_column) {
+      store_pair<T, kAligned>(to, sum, valid);
     }
-    const int next = ring.moved(ring_row, 1);
-    if (column + 1 < window.width) {
-      right.load(ring, window, next, row);
-    } else {
-      right.clear();
-    }
-    if (column >= window.first_column && column < window.end_column) {
-      float2 sum = ctx;
-#pragma unroll
-      for (int r = 0; r < 3; ++r) {
-        sum = fma2(taps[3 * r], left.v[r], sum);
-        sum = fma2(taps[3 * r + 1], middle.v[r], sum);
-        sum = fma2(taps[3 * r + 2], right.v[r], sum);
-      }
-      store_pair<T, kAligned>(y + window.patch(p, row, column) * p.y_stride_token, sum, valid);
-    }
-    left = middle;
-    middle = right;
-    ring_row = next;
+  };
+
+  float2 here = ctx, right = ctx;  // sums so far of the outputs at this column and at the next
+  for (int token = start; token <= end; ++token) {
+    if (token == end && column == 0) break;  // the last output had no right neighbour
+    float2 column_v[3];
+    column_v[0] = load_whole_pair(v - below);
+    column_v[1] = load_whole_pair(v);
+    column_v[2] = load_whole_pair(row + 1 < window.height ? v + below : lines.zeros + pair);
+    if (column > 0)
+      put(token - 1, column - 1, y - p.y_stride_token, add_column(taps, 2, column_v, here));
+    here = add_column(taps, 1, column_v, right);
+    right = add_column(taps, 0, column_v, ctx);
     if (++column == window.width) {
+      put(token, column - 1, y, here);
+      right = ctx;
       column = 0;
       ++row;
-      fresh = true;
+      y += next_row;
     }
+    v += kLineStride<T>;
+    y += p.y_stride_token;
   }
 }
 
@@ -261,52 +277,54 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   DYN_SHARED(unsigned char, shared);
   float* const coefficients = reinterpret_cast<float*>(shared + kStages<T> * kStageBytes);
   const Window window(p, plan);
-  const Ring<T> ring{reinterpret_cast<T*>(coefficients + kCoefficientRows * kSlice),
-                     ring_rows(window.width)};
-  load_coefficients(p, ctx, window, coefficients);
+  const Lines<T> lines{reinterpret_cast<T*>(coefficients + kCoefficientRows * kSlice),
+                       history(window.width)};
 
   const int tokens = window.tokens();
   const int tiles = (tokens + kTileRows - 1) / kTileRows;
-  const int depth_steps = max(1, static_cast<int>((p.dim + kStageDepth<T> - 1) / kStageDepth<T>));
-  const int64_t steps = static_cast<int64_t>(tiles) * depth_steps;
+  const int depth_steps = max(1, (static_cast<int>(p.dim) + kStageDepth<T> - 1) / kStageDepth<T>);
+  int64_t to_load = static_cast<int64_t>(tiles) * depth_steps;
   Loader<T, kAligned> loader(p, window);
-  for (int step = 0; step < kStages<T> - 1; ++step) {
-    if (step < steps) loader.next(shared + step * kStageBytes);
+  for (int stage = 0; stage < kStages<T> - 1; ++stage) {
+    if (to_load-- > 0) loader.next(shared + stage * kStageBytes);
     cp_async_commit();
   }
+  load_coefficients(p, ctx, window, coefficients);
+  lines.clear();
 
-  const int first_output = window.first_row * window.width;
   const int end_output = window.end_row * window.width;
+  int written = window.first_row * window.width;  // outputs before this token are done
   TileProduct<T> product;
-  int stage = 0;
-  int64_t step = 0;
-  int written = first_output;  // outputs before this token are done
-  int ring_row = 0;            // of the tile's first token
-  for (int tile = 0; tile < tiles; ++tile) {
+  unsigned char* stage = shared;
+  unsigned char* ahead = shared + (kStages<T> - 1) * kStageBytes;  // to be filled next
+  unsigned char* const last_stage = ahead;
+  for (int tile = 0; tile < tokens; tile += kTileRows) {
     product.clear();
-    for (int depth = 0; depth < depth_steps; ++depth, ++step) {
+    for (int depth = 0; depth < depth_steps; ++depth) {
       cp_async_wait<kStages<T> - 2>();
-      __syncthreads();  // this step's stage is complete; the previous one and the ring are free
-      const int ahead = stage == 0 ? kStages<T> - 1 : stage - 1;
-      if (step + kStages<T> - 1 < steps) loader.next(shared + ahead * kStageBytes);
+      __syncthreads();  // this step's stage is complete, the previous one is free
+      if (to_load-- > 0) loader.next(ahead);
       cp_async_commit();
-      product.add(shared + stage * kStageBytes);
-      stage = stage + 1 == kStages<T> ? 0 : stage + 1;
+      product.add(stage);
+      ahead = stage;
+      stage = stage == last_stage ? shared : stage + kStageBytes;
     }
     const float* const bias = coefficients + 10 * kSlice;
     product.for_each_pair([&](int row, int column, float v, float w) {
-      store_whole_pair(ring.at(ring.moved(ring_row, row)) + column,
+      store_whole_pair(lines.at(lines.history + row) + column,
                        make_float2(v + bias[column], w + bias[column + 1]));
     });
-    __syncthreads();  // the tile is in the ring
-    const int filled = min((tile + 1) * kTileRows, tokens);
-    const int complete = filled == tokens ? tokens : filled - window.width - 1;
+    __syncthreads();  // the tile is complete
+    const bool last = tile + kTileRows >= tokens;
+    const int complete = last ? tokens : tile + kTileRows - window.width - 1;
     const int end = min(complete, end_output);
     if (end > written) {
-      aggregate<T, kAligned>(p, window, ring, coefficients, written, end);
+      aggregate<T, kAligned>(p, window, lines, coefficients, tile, written, end);
       written = end;
     }
-    ring_row = ring.moved(ring_row, kTileRows);
+    if (last) break;
+    __syncthreads();  // nobody reads the history any more
+    lines.advance();
   }
 }
 

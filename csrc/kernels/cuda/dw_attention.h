@@ -1,7 +1,7 @@
 // The depthwise operators on the GPU: launchers without torch. Definition: ../params.h.
 //
-// All work goes to the caller's stream; nothing is allocated and nothing waits. Sums are taken in fp32,
-// in an order that does not vary. fp32 products are plain FMAs: there is no TF32 path.
+// All work goes to the caller's stream; nothing is allocated and nothing waits. Sums are taken in
+// fp32, in an order that does not vary. fp32 products are plain FMAs: there is no TF32 path.
 #pragma once
 
 #include "kernels/params.h"
@@ -12,12 +12,12 @@ namespace dwattn::cuda {
 
 using Stream = CUstream_st*;
 
-// Y = aggregation of V = x Wv^T + bv, where V never leaves the chip. In fp16 and bf16 V is rounded to
-// the dtype of x before it is aggregated, as it would be between two layers; ctx stays in fp32.
+// Y = aggregation of V = x Wv^T + bv, where V never leaves the chip. In fp16 and bf16 V is rounded
+// to the dtype of x before it is aggregated, as it would be between two layers; ctx stays in fp32.
 //
-// Strides are in elements; features and channels are contiguous. The tensor cores are fed by 16-byte
-// copies where D, the strides of x and wv (multiples of 16 bytes) and the pointers allow it and C is
-// even; anything else is loaded by the element.
+// Strides are in elements; features and channels are contiguous. The tensor cores are fed by
+// 16-byte copies where D, the strides of x and wv (multiples of 16 bytes) and the pointers allow it
+// and C is even; anything else is loaded by the element.
 struct DwAttentionParams {
   DType dtype;  // of x, wv and y: kFloat32, kFloat16 or kBFloat16
 
@@ -50,8 +50,8 @@ struct DwAttentionParams {
 int64_t dw_attention_workspace(const DwAttentionParams& params);
 Status dw_attention(const DwAttentionParams& params, void* workspace, Stream stream);
 
-// ctx (B, C) alone, from the mean of x over the patches and from the prefix rows. The workspace holds
-// batch * dim floats and is not touched without mu.
+// ctx (B, C) alone, from the mean of x over the patches and from the prefix rows. The workspace
+// holds batch * dim floats and is not touched without mu.
 Status dw_context(const DwAttentionParams& params, float* ctx, float* workspace, Stream stream);
 
 // The aggregation of a V that is in memory. y_dtype must be v_dtype; fp64 is not supported.

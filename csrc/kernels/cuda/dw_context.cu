@@ -1,5 +1,5 @@
-// ctx of dw_attention without V. The mean of V is the mean of x through Wv, so P + 1 rows of an image
-// are projected instead of all. Shapes:
+// ctx of dw_attention without V. The mean of V is the mean of x through Wv, so P + 1 rows of an
+// image are projected instead of all. Shapes:
 //   x (B, P + H*W, D), mean (B, D) fp32, Wv (C, D) -> ctx (B, C) fp32
 #include "kernels/cuda/dw_attention.h"
 #include "kernels/cuda/patch_mean.cuh"

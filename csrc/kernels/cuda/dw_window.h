@@ -1,5 +1,5 @@
-// How the fused kernel cuts an image: a block of threads owns a slice of channels and a rectangle of
-// output patches, and projects the rectangle plus the neighbours its stencil reaches.
+// How the fused kernel cuts an image: a block of threads owns a slice of channels and a rectangle
+// of output patches, and projects the rectangle plus the neighbours its stencil reaches.
 #pragma once
 
 #include <algorithm>
@@ -22,8 +22,8 @@ constexpr int reach(int size, int64_t extent) {
   return static_cast<int>(std::min<int64_t>(extent, size + 2));
 }
 
-// The columns of a rectangle are as many as `widest` allows. Rows: few bands repeat little work, many
-// bands fill the GPU; the plan with the fewest rounds of tiles wins.
+// The columns of a rectangle are as many as `widest` allows. Rows: few bands repeat little work,
+// many bands fill the GPU; the plan with the fewest rounds of tiles wins.
 inline DwPlan plan_dw(int64_t batch, int64_t height, int64_t width, int64_t channels, int widest,
                       int tile_rows, int slice, int resident_blocks) {
   DwPlan plan{};
@@ -44,7 +44,8 @@ inline DwPlan plan_dw(int64_t batch, int64_t height, int64_t width, int64_t chan
       plan.rows = rows;
       plan.bands = static_cast<int>(bands);
     }
-    if (across * bands > 4 * static_cast<int64_t>(resident_blocks)) break;  // full; only overhead grows
+    if (across * bands > 4 * static_cast<int64_t>(resident_blocks))
+      break;  // full; only overhead grows
   }
   return plan;
 }

@@ -32,8 +32,8 @@ DWATTN_DEVICE void store_whole_pair<float>(float* p, float2 v) {
   *reinterpret_cast<float2*>(p) = v;
 }
 
-// The first `valid` elements (of two) at p, zeros for the others; kAligned promises that p is aligned
-// to the pair and that valid is never 1.
+// The first `valid` elements (of two) at p, zeros for the others; kAligned promises that p is
+// aligned to the pair and that valid is never 1.
 template <class T, bool kAligned>
 DWATTN_DEVICE float2 load_pair(const T* p, int64_t valid) {
   if constexpr (kAligned) {

@@ -7,8 +7,8 @@ namespace dwattn::cuda {
 
 constexpr int kMeanWarps = 16;
 
-// A block owns 64 features of an image; its warps take every 16th token, and their sums are added in the
-// order of the warps.
+// A block owns 64 features of an image; its warps take every 16th token, and their sums are added
+// in the order of the warps.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kMeanWarps* kWarp)
     patch_mean_kernel(const T* tokens, int64_t stride_batch, int64_t stride_token, int64_t count,
