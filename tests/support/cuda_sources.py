@@ -64,6 +64,12 @@ def programs() -> list[str]:
     return sorted(path.stem for path in (ROOT / PROGRAMS).glob("test_*.cpp"))
 
 
+def with_kernels() -> list[str]:
+    """The .cu files that hold kernels; others hold host code only."""
+    sources = (ROOT / KERNELS).glob("*.cu")
+    return sorted(p.name for p in sources if "__global__" in p.read_text(encoding="utf-8"))
+
+
 def linked(program: str) -> tuple[str, ...]:
     return LINKED.get(program, ())
 
