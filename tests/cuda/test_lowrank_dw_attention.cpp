@@ -14,26 +14,27 @@ using harness::Tensor;
 struct Case {
   int batch, height, width, prefix, dim, dim_out, rank;
   bool a_bias, ctx, b_bias, residual, gamma;
-  Layout layout;  // of every tensor
-  int multiprocessors;
-  int shared_kib;
+  Layout layout;                // of every tensor
+  int tile_height, tile_width;  // or 0: as planned for a small device
 };
 
-constexpr int kAll = 227, kSmall = 99;
+constexpr DeviceLimits kSmallDevice{99 << 10, 16};
 
 // Odd widths, one row, one column, sizes that no tile divides; every option on and off; aligned and
-// not; one block for an image and many.
+// not; one block for an image and many, also with tiles that do not divide the grid.
 constexpr Case kCases[] = {
-    {1, 5, 7, 0, 64, 64, 32, true, true, true, false, false, {}, 1, kAll},
-    {1, 1, 13, 0, 40, 72, 40, true, true, false, true, true, {8, 0, 0}, 4, kSmall},
-    {2, 11, 3, 1, 72, 136, 64, false, true, true, true, false, {16, 0, 0}, 1, kAll},
-    {3, 6, 5, 2, 48, 48, 40, true, false, true, false, true, {}, 64, kSmall},
-    {1, 9, 17, 5, 96, 200, 136, true, true, true, true, true, {24, 8, 0}, 6, kAll},
-    {1, 7, 1, 0, 33, 35, 37, true, true, true, true, true, {3, 5, 1}, 2, kSmall},
-    {1, 3, 5, 1, 41, 64, 24, true, false, false, false, false, {}, 1, kSmall},
-    {1, 4, 6, 0, 64, 129, 64, false, false, false, true, false, {1, 0, 0}, 100, kAll},
-    {1, 19, 13, 0, 24, 24, 8, true, true, true, true, true, {8, 0, 0}, 1, kAll},
-    {1, 2, 2, 1, 16, 16, 300, true, true, true, false, false, {}, 1, kAll},
+    {1, 5, 7, 0, 64, 64, 32, true, true, true, false, false, {}, 5, 7},
+    {1, 1, 13, 0, 40, 72, 40, true, true, false, true, true, {8, 0, 0}, 1, 5},
+    {2, 11, 3, 1, 72, 136, 64, false, true, true, true, false, {16, 0, 0}, 4, 3},
+    {3, 6, 5, 2, 48, 48, 40, true, false, true, false, true, {}, 1, 1},
+    {1, 9, 17, 5, 96, 200, 136, true, true, true, true, true, {24, 8, 0}, 5, 6},
+    {1, 7, 1, 0, 33, 35, 37, true, true, true, true, true, {3, 5, 1}, 2, 1},
+    {1, 3, 5, 1, 41, 64, 24, true, false, false, false, false, {}, 0, 0},
+    {1, 4, 6, 0, 64, 129, 64, false, false, false, true, false, {1, 0, 0}, 2, 2},
+    {1, 19, 13, 0, 24, 24, 8, true, true, true, true, true, {8, 0, 0}, 19, 13},
+    {2, 8, 9, 1, 56, 40, 128, true, true, true, true, true, {}, 0, 0},
+    {1, 2, 2, 1, 16, 16, 300, true, true, true, false, false, {}, 2, 2},
+    {1, 1, 3, 0, 16, 16, 1100, true, true, true, false, false, {}, 1, 3},
 };
 
 // Random tokens; prefix rows stay NaN, since nothing may read them.
@@ -205,9 +206,9 @@ template <class T>
 void run(const Case& c) {
   Layer<T> layer(c);
   const LowrankDwParams p = layer.params();
-  const DeviceLimits limits{int64_t{c.shared_kib} << 10, c.multiprocessors};
-  LowrankDwPlan plan;
-  Status status = plan_lowrank_dw(p, limits, &plan);
+  LowrankDwPlan plan = plan_of_tile(p, std::max(c.tile_height, 1), std::max(c.tile_width, 1));
+  Status status = Status::kOk;
+  if (c.tile_height == 0) status = plan_lowrank_dw(p, kSmallDevice, &plan);
   if (status == Status::kOk) status = lowrank_dw_attention(p, plan, nullptr);
   expect(status == Status::kOk, layer.name() + ": " + status_text(status));
   layer.judge_output();
@@ -215,11 +216,11 @@ void run(const Case& c) {
 
 // The residual may be the output.
 void test_in_place() {
-  const Case c = {1, 4, 5, 0, 32, 48, 32, true, true, true, true, true, {}, 4, kSmall};
+  const Case c = {1, 4, 5, 0, 32, 48, 32, true, true, true, true, true, {}, 0, 0};
   Layer<float> layer(c);
   LowrankDwParams p = layer.params();
   LowrankDwPlan plan;
-  expect(plan_lowrank_dw(p, {kSmall << 10, 4}, &plan) == Status::kOk, "in place: no plan");
+  expect(plan_lowrank_dw(p, kSmallDevice, &plan) == Status::kOk, "in place: no plan");
   expect(lowrank_dw_attention(p, plan, nullptr) == Status::kOk, "in place: status");
   const int64_t size = c.height * c.width * c.dim_out;
   const float* const residual = static_cast<const float*>(p.residual);

@@ -113,11 +113,7 @@ class Scores {
 template <class T, int kHead, int kKeys>
 class Outputs {
  public:
-  static constexpr int kColumns = kHead / 4;
   static constexpr size_t kScratch = 0;  // elements of shared memory for P
-
-  static DWATTN_DEVICE int column(int j) { return Scores<T, kKeys>::column(j); }
-  DWATTN_DEVICE float at(int i, int j) const { return o_[j / 2][i * 2 + j % 2]; }
 
   DWATTN_DEVICE Outputs() {
 #pragma unroll
@@ -132,6 +128,22 @@ class Outputs {
     for (int n = 0; n < kHead / 8; ++n) {
       o_[n][2 * i] *= factor;
       o_[n][2 * i + 1] *= factor;
+    }
+  }
+
+  // Row i times `factor` to the first `length` elements at `to`.
+  DWATTN_DEVICE void write(int i, T* to, int length, float factor) const {
+    const bool pairs = reinterpret_cast<uintptr_t>(to) % 4 == 0 && length % 2 == 0;
+#pragma unroll
+    for (int n = 0; n < kHead / 8; ++n) {
+      const int c = n * 8 + threadIdx.x % 4 * 2;
+      const float low = o_[n][2 * i] * factor, high = o_[n][2 * i + 1] * factor;
+      if (pairs) {
+        if (c < length) *reinterpret_cast<uint32_t*>(to + c) = pack2<T>(low, high);
+      } else {
+        if (c < length) to[c] = from_float<T>(low);
+        if (c + 1 < length) to[c + 1] = from_float<T>(high);
+      }
     }
   }
 
@@ -216,7 +228,6 @@ class Outputs<float, kHead, kKeys> {
   static constexpr size_t kScratch = kQueries * kStride;
 
   static DWATTN_DEVICE int column(int j) { return threadIdx.x % 8 + 8 * j; }
-  DWATTN_DEVICE float at(int i, int j) const { return o_[i][j]; }
 
   DWATTN_DEVICE Outputs() {
 #pragma unroll
@@ -229,6 +240,13 @@ class Outputs<float, kHead, kKeys> {
   DWATTN_DEVICE void scale(int i, float factor) {
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) o_[i][j] *= factor;
+  }
+
+  DWATTN_DEVICE void write(int i, float* to, int length, float factor) const {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      if (column(j) < length) to[column(j)] = o_[i][j] * factor;
+    }
   }
 
   // P goes through shared memory, since the threads of a row need all of it.

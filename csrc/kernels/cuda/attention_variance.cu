@@ -104,7 +104,6 @@ DWATTN_DEVICE void write_attention(const AttentionVarianceParams& p, int64_t ima
                                    int first, const Softmax<Scores<T, kKeyTile<T>>>& softmax,
                                    const Outputs<T, kHead, kKeyTile<T>>& outputs) {
   using S = Scores<T, kKeyTile<T>>;
-  using O = Outputs<T, kHead, kKeyTile<T>>;
 #pragma unroll
   for (int i = 0; i < S::kRows; ++i) {
     const float sum = shared_sum<S::kSharing>(softmax.sum[i]);
@@ -116,11 +115,7 @@ DWATTN_DEVICE void write_attention(const AttentionVarianceParams& p, int64_t ima
     if (p.out == nullptr) continue;
     T* const row = static_cast<T*>(p.out) + image * p.out_stride_batch + head * p.out_stride_head +
                    token * p.out_stride_token;
-#pragma unroll
-    for (int j = 0; j < O::kColumns; ++j) {
-      const int c = O::column(j);
-      if (c < p.head_dim) row[c] = from_float<T>(outputs.at(i, j) / sum);
-    }
+    outputs.write(i, row, static_cast<int>(p.head_dim), 1.0f / sum);
   }
 }
 
@@ -180,7 +175,6 @@ __global__ void __launch_bounds__(kAttentionThreads)
     if (with_output && next < tokens) values.stage(v, next, kKeys, head_length);
     cp_async_commit();
   }
-  cp_async_wait<0>();
   write_attention<T, kHead>(p, image, head, first, softmax, outputs);
 }
 
@@ -329,7 +323,6 @@ __global__ void __launch_bounds__(kAttentionThreads) fold_kernel(const Attention
     __syncthreads();  // the stage may be overwritten
     moments.add(scores, lse, p.scale * kLog2E, 1.0f / static_cast<float>(image + 1));
   }
-  cp_async_wait<0>();
   if (p.state_dtype == DType::kFloat64) {
     merge_moments<double>(p, moments, head, first_query, first_key);
   } else {

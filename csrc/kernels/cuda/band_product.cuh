@@ -223,7 +223,6 @@ DWATTN_DEVICE void stream_chunks(T* stages, int size, int count, Load& load, Con
     current = current + 1 == kBandStages ? 0 : current + 1;
     next = next + 1 == kBandStages ? 0 : next + 1;
   }
-  cp_async_wait<0>();
   __syncthreads();
 }
 
