@@ -13,6 +13,7 @@ enum class Status : int32_t {
   kInvalidArgument = 1,
   kUnsupportedDType = 2,
   kUnsupportedIsa = 3,
+  kLaunchFailed = 4,
 };
 
 inline const char* status_text(Status status) {
@@ -25,6 +26,9 @@ inline const char* status_text(Status status) {
       return "unsupported combination of dtypes";
     case Status::kUnsupportedIsa:
       return "the requested instruction set is not compiled in or this CPU lacks it";
+    case Status::kLaunchFailed:
+      return "the GPU refused the launch: no kernel image for its architecture, too little shared "
+             "memory, or an earlier asynchronous error";
   }
   return "unknown status";
 }

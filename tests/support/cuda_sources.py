@@ -1,0 +1,117 @@
+"""Compiles the CUDA kernels for the CPU emulation (g++) and for real architectures (nvcc)."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+KERNELS = "csrc/kernels/cuda"
+PROGRAMS = "tests/cuda"
+
+#: The .cu files that a test program links; a program that is not listed includes what it needs.
+LINKED: dict[str, tuple[str, ...]] = {
+    "test_dw_attention": ("dw_attention.cu", "dw_context.cu"),
+    "test_dw_aggregate": ("dw_aggregate.cu",),
+}
+
+_FLAGS = (
+    "-std=c++17", "-O1", "-g1", "-fno-strict-aliasing", "-fno-omit-frame-pointer",
+    "-Wall", "-Wextra", "-Wno-unknown-pragmas",
+    "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+    "-DDWATTN_SIMT_HOST",
+)  # fmt: skip
+_ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+
+
+@functools.cache
+def cuda_include() -> Path | None:
+    """The directory with CUDA's headers: of CUDA_HOME, of nvcc, or of the usual place."""
+    candidates = []
+    if os.environ.get("CUDA_HOME"):
+        candidates.append(Path(os.environ["CUDA_HOME"]) / "include")
+    if shutil.which("nvcc"):
+        done = subprocess.run(
+            ["nvcc", "--dryrun", "-x", "cu", os.devnull],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        candidates += [Path(found) for found in re.findall(r'INCLUDES="-I([^"]+)"', done.stderr)]
+    candidates.append(Path("/usr/local/cuda/include"))
+    return next((place for place in candidates if (place / "cuda_fp16.h").is_file()), None)
+
+
+def need_emulation() -> Path:
+    """CUDA's headers; skips the test where the emulation cannot be built."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("the emulation switches fibers with x86-64 instructions")
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    include = cuda_include()
+    if include is None:
+        pytest.skip("CUDA's headers are not installed (nvcc on PATH or CUDA_HOME)")
+    return include
+
+
+def programs() -> list[str]:
+    return sorted(path.stem for path in (ROOT / PROGRAMS).glob("test_*.cpp"))
+
+
+def with_kernels() -> list[str]:
+    """The .cu files that hold kernels; others hold host code only."""
+    sources = (ROOT / KERNELS).glob("*.cu")
+    return sorted(p.name for p in sources if "__global__" in p.read_text(encoding="utf-8"))
+
+
+def linked(program: str) -> tuple[str, ...]:
+    return LINKED.get(program, ())
+
+
+def compile_object(source: Path, target: Path, tree: Path = ROOT) -> None:
+    """One file of ``tree`` (the repository or a changed copy of its sources) for the emulation."""
+    command = [
+        "g++", *_FLAGS, "-isystem", str(need_emulation()), "-I", str(tree / "csrc"),
+        "-I", str(tree / PROGRAMS), "-x", "c++", "-c", str(source), "-o", str(target),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def link(objects: Iterable[Path], target: Path) -> None:
+    command = ["g++", "-fsanitize=address,undefined", *map(str, objects), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def run(program: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(program), *arguments],
+        env={**os.environ, **_ENVIRONMENT},
+        capture_output=True, text=True, check=False, timeout=timeout,
+    )  # fmt: skip
+
+
+class Objects:
+    """Object files of the unchanged sources, compiled when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def kernel(self, name: str) -> Path:
+        return self._compiled(ROOT / KERNELS / name)
+
+    def program(self, name: str) -> Path:
+        return self._compiled(ROOT / PROGRAMS / f"{name}.cpp")
+
+    def _compiled(self, source: Path) -> Path:
+        target = self._folder / f"{source.stem}.o"
+        if not target.exists():
+            compile_object(source, target)
+        return target

@@ -1,0 +1,138 @@
+"""The CUDA kernels as nvcc compiles them: every architecture, no local memory, the right instructions."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from support import cuda_sources
+
+ROOT = cuda_sources.ROOT
+ARCHITECTURES = ("80", "86", "87", "89", "90a", "100", "120")
+SOURCES = sorted(path.name for path in (ROOT / cuda_sources.KERNELS).glob("*.cu"))
+
+#: Kernels that have to use the tensor cores, asynchronous copies and matrix loads; by their C++ names.
+TENSOR_KERNELS = {"dw_attention.cu": r"dw_attention_kernel\w*(half|bfloat)\w*Lb1"}
+
+
+def need_nvcc() -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+
+
+def compile_cubin(source: str, architecture: str, target: Path) -> str:
+    """Compiles one file; returns what ptxas reports."""
+    done = subprocess.run(
+        [
+            "nvcc", "-std=c++17", "-cubin", f"-arch=sm_{architecture}", "-I", str(ROOT / "csrc"),
+            "-Xptxas=-v,-warn-spills,-warn-lmem-usage", "-Xcompiler=-Wall",
+            "-o", str(target), str(ROOT / cuda_sources.KERNELS / source),
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_kernel_uses_local_memory(source: str, architecture: str, tmp_path: Path) -> None:
+    need_nvcc()
+    report = compile_cubin(source, architecture, tmp_path / "kernel.cubin")
+    assert "warning" not in report, report
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)
+    assert all(frame == ("0", "0") for frame in frames), report
+    has_kernels = "__global__" in (ROOT / cuda_sources.KERNELS / source).read_text(encoding="utf-8")
+    assert bool(frames) == has_kernels, report
+
+
+def cuobjdump() -> str:
+    """The disassembler, of the CUDA toolkit or of the packages nvidia-cuda-{cuobjdump,nvdisasm}."""
+    folders = [Path(path) for path in os.environ.get("PATH", "").split(os.pathsep)]
+    folders += Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin")
+    for folder in folders:
+        if (folder / "cuobjdump").is_file() and (folder / "nvdisasm").is_file():
+            return str(folder / "cuobjdump")
+    pytest.skip("cuobjdump and nvdisasm are not installed")
+
+
+def instructions(cubin: Path, tool: str) -> dict[str, set[str]]:
+    """Opcodes of every kernel."""
+    environment = {**os.environ, "PATH": f"{Path(tool).parent}{os.pathsep}{os.environ['PATH']}"}
+    text = subprocess.run(
+        [tool, "-sass", str(cubin)], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    kernels = {}
+    for part in re.split(r"\n\s*Function : ", text)[1:]:
+        name, _, body = part.partition("\n")
+        kernels[name.strip()] = set(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", body))
+    return kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["80", "87"])
+@pytest.mark.parametrize("source", sorted(TENSOR_KERNELS))
+def test_tensor_kernels_use_the_tensor_cores(
+    source: str, architecture: str, tmp_path: Path
+) -> None:
+    need_nvcc()
+    tool = cuobjdump()
+    compile_cubin(source, architecture, tmp_path / "kernel.cubin")
+    kernels = {
+        name: opcodes
+        for name, opcodes in instructions(tmp_path / "kernel.cubin", tool).items()
+        if re.search(TENSOR_KERNELS[source], name)
+    }
+    assert kernels, "no kernel has the expected name"
+    for name, opcodes in kernels.items():
+        assert {"HMMA", "LDGSTS", "LDSM"} <= opcodes, name
+        assert not {"LDL", "STL"} & opcodes, name
+
+
+def configure(build: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    for tool in ("cmake", "ninja"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    pybind11 = find_spec("pybind11")
+    if pybind11 is None or pybind11.origin is None:
+        pytest.skip("pybind11 is not installed")
+    directory = Path(pybind11.origin).parent / "share" / "cmake" / "pybind11"
+    return subprocess.run(
+        [
+            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            "-DSKBUILD_PROJECT_VERSION=0.1.0", f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={directory}", *options,
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_a_build_for_a_pytorch_without_cuda_says_so(tmp_path: Path) -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("this PyTorch has CUDA")
+    done = configure(tmp_path / "build")
+    assert done.returncode == 0, done.stderr
+    assert "CPU-only build: the PyTorch of the build has no CUDA" in done.stdout
+
+
+def test_cuda_can_be_switched_off(tmp_path: Path) -> None:
+    done = configure(tmp_path / "build", "-DDWATTN_CUDA=OFF")
+    assert done.returncode == 0, done.stderr
+    assert "CPU-only build: switched off (DWATTN_CUDA=OFF)" in done.stdout
+
+
+def test_a_demanded_cuda_build_without_nvcc_stops(tmp_path: Path) -> None:
+    options = ("-DDWATTN_CUDA=ON", "-DCMAKE_CUDA_COMPILER=CMAKE_CUDA_COMPILER-NOTFOUND")
+    done = configure(tmp_path / "build", *options)
+    assert done.returncode != 0
+    assert "DWATTN_CUDA=ON, but no nvcc was found" in " ".join(done.stderr.split())

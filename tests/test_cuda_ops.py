@@ -1,0 +1,141 @@
+"""The compiled operators on a GPU. Skipped without one: the kernels are then judged by emulation only
+(``test_cuda_emulation.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dwattn import library
+from support.operators import OperatorCase, assert_as_exact, make_case
+
+
+def _why_not() -> str:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if not library.AVAILABLE or library.native is None:
+        return library.load_error() or library.native_error()
+    build = library.native.build_info()
+    return "" if build["cuda_architectures"] else f"built without CUDA kernels: {build['cuda']}"
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_why_not()), reason=_why_not())]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: height, width, prefix tokens, batch, dim, channels
+SHAPES = (
+    (24, 24, 1, 2, 1024, 1024),
+    (37, 37, 5, 1, 384, 384),
+    (16, 16, 0, 33, 384, 384),
+    (1, 37, 1, 3, 40, 72),
+    (37, 1, 5, 2, 64, 64),
+    (13, 11, 2, 2, 96, 130),
+    (5, 230, 1, 1, 64, 66),
+    (7, 5, 1, 2, 33, 65),
+    (1, 1, 0, 1, 8, 2),
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_tf32() -> Iterator[None]:
+    """Plain PyTorch is the measure in fp32, and would use TF32 in its convolution."""
+    allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def on_gpu(case: OperatorCase) -> OperatorCase:
+    tensors = {f.name: getattr(case, f.name) for f in fields(case)}
+    return replace(case, **{k: t.cuda() for k, t in tensors.items() if isinstance(t, Tensor)})
+
+
+def attention(case: OperatorCase) -> Tensor:
+    return library.dw_attention(
+        case.x, case.wv, case.bv, case.kernel, *case.coefficients, *case.sizes
+    )
+
+
+def aggregate(case: OperatorCase) -> Tensor:
+    return library.dw_aggregate(case.v, case.kernel, *case.coefficients, *case.sizes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("context", [False, True], ids=["plain", "context"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_is_at_most_twice_that_of_pytorch(
+    shape: tuple[int, ...], context: bool, dtype: torch.dtype
+) -> None:
+    height, width, num_prefix, batch, dim, channels = shape
+    case = on_gpu(
+        make_case(
+            height, width, channels,
+            num_prefix=num_prefix, batch=batch, dim=dim, dtype=dtype, context=context, bias=context,
+        )
+    )  # fmt: skip
+    exact = case.to(torch.float64)
+    assert_as_exact(attention(case), case.attention("torch"), exact.attention("reference"))
+    assert_as_exact(aggregate(case), case.aggregate("torch"), exact.aggregate("reference"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gap", [1, 16])
+def test_slices_of_larger_tensors(dtype: torch.dtype, gap: int) -> None:
+    case = on_gpu(make_case(7, 5, 64, num_prefix=2, dim=64, dtype=dtype))
+
+    def sliced(t: Tensor) -> Tensor:
+        larger = t.new_full((*t.shape[:-1], t.shape[-1] + gap + 8), float("nan"))
+        inner = larger[..., gap : gap + t.shape[-1]]
+        return inner.copy_(t)
+
+    strided = replace(case, x=sliced(case.x), wv=sliced(case.wv), v=sliced(case.v))
+    assert not strided.x.is_contiguous()
+    torch.testing.assert_close(attention(strided), attention(case))
+    torch.testing.assert_close(aggregate(strided), aggregate(case))
+
+
+@pytest.mark.parametrize("run", [attention, aggregate])
+def test_every_call_gives_the_same_bits(run: Callable[[OperatorCase], Tensor]) -> None:
+    case = on_gpu(make_case(24, 24, 384, dim=384, dtype=torch.bfloat16))
+    first = run(case)
+    assert all(torch.equal(run(case), first) for _ in range(5))
+
+
+@pytest.mark.parametrize("run", [attention, aggregate])
+def test_the_current_stream_is_used_and_can_be_captured(
+    run: Callable[[OperatorCase], Tensor],
+) -> None:
+    case = on_gpu(make_case(24, 24, 384, dim=384, dtype=torch.float16))
+    expected = run(case)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run(case)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(case)
+    captured.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, expected)
+
+
+def test_opcheck() -> None:
+    case = on_gpu(make_case(context=True))
+    given = (case.v.requires_grad_(), case.kernel.requires_grad_(), *case.coefficients)
+    torch.library.opcheck(torch.ops.dwattn.dw_aggregate.default, (*given, *case.sizes))
+    given = (case.x.requires_grad_(), case.wv, case.bv, case.kernel, *case.coefficients)
+    torch.library.opcheck(torch.ops.dwattn.dw_attention.default, (*given, *case.sizes))
+
+
+def test_fp64_is_refused_with_a_way_out() -> None:
+    case = on_gpu(make_case(dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"float64.*DWATTN_BACKEND=torch"):
+        attention(case)
+    with pytest.raises(RuntimeError, match=r"float64.*DWATTN_BACKEND=torch"):
+        aggregate(case)
