@@ -13,7 +13,7 @@ HF457  := $(VENV)/transformers-4.57
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f \
              -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench clean gpu-check gpu-build gpu-test gpu-sanitize gpu-bench
 
 demo: $(VENV)/.installed $(VENV)/.demo-data
 	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/dwattn demo --out $(OUT)
@@ -29,7 +29,30 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench_cpu_dw.py --json benchmarks/results/cpu-dw.json
+	$(BIN)/python benchmarks/bench_cpu_layer.py --json benchmarks/results/cpu-layer.json
 	$(BIN)/python benchmarks/bench_scoring.py --json benchmarks/results/cpu-scoring.json
+	$(BIN)/python benchmarks/bench_fidelity.py --json benchmarks/results/fidelity.json
+
+# On a machine with a GPU, in an environment that has torch with CUDA and the dev extra; no network is used. The
+# parts can run alone, in this order.
+GPU_PYTHON ?= python3
+gpu-check: gpu-build gpu-test gpu-sanitize gpu-bench
+
+gpu-build:
+	$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps --no-index \
+	  -C cmake.define.DWATTN_CUDA=ON -C cmake.define.DWATTN_CUDA_ARCHITECTURES=native .
+	cd benchmarks && $(GPU_PYTHON) -m dwattn.cli doctor
+
+gpu-test:
+	$(GPU_PYTHON) -m pytest -q -m gpu tests
+	$(GPU_PYTHON) -m pytest -q tests/test_ops.py tests/test_layer_op.py tests/test_backends.py
+
+gpu-sanitize:
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(GPU_PYTHON) -m pytest -q -m gpu tests/test_cuda_ops.py -k "same_bits or slices"
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(GPU_PYTHON) -m pytest -q -m gpu tests/test_cuda_ops.py -k "same_bits or slices"
+
+gpu-bench:
+	$(GPU_PYTHON) benchmarks/bench_gpu.py --json benchmarks/results/gpu.json
 
 # torch first and alone: any other package would pull in the newest CUDA build.
 $(VENV)/.torch: constraints.txt

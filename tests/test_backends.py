@@ -62,7 +62,10 @@ def test_use_ends_with_its_block_also_after_an_error() -> None:
 
 
 def test_unknown_names_are_answered_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BackendError, match=r"cudnn.*cpp, torch, reference"), backends.use("cudnn"):
+    with (
+        pytest.raises(BackendError, match=r"cudnn.*cpp, cuda, triton, torch, reference"),
+        backends.use("cudnn"),
+    ):
         pass
     monkeypatch.setenv("DWATTN_BACKEND", "fastest")
     with pytest.raises(BackendError, match=r"'fastest'.*DWATTN_BACKEND"):

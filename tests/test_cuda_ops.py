@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dwattn import library
+from dwattn import functional, library
 from support.operators import OperatorCase, assert_as_exact, make_case
 
 
@@ -96,6 +96,31 @@ def test_slices_of_larger_tensors(dtype: torch.dtype, gap: int) -> None:
     assert not strided.x.is_contiguous()
     torch.testing.assert_close(attention(strided), attention(case))
     torch.testing.assert_close(aggregate(strided), aggregate(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_whole_layer(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """One kernel up to 512 channels, two products beyond; prefix rows on and off."""
+    height, width, num_prefix, batch, dim, channels = shape
+    case = on_gpu(
+        make_case(height, width, channels, num_prefix=num_prefix, batch=batch, dim=dim, dtype=dtype)
+    )
+    wo = torch.randn(dim, channels, device="cuda").to(dtype) / channels**0.5
+    bo = torch.randn(dim, device="cuda").to(dtype)
+    prefix = torch.randn(batch, num_prefix, dim, device="cuda").to(dtype)
+
+    def layer(given: OperatorCase, backend: str, *output: Tensor | None) -> Tensor:
+        return functional.dw_layer(
+            given.x, given.wv, given.bv, given.kernel, output[0], output[1], given.geometry,
+            *given.coefficients, prefix_out=output[2], backend=backend,
+        )  # fmt: skip
+
+    for rows in (prefix, None):
+        output = (wo, bo, rows)
+        wide = tuple(None if t is None else t.double() for t in output)
+        exact = layer(case.to(torch.float64), "reference", *wide)
+        assert_as_exact(layer(case, "cuda", *output), layer(case, "torch", *output), exact)
 
 
 @pytest.mark.parametrize("run", [attention, aggregate])

@@ -1,47 +1,9 @@
 // The operators on CUDA tensors; part of the build where the CUDA kernels are.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
-#include "kernels/cuda/dw_attention.h"
-#include "torch/checks.h"
-
-// Only in CUDA builds of PyTorch. A weak reference lets the same _C.so load in a CPU build.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#include "kernels/cuda/lowrank_dw_attention.h"
+#include "torch/cuda_tensors.h"
 
 namespace dwattn::torch_ops {
 namespace {
-
-cuda::Stream current_stream(const Tensor& t) {
-  DWATTN_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-               "This PyTorch was built without CUDA, so it cannot run the CUDA kernels.");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cuda::Stream>(stream);
-}
-
-void check_dtype(const char* name, const Tensor& t) {
-  DWATTN_CHECK(t.scalar_type() != ScalarType::Double, name,
-               " is float64, which the CUDA kernels do not compute in; convert it with .float() or "
-               "choose another backend with DWATTN_BACKEND=torch.");
-}
-
-void check_status(Status status) {
-  DWATTN_CHECK(status == Status::kOk, "The CUDA kernel failed: ", status_text(status), ".");
-}
-
-// Unit stride along the last dimension.
-Tensor dense_rows(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.size(last) == 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
-}
-
-const float* floats(const OptionalTensor& t) { return static_cast<const float*>(data_or_null(t)); }
-
-// Scratch memory from PyTorch's allocator, which keeps it alive in the order of the stream.
-Tensor scratch(const Tensor& like, int64_t bytes) {
-  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-}
 
 Tensor dw_aggregate_cuda(const Tensor& v, const Tensor& kernel, const OptionalTensor& kappa,
                          const OptionalTensor& mu, const OptionalTensor& beta, int64_t height,
@@ -78,6 +40,40 @@ Tensor dw_aggregate_cuda(const Tensor& v, const Tensor& kernel, const OptionalTe
   return y;
 }
 
+// Arguments of the value projection and aggregation, in the layout that the kernels read. Holds
+// what the pointers point to.
+struct Values {
+  Values(const Tensor& x, const Tensor& wv, const OptionalTensor& bv, const Coefficients& given,
+         const Geometry& g)
+      : tokens(dense_rows(x)),
+        weight(dense_rows(wv)),
+        bias(dense(bv, ScalarType::Float)),
+        coefficients(given.prepared(ScalarType::Float)) {
+    p.dtype = kernel_dtype(x.scalar_type());
+    p.x = tokens.const_data_ptr();
+    p.x_stride_batch = tokens.stride(0);
+    p.x_stride_token = tokens.stride(1);
+    p.wv = weight.const_data_ptr();
+    p.wv_stride = weight.stride(0);
+    p.bv = floats(bias);
+    p.kernel = static_cast<const float*>(coefficients.kernel.const_data_ptr());
+    p.kappa = floats(coefficients.kappa);
+    p.mu = floats(coefficients.mu);
+    p.beta = floats(coefficients.beta);
+    p.batch = x.size(0);
+    p.height = g.height;
+    p.width = g.width;
+    p.num_prefix = g.num_prefix;
+    p.dim = x.size(2);
+    p.channels = wv.size(0);
+  }
+
+  const Tensor tokens, weight;
+  const OptionalTensor bias;
+  const Coefficients coefficients;
+  cuda::DwAttentionParams p{};
+};
+
 Tensor dw_attention_cuda(const Tensor& x, const Tensor& wv, const OptionalTensor& bv,
                          const Tensor& kernel, const OptionalTensor& kappa,
                          const OptionalTensor& mu, const OptionalTensor& beta, int64_t height,
@@ -91,33 +87,101 @@ Tensor dw_attention_cuda(const Tensor& x, const Tensor& wv, const OptionalTensor
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor y = torch::stable::new_empty(x, {x.size(0), height * width, wv.size(0)});
   if (y.numel() == 0) return y;
-  const Tensor tokens = dense_rows(x), weight = dense_rows(wv);
-  const OptionalTensor bias = dense(bv, ScalarType::Float);
-  const Coefficients k = given.prepared(ScalarType::Float);
-  cuda::DwAttentionParams p{};
-  p.dtype = kernel_dtype(x.scalar_type());
-  p.x = tokens.const_data_ptr();
-  p.x_stride_batch = tokens.stride(0);
-  p.x_stride_token = tokens.stride(1);
-  p.wv = weight.const_data_ptr();
-  p.wv_stride = weight.stride(0);
-  p.y = y.mutable_data_ptr();
-  p.y_stride_batch = y.stride(0);
-  p.y_stride_token = y.stride(1);
-  p.bv = floats(bias);
-  p.kernel = static_cast<const float*>(k.kernel.const_data_ptr());
-  p.kappa = floats(k.kappa);
-  p.mu = floats(k.mu);
-  p.beta = floats(k.beta);
-  p.batch = x.size(0);
-  p.height = height;
-  p.width = width;
-  p.num_prefix = num_prefix;
-  p.dim = x.size(2);
-  p.channels = wv.size(0);
-  const Tensor workspace = scratch(x, cuda::dw_attention_workspace(p));
-  check_status(cuda::dw_attention(p, workspace.mutable_data_ptr(), current_stream(x)));
+  Values values(x, wv, bv, given, geometry);
+  values.p.y = y.mutable_data_ptr();
+  values.p.y_stride_batch = y.stride(0);
+  values.p.y_stride_token = y.stride(1);
+  const Tensor workspace = scratch(x, cuda::dw_attention_workspace(values.p));
+  check_status(cuda::dw_attention(values.p, workspace.mutable_data_ptr(), current_stream(x)));
   return y;
+}
+
+// ctx (B, r) of a narrow layer, or nothing where there is none.
+OptionalTensor context(const Tensor& x, const cuda::DwAttentionParams& p) {
+  if (p.kappa == nullptr && p.mu == nullptr && p.beta == nullptr) return std::nullopt;
+  const Tensor ctx = torch::stable::new_empty(x, {p.batch, p.channels}, ScalarType::Float);
+  const Tensor mean = scratch(x, p.batch * p.dim * static_cast<int64_t>(sizeof(float)));
+  check_status(cuda::dw_context(p, static_cast<float*>(ctx.mutable_data_ptr()),
+                                static_cast<float*>(mean.mutable_data_ptr()), current_stream(x)));
+  return ctx;
+}
+
+// The patch rows `out (B, H*W, D_out)`, in one kernel behind that of the context.
+void narrow_layer(const Tensor& x, const Values& values, const Tensor& wo, const OptionalTensor& bo,
+                  const Tensor& out) {
+  const cuda::DwAttentionParams& v = values.p;
+  const Tensor back = dense_rows(wo);
+  const OptionalTensor back_bias = dense(bo, ScalarType::Float), ctx = context(x, v);
+  cuda::LowrankDwParams p{};
+  p.dtype = v.dtype;
+  p.x = v.x;
+  p.x_stride_batch = v.x_stride_batch;
+  p.x_stride_token = v.x_stride_token;
+  p.a = v.wv;
+  p.a_stride = v.wv_stride;
+  p.b = back.const_data_ptr();
+  p.b_stride = back.stride(0);
+  p.a_bias = v.bv;
+  p.kernel = v.kernel;
+  p.ctx = floats(ctx);
+  p.b_bias = floats(back_bias);
+  p.batch = v.batch;
+  p.height = v.height;
+  p.width = v.width;
+  p.num_prefix = v.num_prefix;
+  p.dim = v.dim;
+  p.dim_out = wo.size(0);
+  p.rank = v.channels;
+  p.out_stride_batch = out.stride(0);
+  p.out_stride_token = out.stride(1);
+  // The kernel counts rows from the first prefix token, which `out` may not have.
+  const int64_t skipped = v.num_prefix * p.out_stride_token * dtype_size(v.dtype);
+  p.out = static_cast<char*>(out.mutable_data_ptr()) - skipped;
+  cuda::DeviceLimits limits{};
+  cuda::LowrankDwPlan plan{};
+  check_status(cuda::device_limits(&limits));
+  check_status(cuda::plan_lowrank_dw(p, limits, &plan));
+  check_status(cuda::lowrank_dw_attention(p, plan, current_stream(x)));
+}
+
+// Up to this inner width the layer is one kernel; wider ones are two products, which are then the
+// larger part by far.
+constexpr int64_t kNarrow = 512;
+
+Tensor dw_layer_cuda(const Tensor& x, const Tensor& wv, const OptionalTensor& bv,
+                     const Tensor& kernel, const OptionalTensor& kappa, const OptionalTensor& mu,
+                     const OptionalTensor& beta, const Tensor& wo, const OptionalTensor& bo,
+                     const OptionalTensor& prefix_out, int64_t height, int64_t width,
+                     int64_t num_prefix) {
+  const Geometry geometry{height, width, num_prefix};
+  const Coefficients given{kernel, kappa, mu, beta};
+  check_tokens("x", x, geometry);
+  check_projection(x, wv, bv);
+  check_coefficients(x, wv.size(0), geometry, given);
+  check_output(x, wv, wo, bo, prefix_out, geometry);
+  check_dtype("x", x);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const int64_t batch = x.size(0), prefix = prefix_out.has_value() ? num_prefix : 0;
+  const int64_t rows = height * width, dim = wo.size(0);
+  Tensor out = torch::stable::new_empty(x, {batch, prefix + rows, dim});
+  if (out.numel() == 0) return out;
+  Tensor patches = torch::stable::narrow(out, 1, prefix, rows);
+  if (prefix > 0) {
+    Tensor head = torch::stable::narrow(out, 1, 0, prefix);
+    torch::stable::copy_(head, *prefix_out);
+  }
+  if (wv.size(0) <= kNarrow) {
+    narrow_layer(x, Values(x, wv, bv, given, geometry), wo, bo, patches);
+    return out;
+  }
+  const Tensor y = dw_attention_cuda(x, wv, bv, kernel, kappa, mu, beta, height, width, num_prefix);
+  if (prefix == 0) {
+    linear_out(torch::stable::reshape(out, {batch * rows, dim}),
+               torch::stable::reshape(y, {batch * rows, wv.size(0)}), wo, bo);
+  } else {
+    torch::stable::copy_(patches, linear(y, wo, bo));
+  }
+  return out;
 }
 
 }  // namespace
@@ -126,4 +190,5 @@ Tensor dw_attention_cuda(const Tensor& x, const Tensor& wv, const OptionalTensor
 STABLE_TORCH_LIBRARY_IMPL(dwattn, CUDA, m) {
   m.impl("dw_aggregate", TORCH_BOX(&dwattn::torch_ops::dw_aggregate_cuda));
   m.impl("dw_attention", TORCH_BOX(&dwattn::torch_ops::dw_attention_cuda));
+  m.impl("dw_layer", TORCH_BOX(&dwattn::torch_ops::dw_layer_cuda));
 }

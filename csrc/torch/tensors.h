@@ -121,4 +121,14 @@ inline void linear_out(const Tensor& out, const Tensor& a, const Tensor& weight,
   torch::stable::detail::to<Tensor>(stack[0]);  // releases the returned handle
 }
 
+// aten::linear.
+inline Tensor linear(const Tensor& a, const Tensor& weight, const OptionalTensor& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a),
+                                    torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 }  // namespace dwattn::torch_ops

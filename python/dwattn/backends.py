@@ -22,13 +22,14 @@ from typing import NamedTuple
 
 import torch
 
-from dwattn import library
+from dwattn import library, triton_ops
 from dwattn.errors import BackendError
 
 OPS = ("dw_aggregate", "dw_attention", "dw_layer")
 ENVIRONMENT_VARIABLE = "DWATTN_BACKEND"
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_FLOATS_32_16 = (torch.float32, torch.float16, torch.bfloat16)
 # Process-wide on purpose: torch.compile and torch.export read it as a constant while they trace.
 _forced: str | None = None
 
@@ -70,6 +71,27 @@ def can_run_cpp(op: str, *, device: str, dtype: torch.dtype, raise_error: bool =
     return _verdict("cpp", op, reasons, raise_error)
 
 
+def can_run_cuda(op: str, *, device: str, dtype: torch.dtype, raise_error: bool = False) -> Verdict:
+    """The compiled CUDA kernels: CUDA tensors in fp32, fp16 or bf16, outside ONNX export."""
+    reasons = _check_dtype(dtype, _FLOATS_32_16)
+    if device != "cuda":
+        reasons += (f"The CUDA kernels run on CUDA devices; the tensors are on {device!r}.",)
+    if torch.onnx.is_in_onnx_export():
+        reasons += ("An ONNX export is running and needs standard operators.",)
+    missing = library.cuda_error()
+    return _verdict("cuda", op, (*reasons, missing) if missing else reasons, raise_error)
+
+
+def can_run_triton(
+    op: str, *, device: str, dtype: torch.dtype, raise_error: bool = False
+) -> Verdict:
+    """The Triton kernels: CUDA tensors in fp32, fp16 or bf16, where Triton is installed."""
+    reasons = triton_ops.reasons_against(device=device, dtype=dtype)
+    if torch.onnx.is_in_onnx_export():
+        reasons += ("An ONNX export is running and needs standard operators.",)
+    return _verdict("triton", op, reasons, raise_error)
+
+
 class _Backend(NamedTuple):
     name: str
     can_run: Callable[..., Verdict]
@@ -77,6 +99,8 @@ class _Backend(NamedTuple):
 
 BACKENDS: tuple[_Backend, ...] = (
     _Backend("cpp", can_run_cpp),
+    _Backend("cuda", can_run_cuda),
+    _Backend("triton", can_run_triton),
     _Backend("torch", can_run_torch),
     _Backend("reference", can_run_reference),
 )
@@ -177,10 +201,13 @@ def _by_name(name: str) -> _Backend:
     )
 
 
-def _check_dtype(dtype: torch.dtype) -> tuple[str, ...]:
-    if dtype in _FLOATS:
+def _check_dtype(
+    dtype: torch.dtype, supported: tuple[torch.dtype, ...] = _FLOATS
+) -> tuple[str, ...]:
+    if dtype in supported:
         return ()
-    return (f"It computes in float32, float64, float16 and bfloat16, not in {dtype}.",)
+    *most, last = (str(one).removeprefix("torch.") for one in supported)
+    return (f"It computes in {', '.join(most)} and {last}, not in {dtype}.",)
 
 
 def _verdict(backend: str, op: str, reasons: tuple[str, ...], raise_error: bool) -> Verdict:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dwattn import backends, library, reference
+from dwattn import backends, library, reference, triton_ops
 from dwattn.errors import DwattnError
 from dwattn.geometry import Geometry
 
@@ -52,7 +52,7 @@ def dw_aggregate(
     """
     coefficients = (kernel, kappa, mu, beta)
     name = backends.choose("dw_aggregate", device=v.device.type, dtype=v.dtype, backend=backend)
-    if name == "cpp":
+    if name in _COMPILED:
         return _run_compiled(
             lambda: library.dw_aggregate(v, *coefficients, *_sizes(geometry)),
             lambda: _check_aggregate(v, geometry, *coefficients),
@@ -91,7 +91,7 @@ def dw_attention(
     coefficients = (kernel, kappa, mu, beta)
     device = x.device.type
     name = backends.choose("dw_attention", device=device, dtype=x.dtype, backend=backend)
-    if name == "cpp" and not _needs_grad(x, wv, bv, *coefficients):
+    if name in _COMPILED and not _needs_grad(x, wv, bv, *coefficients):
         return _run_compiled(
             lambda: library.dw_attention(x, wv, bv, *coefficients, *_sizes(geometry)),
             lambda: _check_attention(x, wv, bv, geometry, *coefficients),
@@ -100,7 +100,7 @@ def dw_attention(
     with _autocast_off(device):
         # With gradients, V is kept for the backward pass instead of being projected again.
         v = F.linear(x, wv, bv)
-        if name == "cpp":
+        if name in _COMPILED:
             return library.dw_aggregate(v, *coefficients, *_sizes(geometry))
         return _PYTHON[name](v, geometry, *coefficients)
 
@@ -144,7 +144,8 @@ def dw_layer(
         _check_attention(x, wv, bv, geometry, *coefficients)
         _check_output(x, wv, wo, bo, prefix_out, geometry)
 
-    if name == "cpp" and not _needs_grad(x, wv, bv, *coefficients, wo, bo, prefix_out):
+    needs_grad = _needs_grad(x, wv, bv, *coefficients, wo, bo, prefix_out)
+    if name in _COMPILED and not needs_grad:
         return _run_compiled(
             lambda: library.dw_layer(
                 x, wv, bv, *coefficients, wo, bo, prefix_out, *_sizes(geometry)
@@ -153,6 +154,8 @@ def dw_layer(
         )
     check()
     with _autocast_off(x.device.type):
+        if name == "triton" and wv.shape[0] <= _TRITON_FUSED_WIDTH and not needs_grad:
+            return _triton_dw_layer(x, wv, bv, geometry, *coefficients, wo, bo, prefix_out)
         y = dw_attention(x, wv, bv, kernel, geometry, kappa, mu, beta, backend=backend)
         out = F.linear(y, wo, bo)
         return out if prefix_out is None else torch.cat([prefix_out, out], dim=1)
@@ -209,7 +212,52 @@ def _reference_dw_aggregate(
     return y.to(v.dtype)
 
 
-_PYTHON = {"torch": _torch_dw_aggregate, "reference": _reference_dw_aggregate}
+def _triton_dw_aggregate(
+    v: Tensor,
+    geometry: Geometry,
+    kernel: Tensor,
+    kappa: Tensor | None,
+    mu: Tensor | None,
+    beta: Tensor | None,
+) -> Tensor:
+    return triton_ops.dw_aggregate(v, kernel, geometry, kappa, mu, beta)
+
+
+#: Widest inner width of the fused Triton layer; beyond it x is read more often than two products do.
+_TRITON_FUSED_WIDTH = 512
+
+
+def _triton_dw_layer(
+    x: Tensor,
+    wv: Tensor,
+    bv: Tensor | None,
+    geometry: Geometry,
+    kernel: Tensor,
+    kappa: Tensor | None,
+    mu: Tensor | None,
+    beta: Tensor | None,
+    wo: Tensor,
+    bo: Tensor | None,
+    prefix_out: Tensor | None,
+) -> Tensor:
+    """Patch rows straight into the output, behind the finished prefix rows."""
+    prefix = 0 if prefix_out is None else prefix_out.shape[1]
+    out = x.new_empty(x.shape[0], prefix + geometry.num_patches, wo.shape[0])
+    if prefix_out is not None:
+        out[:, :prefix] = prefix_out
+    triton_ops.lowrank_dw_attention(
+        x, wv, bv, kernel, geometry, wo, bo, kappa, mu, beta, out=out[:, prefix:]
+    )
+    return out
+
+
+#: Backends behind the torch operators of ``_C.so``.
+_COMPILED = ("cpp", "cuda")
+_PYTHON = {
+    "torch": _torch_dw_aggregate,
+    "reference": _reference_dw_aggregate,
+    "triton": _triton_dw_aggregate,
+}
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

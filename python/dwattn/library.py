@@ -70,6 +70,16 @@ def load_error() -> str:
     return _operator_error
 
 
+def cuda_error() -> str:
+    """Why the CUDA kernels are not available, as a sentence; empty when they are."""
+    if not AVAILABLE or native is None:
+        return _operator_error or _native_error
+    build = native.build_info()
+    if build["cuda_architectures"]:
+        return ""
+    return f"dwattn was built without CUDA kernels: {build['cuda']}."
+
+
 def native_error() -> str:
     """Why :data:`native` is None, as a sentence; empty when it is not."""
     return _native_error
