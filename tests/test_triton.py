@@ -6,12 +6,14 @@ Triton decides between compiler and interpreter when it is imported.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if ON_GPU else "cpu"
 INSTALLED = importlib.util.find_spec("triton") is not None
+BROKEN_INTERPRETER = (
+    INSTALLED
+    and importlib.metadata.version("triton").startswith("3.6.")
+    and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4)
+)
 
 runs_kernels = pytest.mark.skipif(
     not INSTALLED or not (INTERPRETED or ON_GPU),
@@ -62,6 +69,9 @@ def _one_thread() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not INSTALLED, reason="Triton is not installed.")
+@pytest.mark.skipif(
+    BROKEN_INTERPRETER, reason="The interpreter of Triton 3.6 does not work with NumPy 2.4."
+)
 @pytest.mark.skipif(INTERPRETED, reason="This is the process with the interpreter.")
 def test_under_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
@@ -315,7 +325,8 @@ def test_gradients_of_a_whole_attention() -> None:
 
 
 @runs_kernels
-def test_gradients_of_many_strips_are_repeatable_and_of_any_strides() -> None:
+def test_gradients_of_many_strips_are_right_repeatable_and_of_any_strides() -> None:
+    """12 strips for 8 groups of programs under the interpreter."""
     case = on_device(make_case(9, 10, 5, num_prefix=0, batch=3))
     grad = torch.randn(3, 90, 5).to(DEVICE)
 
@@ -326,6 +337,9 @@ def test_gradients_of_many_strips_are_repeatable_and_of_any_strides() -> None:
 
     first = run(grad, case.v)
     assert first[2] is None
+    exact = gradients(case.to(torch.float64), "reference", grad)
+    for mine, truth in zip((first[0], first[1], *first[3:]), (*exact[:2], *exact[3:]), strict=True):
+        assert error(mine, truth) < 1e-6
     for again in (run(grad, case.v), run(strided_views(grad)["channels first"], case.v)):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True) if a is not None)
     only = triton_ops.dw_aggregate_backward(
