@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-EXTRAS := timm,hf,onnx,demo,dev
+EXTRAS := timm,hf,onnx,triton,demo,dev
 OUT    ?= demo-output
 # Test processes; the tests' tensors are small, so each gets one thread.
 JOBS   ?= 2
