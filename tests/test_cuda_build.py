@@ -19,8 +19,14 @@ from support import cuda_sources
 ROOT = cuda_sources.ROOT
 ARCHITECTURES = ("80", "86", "87", "89", "90a", "100", "120")
 
-#: Kernels that have to use the tensor cores, asynchronous copies and matrix loads; by their C++ names.
-TENSOR_KERNELS = {"dw_attention.cu": r"dw_attention_kernel\w*(half|bfloat)\w*Lb1"}
+#: Kernels that have to use the tensor cores, asynchronous copies and matrix loads; by their names in
+#: the object file, where __half and __nv_bfloat16 appear as 6__half and 13__nv_bfloat16.
+_SIXTEEN_BITS = r"I(6__half|13__nv_bfloat16)"
+TENSOR_KERNELS = {
+    "dw_attention.cu": rf"dw_attention_kernel{_SIXTEEN_BITS}Lb1",
+    "lowrank_dw_attention.cu": rf"lowrank_dw_kernel{_SIXTEEN_BITS}",
+    "attention_variance.cu": rf"(attend|fold)_kernel{_SIXTEEN_BITS}",
+}
 
 
 def need_nvcc() -> None:
