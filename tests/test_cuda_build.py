@@ -8,13 +8,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 from support import cuda_sources
+from test_build import configure
 
 ROOT = cuda_sources.ROOT
 ARCHITECTURES = ("80", "86", "87", "89", "90a", "100", "120")
@@ -101,24 +101,6 @@ def test_tensor_kernels_use_the_tensor_cores(
     for name, opcodes in kernels.items():
         assert {"HMMA", "LDGSTS", "LDSM"} <= opcodes, name
         assert not {"LDL", "STL"} & opcodes, name
-
-
-def configure(build: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    for tool in ("cmake", "ninja"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not installed")
-    pybind11 = find_spec("pybind11")
-    if pybind11 is None or pybind11.origin is None:
-        pytest.skip("pybind11 is not installed")
-    directory = Path(pybind11.origin).parent / "share" / "cmake" / "pybind11"
-    return subprocess.run(
-        [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
-            "-DSKBUILD_PROJECT_VERSION=0.1.0", f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={directory}", *options,
-        ],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
 
 
 def test_a_build_for_a_pytorch_without_cuda_says_so(tmp_path: Path) -> None:
