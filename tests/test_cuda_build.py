@@ -8,20 +8,25 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 from support import cuda_sources
+from test_build import configure
 
 ROOT = cuda_sources.ROOT
 ARCHITECTURES = ("80", "86", "87", "89", "90a", "100", "120")
-SOURCES = sorted(path.name for path in (ROOT / cuda_sources.KERNELS).glob("*.cu"))
 
-#: Kernels that have to use the tensor cores, asynchronous copies and matrix loads; by their C++ names.
-TENSOR_KERNELS = {"dw_attention.cu": r"dw_attention_kernel\w*(half|bfloat)\w*Lb1"}
+#: Kernels that have to use the tensor cores, asynchronous copies and matrix loads; by their names in
+#: the object file, where __half and __nv_bfloat16 appear as 6__half and 13__nv_bfloat16.
+_SIXTEEN_BITS = r"I(6__half|13__nv_bfloat16)"
+TENSOR_KERNELS = {
+    "dw_attention.cu": rf"dw_attention_kernel{_SIXTEEN_BITS}Lb1",
+    "lowrank_dw_attention.cu": rf"lowrank_dw_kernel{_SIXTEEN_BITS}",
+    "attention_variance.cu": rf"(attend|fold)_kernel{_SIXTEEN_BITS}",
+}
 
 
 def need_nvcc() -> None:
@@ -45,15 +50,14 @@ def compile_cubin(source: str, architecture: str, target: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", cuda_sources.with_kernels())
 def test_no_kernel_uses_local_memory(source: str, architecture: str, tmp_path: Path) -> None:
     need_nvcc()
     report = compile_cubin(source, architecture, tmp_path / "kernel.cubin")
     assert "warning" not in report, report
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)
+    assert frames, report
     assert all(frame == ("0", "0") for frame in frames), report
-    has_kernels = "__global__" in (ROOT / cuda_sources.KERNELS / source).read_text(encoding="utf-8")
-    assert bool(frames) == has_kernels, report
 
 
 def cuobjdump() -> str:
@@ -99,24 +103,6 @@ def test_tensor_kernels_use_the_tensor_cores(
         assert not {"LDL", "STL"} & opcodes, name
 
 
-def configure(build: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    for tool in ("cmake", "ninja"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not installed")
-    pybind11 = find_spec("pybind11")
-    if pybind11 is None or pybind11.origin is None:
-        pytest.skip("pybind11 is not installed")
-    directory = Path(pybind11.origin).parent / "share" / "cmake" / "pybind11"
-    return subprocess.run(
-        [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
-            "-DSKBUILD_PROJECT_VERSION=0.1.0", f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={directory}", *options,
-        ],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
 def test_a_build_for_a_pytorch_without_cuda_says_so(tmp_path: Path) -> None:
     if torch.version.cuda is not None:
         pytest.skip("this PyTorch has CUDA")
@@ -136,3 +122,28 @@ def test_a_demanded_cuda_build_without_nvcc_stops(tmp_path: Path) -> None:
     done = configure(tmp_path / "build", *options)
     assert done.returncode != 0
     assert "DWATTN_CUDA=ON, but no nvcc was found" in " ".join(done.stderr.split())
+
+
+@pytest.mark.slow
+def test_a_cuda_build_also_loads_in_a_pytorch_without_cuda(tmp_path: Path) -> None:
+    """One binary for both: everything of PyTorch's CUDA that it uses is a weak reference."""
+    need_nvcc()
+    options = ("-DDWATTN_CUDA=ON", "-DDWATTN_CUDA_ARCHITECTURES=87-real")
+    done = configure(tmp_path / "build", *options)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        ["cmake", "--build", str(tmp_path / "build"), "--target", "_C"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    library = tmp_path / "build" / "_C.so"
+    code = f"""
+import torch
+torch.ops.load_library({str(library)!r})
+y = torch.ops.dwattn.dw_aggregate(torch.ones(1, 6, 8), torch.ones(8, 3, 3), None, None, None, 2, 3, 0)
+assert y[0, :, 0].tolist() == [4, 6, 4, 4, 6, 4]
+assert "CUDA: registered" in torch._C._dispatch_dump("dwattn::dw_attention")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert str(ROOT).encode() not in library.read_bytes(), "the binary holds a path of the build"

@@ -107,7 +107,8 @@ int main() {
     for (const Case& c : kCases) {
       check<float>(c);
       check<__half>(c);
-      check<__nv_bfloat16>(c);
+      // The same code as for fp16 but for the conversions: one schedule is enough.
+      if (simt::machine.order == simt::Order::kForward) check<__nv_bfloat16>(c);
     }
   });
 }

@@ -15,6 +15,10 @@ namespace {
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 constexpr int kMaxHead = 128;
 
+// Blocks per multiprocessor that registers are kept for.
+template <int kHead>
+constexpr int kAttendBlocks = kHead <= 64 ? 3 : 2;
+
 template <class T>
 constexpr int kKeyTile = sizeof(T) == 2 ? 64 : 32;  // fp32 P needs shared memory
 
@@ -126,7 +130,7 @@ size_t attend_shared_bytes(const AttentionVarianceParams& p, size_t scratch) {
 }
 
 template <class T, int kHead>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kAttentionThreads, kAttendBlocks<kHead>)
     attend_kernel(const AttentionVarianceParams p) {
   constexpr int kKeys = kKeyTile<T>;
   using S = Scores<T, kKeys>;

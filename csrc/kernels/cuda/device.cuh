@@ -59,8 +59,7 @@ DWATTN_DEVICE void cp_async_commit() {
 #endif
 }
 
-// Waits until at most N of this thread's groups are in flight. Other threads need a barrier as
-// well.
+// Waits until at most N of this thread's groups are in flight; for other threads add a barrier.
 template <int N>
 DWATTN_DEVICE void cp_async_wait() {
 #ifdef DWATTN_SIMT_HOST
@@ -234,19 +233,22 @@ Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, c
   simt::launch(grid, block, shared, [&] { kernel(arguments...); });
   return Status::kOk;
 #else
+  const void* const function = reinterpret_cast<const void*>(kernel);
   constexpr size_t kWithoutAsking = 48 << 10;
   if (shared > kWithoutAsking) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) {
+    // The second setting makes room for as many blocks as fit; it is a hint.
+    const bool granted =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared)) == cudaSuccess &&
+        cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared) == cudaSuccess;
+    if (!granted) {
       cudaGetLastError();  // or the next launch would report it
       return Status::kLaunchFailed;
     }
   }
   void* pointers[] = {&arguments...};
-  const cudaError_t launched = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block,
-                                                pointers, shared, stream);
+  const cudaError_t launched = cudaLaunchKernel(function, grid, block, pointers, shared, stream);
   // cudaGetLastError also clears an error, so that it is not reported twice.
   return cudaGetLastError() == cudaSuccess && launched == cudaSuccess ? Status::kOk
                                                                       : Status::kLaunchFailed;

@@ -2,8 +2,7 @@
 //   V (B, P + H*W, C), K (C, 3, 3), ctx (B, C) -> Y (B, H*W, C)
 //
 // A warp owns 64 channels, a pair per lane, and a strip of four output rows; it slides along the
-// columns with the six rows of V around the strip in registers, so that each value is loaded 1.5
-// times.
+// columns with the six rows of V around the strip in registers, so a value is loaded 1.5 times.
 #include "kernels/cuda/dw_attention.h"
 #include "kernels/cuda/patch_mean.cuh"
 
@@ -17,8 +16,7 @@ struct Cut {
   int64_t slices, strips, segments, columns;  // columns of a segment
 };
 
-// A strip is cut into segments only as far as it takes to occupy the GPU: each reads two columns
-// more.
+// A strip is cut into segments only as far as it takes to occupy the GPU: each adds two columns.
 Cut cut(const DwAggregateParams& p) {
   constexpr int64_t kWarpsPerMultiprocessor = 16, kFewestColumns = 4;
   Cut c{};

@@ -236,8 +236,9 @@ DWATTN_DEVICE void aggregate(const DwAttentionParams& p, const Window& window,
     column_v[0] = load_whole_pair(v - below);
     column_v[1] = load_whole_pair(v);
     column_v[2] = load_whole_pair(row + 1 < window.height ? v + below : lines.zeros + pair);
-    if (column > 0)
+    if (column > 0) {
       put(token - 1, column - 1, y - p.y_stride_token, add_column(taps, 2, column_v, here));
+    }
     here = add_column(taps, 1, column_v, right);
     right = add_column(taps, 0, column_v, ctx);
     if (++column == window.width) {
@@ -300,12 +301,13 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   unsigned char* const last_stage = ahead;
   for (int tile = 0; tile < tokens; tile += kTileRows) {
     product.clear();
+    const bool reaches = product.reaches(tokens - tile);
     for (int depth = 0; depth < depth_steps; ++depth) {
       cp_async_wait<kStages<T> - 2>();
       __syncthreads();  // this step's stage is complete, the previous one is free
       if (to_load-- > 0) loader.next(ahead);
       cp_async_commit();
-      product.add(stage);
+      if (reaches) product.add(stage);
       ahead = stage;
       stage = stage == last_stage ? shared : stage + kStageBytes;
     }

@@ -21,10 +21,11 @@ struct Band {
   int64_t image;
   int y0, x0, height, width;     // written
   int top, left, rows, columns;  // the part of the band and its border that is in the grid
-  int slot_stride, slot_columns;
+  int grid_width, slot_stride, slot_columns;
 
   DWATTN_DEVICE Band(const LowrankDwParams& p, const LowrankDwPlan& plan) {
-    const int grid_height = static_cast<int>(p.height), grid_width = static_cast<int>(p.width);
+    const int grid_height = static_cast<int>(p.height);
+    grid_width = static_cast<int>(p.width);
     const int across = (grid_width + plan.tile_width - 1) / plan.tile_width;
     const int down = (grid_height + plan.tile_height - 1) / plan.tile_height;
     const int block = static_cast<int>(blockIdx.x);
@@ -50,12 +51,12 @@ struct Band {
   }
   DWATTN_DEVICE int aggregated_slot(int m) const { return slot(m / width, m % width + 1); }
 
-  // Tokens of the same patches.
-  DWATTN_DEVICE int64_t projected_token(const LowrankDwParams& p, int m) const {
-    return p.num_prefix + (top + m / columns) * p.width + left + m % columns;
+  // Indices in the grid of the same patches.
+  DWATTN_DEVICE int projected_patch(int m) const {
+    return (top + m / columns) * grid_width + left + m % columns;
   }
-  DWATTN_DEVICE int64_t written_token(const LowrankDwParams& p, int m) const {
-    return p.num_prefix + (y0 + m / width) * p.width + x0 + m % width;
+  DWATTN_DEVICE int written_patch(int m) const {
+    return (y0 + m / width) * grid_width + x0 + m % width;
   }
 };
 
@@ -87,11 +88,12 @@ class ProjectionLoader {
                                  const Band& band)
       : p_(p),
         band_(band),
-        x_(static_cast<const T*>(p.x) + band.image * p.x_stride_batch),
+        x_(static_cast<const T*>(p.x) + band.image * p.x_stride_batch +
+           p.num_prefix * p.x_stride_token),
         x_aligned_(vectors_aligned<T>(p.x, p.x_stride_batch, p.x_stride_token, p.dim)),
         a_aligned_(vectors_aligned<T>(p.a, p.a_stride, 0, p.dim)),
         rank_tiles_((plan.channels + kRankTile - 1) / kRankTile) {
-    find_tokens();
+    find_patches();
   }
 
   DWATTN_DEVICE void operator()(T* stage) {
@@ -101,7 +103,9 @@ class ProjectionLoader {
     T* const to = stage + first_row() * kStride + v;
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      stage_vector(to + i * kRowStep * kStride, token_[i], k, exists_[i] ? dim : 0, x_aligned_);
+      const bool exists = patch_[i] >= 0;
+      stage_vector(to + i * kRowStep * kStride, x_ + (exists ? patch_[i] : 0) * p_.x_stride_token,
+                   k, exists ? dim : 0, x_aligned_);
     }
     T* const weights = stage + kBandRows * kStride + v;
 #pragma unroll
@@ -126,15 +130,14 @@ class ProjectionLoader {
     if (++rank_tile_ < rank_tiles_) return;
     rank_tile_ = 0;
     first_token_ += kBandRows;
-    find_tokens();
+    find_patches();
   }
 
-  DWATTN_DEVICE void find_tokens() {
+  DWATTN_DEVICE void find_patches() {
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       const int m = first_token_ + first_row() + i * kRowStep;
-      exists_[i] = m < band_.rows * band_.columns;
-      token_[i] = exists_[i] ? x_ + band_.projected_token(p_, m) * p_.x_stride_token : x_;
+      patch_[i] = m < band_.rows * band_.columns ? band_.projected_patch(m) : -1;
     }
   }
 
@@ -143,8 +146,7 @@ class ProjectionLoader {
   const T* const x_;
   const bool x_aligned_, a_aligned_;
   const int rank_tiles_;
-  const T* token_[kTokens];
-  bool exists_[kTokens];
+  int patch_[kTokens];  // in the grid, or -1
   int first_token_ = 0, rank_tile_ = 0, k_ = 0;
 };
 
@@ -327,7 +329,7 @@ DWATTN_DEVICE void write_tile(const LowrankDwParams& p, const Band& band,
       float values[Product::kVector];
 #pragma unroll
       for (int e = 0; e < Product::kVector; ++e) values[e] = product.value(i, g, e);
-      epilogue.write(band.written_token(p, m), values);
+      epilogue.write(p.num_prefix + band.written_patch(m), values);
     }
   }
 }

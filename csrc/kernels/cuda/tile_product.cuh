@@ -29,8 +29,7 @@ DWATTN_DEVICE unsigned chunk_offset(unsigned row, unsigned chunk) {
 // 16 rows further the exchange is the same, so only the distance counts.
 constexpr int kSixteenRows = 16 * kStageRowBytes;
 
-// One chunk from global memory of which `left` elements exist (none if negative), zeros for the
-// rest.
+// One chunk from global memory of which `left` elements exist (if any), else zeros.
 template <class T, bool kAligned>
 DWATTN_DEVICE void load_chunk(unsigned char* to, const T* from, int left) {
   if constexpr (kAligned) {
@@ -57,6 +56,9 @@ class TileProduct {
                     chunk_offset(first_column() + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2);
     }
   }
+
+  // Whether this warp has to do with the first `rows` rows of the tile.
+  static DWATTN_DEVICE bool reaches(int rows) { return static_cast<int>(first_row()) < rows; }
 
   DWATTN_DEVICE void clear() {
 #pragma unroll
@@ -120,6 +122,8 @@ class TileProduct {
 template <>
 class TileProduct<float> {
  public:
+  static DWATTN_DEVICE bool reaches(int) { return true; }
+
   DWATTN_DEVICE void clear() {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
