@@ -292,6 +292,9 @@ void test_plan_choices() {
   expect(plan_lowrank_dw(sizes(DType::kFloat16, 1, 0, 9, 64, 64), {99 << 10, 16}, &plan) ==
              Status::kInvalidArgument,
          "an empty grid has no plan");
+  expect(plan_lowrank_dw(sizes(DType::kFloat64, 1, 9, 9, 64, 64), {99 << 10, 16}, &plan) ==
+             Status::kUnsupportedDType,
+         "fp64 has no kernel");
 }
 
 }  // namespace

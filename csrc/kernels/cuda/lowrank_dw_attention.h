@@ -1,13 +1,13 @@
 // The whole lowrank_dw / ens_dw layer for the patch rows in one kernel: projection to r channels,
 // 3x3 aggregation with context on them, projection back, and the residual connection.
 //
-//   U[b,t,c]        = sum_i x[b,t,i] A[c,i] + a_bias[c]                     (t: patch tokens)
-//   U'[b,(i,j),c]   = sum_{s,t in -1..1} K[c,s+1,t+1] U[b,(i+s,j+t),c] + ctx[b,c]   (zero outside
-//   the grid) y[b,(i,j),d]    = sum_c U'[b,(i,j),c] Bw[d,c] + b_bias[d] out[b,P+iW+j,d] =
-//   residual[b,P+iW+j,d] + gamma[d] y[b,(i,j),d]
+//   U[b,t,c]        = sum_i x[b,t,i] A[c,i] + a_bias[c]              for patch tokens t
+//   U'[b,(i,j),c]   = sum_{s,t in -1..1} K[c,s+1,t+1] U[b,(i+s,j+t),c] + ctx[b,c]
+//   y[b,(i,j),d]    = sum_c U'[b,(i,j),c] B[d,c] + b_bias[d]
+//   out[b,P+iW+j,d] = residual[b,P+iW+j,d] + gamma[d] y[b,(i,j),d]
 //
-// U and U' are rounded to the dtype of x, everything is accumulated in fp32. Neither reaches device
-// memory.
+// U is zero outside the grid. U and U' are rounded to the dtype of x, sums are taken in fp32;
+// neither reaches device memory.
 #pragma once
 
 #include <cstdint>
@@ -70,15 +70,16 @@ struct LowrankDwPlan {
   int32_t tile_width;
   int32_t channels;     // r, padded
   int32_t slot_stride;  // elements between the U of two patches in shared memory
-  int32_t rank_tile;  // channels per pass over x: 64 or 128. x is read again, from L2, for the next
+  int32_t rank_tile;    // channels per pass over x, 64 or 128; the next pass reads x from L2
   int64_t shared_bytes;
   int64_t blocks;
 };
 
 // Chooses the plan by a cost model: a pure function of sizes, dtype and limits, which reads no
-// pointer. kInvalidArgument if a size is out of range (D and r below 2^20, sides of the grid below
-// 2^15) or if one patch with its border does not fit into shared memory, which 99 KB, the smallest
-// limit of compute capability 8.0 and later, exclude for r > 1632 (816 in fp32).
+// pointer. kUnsupportedDType for fp64; kInvalidArgument if a size is out of range (D and r below
+// 2^20, sides of the grid below 2^15) or if one patch with its border does not fit into shared
+// memory, which 99 KB, the smallest limit of compute capability 8.0 and later, exclude for r > 1632
+// (816 in fp32).
 Status plan_lowrank_dw(const LowrankDwParams& params, const DeviceLimits& limits,
                        LowrankDwPlan* plan);
 

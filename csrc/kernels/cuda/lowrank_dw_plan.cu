@@ -59,7 +59,7 @@ bool sizes_valid(const LowrankDwParams& p) {
   constexpr int64_t kSide = 1 << 15, kFeatures = 1 << 20, kImages = int64_t{1} << 31;
   return within(p.height, kSide) && within(p.width, kSide) && within(p.dim, kFeatures) &&
          within(p.dim_out, kFeatures) && within(p.rank, kFeatures) && p.batch >= 0 &&
-         p.batch < kImages && p.num_prefix >= 0 && p.dtype != DType::kFloat64;
+         p.batch < kImages && p.num_prefix >= 0;
 }
 
 // The smallest number of parts above the one that makes parts of `part`, that makes smaller ones.
@@ -71,6 +71,7 @@ int64_t next_parts(int64_t size, int64_t part) {
 
 // Tries every tile that cuts the grid into equal parts: about 4 sqrt(height * width) of them.
 Status plan_lowrank_dw(const LowrankDwParams& p, const DeviceLimits& limits, LowrankDwPlan* plan) {
+  if (p.dtype == DType::kFloat64) return Status::kUnsupportedDType;
   if (!sizes_valid(p) || limits.multiprocessors < 1) return Status::kInvalidArgument;
   double best = std::numeric_limits<double>::infinity();
   int64_t height = 0, width = 0;
