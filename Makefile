@@ -13,7 +13,7 @@ HF457  := $(VENV)/transformers-4.57
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f \
              -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 
-.PHONY: demo test lint bench clean gpu-check gpu-build gpu-test gpu-sanitize gpu-bench
+.PHONY: demo test test-kernels lint bench clean gpu-check gpu-build gpu-test gpu-sanitize gpu-bench
 
 demo: $(VENV)/.installed $(VENV)/.demo-data
 	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/dwattn demo --out $(OUT)
@@ -21,11 +21,16 @@ demo: $(VENV)/.installed $(VENV)/.demo-data
 test: $(VENV)/.installed $(VENV)/.transformers-4.57 lint
 	DWATTN_TRANSFORMERS_457=$(HF457) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
+# The long checks of GPU kernels on a machine without a GPU: planted bugs, all architectures, Triton's compiler.
+test-kernels: $(VENV)/.installed $(VENV)/.kernel-tools
+	PATH=$(CURDIR)/$(VENV)/cuda-tools/nvidia/cu13/bin:$$PATH DWATTN_NVRTC_126=$(CURDIR)/$(VENV)/nvrtc-12.6 \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m thorough -n $(JOBS)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench_cpu_dw.py --json benchmarks/results/cpu-dw.json
@@ -68,6 +73,11 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 $(VENV)/.transformers-4.57: $(VENV)/.torch
 	$(PIP) install --quiet --no-warn-conflicts --target $(HF457) "transformers==4.57.6" "huggingface-hub<1" || \
 	  echo "transformers 4.57 is not available; its test will be skipped"
+	touch $@
+
+$(VENV)/.kernel-tools: $(VENV)/.torch
+	$(PIP) install --quiet --target $(VENV)/cuda-tools nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(PIP) install --quiet --target $(VENV)/nvrtc-12.6 "nvidia-cuda-nvrtc-cu12==12.6.*" "nvidia-cuda-runtime-cu12==12.6.*"
 	touch $@
 
 # More photos than the pip packages carry, where Debian's package tools exist; no root needed, best effort.

@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 
 import dwattn
 from dwattn import library
@@ -96,23 +95,6 @@ def test_a_build_without_torch_stops_with_the_remedy(
     done = configure(tmp_path / "build")
     assert done.returncode != 0
     assert "Install PyTorch first" in " ".join(done.stderr.split())
-
-
-def test_the_build_says_that_it_is_cpu_only_or_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done = configure(tmp_path / "build", "-DDWATTN_CUDA=OFF")
-    assert done.returncode == 0, done.stderr
-    assert "CPU-only build: switched off" in done.stdout
-    if torch.version.cuda is None:
-        done = configure(tmp_path / "auto")
-        assert done.returncode == 0, done.stderr
-        assert "CPU-only build: the PyTorch of the build has no CUDA" in done.stdout
-    # A compiler that does not exist is what CMake finds without nvcc.
-    monkeypatch.setenv("CUDACXX", str(tmp_path / "no-nvcc"))
-    done = configure(tmp_path / "on", "-DDWATTN_CUDA=ON")
-    assert done.returncode != 0
-    assert "DWATTN_CUDA=ON, but no nvcc was found" in " ".join(done.stderr.split())
 
 
 def binary(name: str) -> Path:

@@ -48,7 +48,7 @@ def compile_cubin(source: str, architecture: str, target: Path) -> str:
     return done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", cuda_sources.with_kernels())
 def test_no_kernel_uses_local_memory(source: str, architecture: str, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def instructions(cubin: Path, tool: str) -> dict[str, set[str]]:
     return kernels
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture", ["80", "87"])
 @pytest.mark.parametrize("source", sorted(TENSOR_KERNELS))
 def test_tensor_kernels_use_the_tensor_cores(
@@ -124,7 +124,7 @@ def test_a_demanded_cuda_build_without_nvcc_stops(tmp_path: Path) -> None:
     assert "DWATTN_CUDA=ON, but no nvcc was found" in " ".join(done.stderr.split())
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_cuda_build_also_loads_in_a_pytorch_without_cuda(tmp_path: Path) -> None:
     """One binary for both: everything of PyTorch's CUDA that it uses is a weak reference."""
     need_nvcc()

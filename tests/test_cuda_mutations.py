@@ -15,7 +15,7 @@ import pytest
 
 from support import cuda_sources
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 
 class Bug(NamedTuple):
