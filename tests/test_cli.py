@@ -224,7 +224,9 @@ def process(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     )
     return subprocess.Popen(
         [sys.executable, "-m", "dwattn.cli", *(str(a) for a in arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        # Tests may run as a background job, whose children inherit that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options,
     )  # fmt: skip
 
 
