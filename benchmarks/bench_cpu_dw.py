@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,7 @@ def machine() -> dict[str, Any]:
     """What the numbers depend on."""
     native = library.native
     return {
+        "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "cpu_info": native.cpu_info() if native else None,

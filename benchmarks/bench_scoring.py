@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,7 @@ def main() -> None:
         print(peak_memory(options.peak_of, options.size[0], options.images, options.batch))
         return
     results: dict[str, Any] = {
+        "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "images": options.images,
         "batch": options.batch,
         "threads": options.threads,
