@@ -122,10 +122,8 @@ def layer_calls(x: Tensor, side: int, width: int) -> Calls:
         "layer compiled torch": lambda: compiled_layer("torch"),
         "values compiled torch": lambda: compiled_values("torch"),
     }
-    for name in BACKENDS:
-        verdict = backends._by_name(name).can_run("dw_layer", device=x.device.type, dtype=x.dtype)
-        if not verdict:
-            continue
+    verdicts = backends.explain("dw_layer", device=x.device.type, dtype=x.dtype)
+    for name in (v.backend for v in verdicts if v and v.backend in BACKENDS):
         calls[f"layer {name}"] = lambda name=name: layer(name)
         calls[f"values {name}"] = lambda name=name: values(name)
     return calls

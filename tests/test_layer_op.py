@@ -98,7 +98,8 @@ def test_strided_inputs_and_poisoned_memory(dtype: torch.dtype) -> None:
         return view.copy_(t)
 
     for _ in range(3):  # freed blocks full of NaN are what new_empty returns next
-        del [torch.full_like(expected, float("nan")) for _ in range(4)][:]
+        poison = [torch.full_like(expected, float("nan")) for _ in range(4)]
+        del poison
         strided = OperatorCase(
             case.geometry, spread(case.x), spread(case.wv), spread(case.bv), case.v,
             spread(case.kernel), *(spread(t) for t in case.coefficients),

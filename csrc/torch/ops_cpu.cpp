@@ -127,7 +127,7 @@ class ValueChunks {
     const int64_t rows = geometry_.height * geometry_.width, dim_out = wo.size(0);
     const int64_t y_bytes = chunk_ * rows * row_ * element_;
     const int64_t out_bytes = convert_ ? chunk_ * rows * dim_out * element_ : 0;
-    const int64_t w_bytes = convert_ ? dim_out * (channels_ + 1) * element_ : 0;
+    const int64_t w_bytes = convert_ ? dim_out * channels_ * element_ : 0;
     using cpu::Scratch;
     Scratch scratch(scratch_bytes() + Scratch::padded(y_bytes) + Scratch::padded(out_bytes) +
                     Scratch::padded(w_bytes));

@@ -1,7 +1,7 @@
 """Loads the compiled modules and teaches PyTorch about the operators: fake tensors and autograd.
 
-``torch.ops.dwattn.dw_aggregate`` and ``dw_attention`` come from ``_C.so``, which uses LibTorch's
-stable ABI and holds no Python symbol. The package works without it: :data:`AVAILABLE` is then false,
+``torch.ops.dwattn.dw_aggregate``, ``dw_attention`` and ``dw_layer`` come from ``_C.so``, which uses
+LibTorch's stable ABI and holds no Python symbol. The package works without it: :data:`AVAILABLE` is then false,
 :func:`load_error` says why, and other backends run. ``DWATTN_DISABLE_NATIVE=1`` simulates that.
 
 Gradients of ``Y = aggregate(V; K, kappa, mu, beta)`` for ``G = dL/dY``, ``S[c] = sum_patches G``:
