@@ -16,7 +16,7 @@ from dwattn.adapters import describe
 from dwattn.calibration.lowrank import OutputCovariance, output_directions
 from dwattn.calibration.ridge import CorrectionFit
 from dwattn.calibration.stencil import PrefixFit, StencilFit
-from dwattn.calibration.views import views_of
+from dwattn.calibration.views import Views
 from dwattn.data import Batch
 from dwattn.errors import CalibrationError, DataError, DwattnError
 from dwattn.geometry import Geometry
@@ -355,10 +355,11 @@ def test_views_are_not_counted_as_photos() -> None:
 
 
 def test_views_do_not_depend_on_batches() -> None:
-    x = images(6)
-    whole = [view.pixels for view in views_of(Batch(x, 6, x), 0, 3, seed=1)]
+    x, held_out = images(6), torch.tensor([False, False, False, True, False, False])
+    whole = [view.pixels for view in Views(4, seed=1).of(Batch(x, 6, x), held_out)]
+    views = Views(4, seed=1)
     halves = [
-        [view.pixels for view in views_of(Batch(part, 3, part), 3 * i, 3, seed=1)]
+        [view.pixels for view in views.of(Batch(part, 3, part), held_out[3 * i : 3 * i + 3])]
         for i, part in enumerate(x.split(3))
     ]
     for k, view in enumerate(whole):
@@ -366,6 +367,23 @@ def test_views_do_not_depend_on_batches() -> None:
         torch.testing.assert_close(view, torch.cat([half[k] for half in halves]))  # type: ignore[list-item]
         assert view.shape == x.shape
         assert torch.equal(view, x) == (k == 0)
+
+
+def test_mosaics_never_mix_held_out_photos_with_fitted_ones() -> None:
+    held_out = torch.arange(12) % 3 == 0
+    x = torch.where(held_out, 1.0, 0.0)[:, None, None, None].expand(12, 3, 28, 28).clone()
+    x += 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    for view in list(Views(4, seed=0).of(Batch(x, 12, x), held_out))[2:]:
+        assert view.pixels is not None
+        # A mosaic of photos of one side has no step between its parts.
+        assert view.pixels.std((1, 2, 3)).max() < 0.05
+
+
+def test_mosaics_show_other_photos() -> None:
+    x = torch.arange(8.0)[:, None, None, None].expand(8, 3, 28, 28).clone()
+    *_, mosaic = Views(3, seed=0).of(Batch(x, 8, x), torch.zeros(8, dtype=torch.bool))
+    assert mosaic.pixels is not None
+    assert len(mosaic.pixels[7].unique()) > 1
 
 
 def test_loader_forms_agree() -> None:

@@ -20,7 +20,7 @@ from dwattn.calibration.journal import CalibrationResult, LayerNote
 from dwattn.calibration.layer_fit import choose_rank, fit_layer
 from dwattn.calibration.ridge import Correction, CorrectionFit
 from dwattn.calibration.streams import BlockCall, BlockRunner, embed
-from dwattn.calibration.views import views_of
+from dwattn.calibration.views import Views
 from dwattn.errors import CalibrationError
 from dwattn.geometry import Geometry
 from dwattn.projections import AttentionWeights
@@ -41,13 +41,13 @@ class CalibrationOptions:
     Args:
         batch_size: images that are moved through a block together.
         num_images: use at most this many images; None for all.
-        views: how often each photo is used: itself, then as mirrored random crops.
+        views: how often each photo is used: itself, as a mirrored random crop, then in mosaics of four photos.
         refit: which linear layers are corrected: ``all`` that write to the residual stream behind the first
             replacement, those of ``replaced`` blocks, only the ``attention`` output of replaced layers, or ``none``.
         held_out: share of the photos on which ridge strengths are judged.
         rank: of ``lowrank_dw``: ``{"fidelity": share}`` chooses each layer's width as the least that keeps this
             share of its output energy; anything else keeps the width the layer was built with.
-        seed: of the random crops.
+        seed: of crops and mosaics.
         progress: show a progress bar on stderr.
     """
 
@@ -139,6 +139,7 @@ class _Sweep:
         parts: tuple[list[Tensor], list[Tensor]] = ([], [])
         call: BlockCall | None = None
         every = max(2, round(1 / self.options.held_out))
+        views = Views(self.options.views, self.options.seed)
         parameter = next(model.parameters())
         batches = image_data.iterate(
             data, batch_size=self.options.batch_size, num_images=self.options.num_images,
@@ -148,7 +149,7 @@ class _Sweep:
             pixels = batch.pixels
             index = torch.arange(self.result.photos, self.result.photos + batch.size)
             held_out = index % every == every - 1
-            for view in views_of(batch, self.result.photos, self.options.views, self.options.seed):
+            for view in views.of(batch, held_out):
                 tokens, call = embed(model, self.layout, view.call)
                 tokens = tokens.float()
                 parts[0].append(tokens[held_out])
