@@ -4,7 +4,7 @@ sees them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,15 +44,14 @@ class Batch:
         """The model's output: ``model(pixels)``, or ``model(**inputs)`` without label keys."""
         return model(**self.inputs) if isinstance(self.inputs, dict) else model(self.inputs)
 
-    def with_pixels(self, transform: Callable[[Tensor], Tensor]) -> Batch:
-        """The same batch with transformed pixels; unchanged where its pixels are not known."""
+    def showing(self, pixels: Tensor) -> Batch:
+        """The same batch with other pixels of the same shape; unchanged where its own are not known."""
         if self.pixels is None:
             return self
-        changed = transform(self.pixels)
         if isinstance(self.inputs, Tensor):
-            return Batch(changed, self.size, changed)
-        inputs = {k: changed if v is self.pixels else v for k, v in self.inputs.items()}
-        return Batch(inputs, self.size, changed)
+            return Batch(pixels, self.size, pixels)
+        inputs = {k: pixels if v is self.pixels else v for k, v in self.inputs.items()}
+        return Batch(inputs, self.size, pixels)
 
 
 def iterate(

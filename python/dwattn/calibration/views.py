@@ -50,8 +50,7 @@ class Views:
             self._views_of(*pair) for pair in zip(batch.pixels, held_out.tolist(), strict=True)
         ]
         for images in zip(*views, strict=True):
-            changed = torch.stack(images)
-            yield batch.with_pixels(lambda _, changed=changed: changed)
+            yield batch.showing(torch.stack(images))
 
     def _views_of(self, image: Tensor, held_out: bool) -> list[Tensor]:
         recent = self._recent[held_out]
