@@ -67,7 +67,8 @@ def rtx_environment(scratch: Path) -> dict[str, str]:
 
 
 def run_rtx(scratch: Path, *arguments: str | Path) -> dict[str, Any]:
-    """The JSON result of ``python -m support.rtx_build ARGUMENTS`` in a process of its own.
+    """The JSON result of ``python -m support.rtx_build ARGUMENTS`` in a process of its own; its
+    ``stderr``, where the plugin library speaks when nothing listens, comes with it.
 
     TensorRT-RTX may abort its process; then the test fails with what it has printed.
     """
@@ -77,7 +78,7 @@ def run_rtx(scratch: Path, *arguments: str | Path) -> dict[str, Any]:
     )  # fmt: skip
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return {**result, "stderr": done.stderr}
 
 
 def _environment(folder: Path) -> dict[str, str]:
