@@ -1,10 +1,8 @@
-// Exact prefix rows. A "query" below is one prefix token seen by one head, numbered t * heads + h;
-// an image has Q of them. Shapes, all fp32 in the workspace:
+// Exact prefix rows in five kernels. A "query" below is one prefix token seen by one head, numbered
+// t * heads + h; an image has Q of them. Shapes, all fp32 in the workspace:
 //   q (B, P, Cp), absorbed (B, Q, D), scores (B, Q, N), pooled (B, Q, D)
 #include "kernels/cuda/pairs.cuh"
-#include "kernels/cuda/patch_mean.cuh"
-#include "kernels/cuda/prefix_rows.h"
-#include "kernels/cuda/row_product.cuh"
+#include "kernels/cuda/prefix_place.cuh"
 
 namespace dwattn::cuda {
 namespace {
