@@ -5,8 +5,8 @@
 //   rows[b,t,:]        = Y_t[b,:] Wp^T + bp              for the prefix tokens t < P
 //   out                = residual + gamma concat(rows, patches)
 //
-// Y_t is described in prefix_rows.h; Wp, bp are prefix_out, prefix_out_bias, or Wo, bo without them.
-// Every part writes its own rows of `out`: nothing is concatenated or copied.
+// Y_t is described in prefix_rows.h; Wp, bp are prefix_out, prefix_out_bias, or Wo, bo without
+// them. Every part writes its own rows of `out`: nothing is concatenated or copied.
 #pragma once
 
 #include <cstdint>
