@@ -248,7 +248,6 @@ int32_t DwPlugin::configurePlugin(const DynamicPluginTensorDesc* inputs, int32_t
                                   const DynamicPluginTensorDesc*, int32_t) noexcept {
   return guard(kFailure, [&] {
     layer_.check_input_count(input_count);
-    layer_.sizes(gather(layer_, [&](int i) { return inputs[i].desc.dims; }));
     layer_.sizes(gather(layer_, [&](int i) { return inputs[i].opt; }));
     return kSuccess;
   });

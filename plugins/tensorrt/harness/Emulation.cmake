@@ -15,7 +15,7 @@ target_include_directories(dwattn_trt_harness_emulated SYSTEM PRIVATE ${DWATTN_C
 target_compile_definitions(dwattn_trt_harness_emulated PRIVATE DWATTN_SIMT_HOST)
 target_compile_options(dwattn_trt_harness_emulated
                        PRIVATE -O1 -g1 -fno-strict-aliasing -fno-omit-frame-pointer
-                               -Wno-unknown-pragmas)
+                               -Wno-unknown-pragmas -Wno-class-memaccess)
 if(DWATTN_TRT_SANITIZE)
   target_compile_options(dwattn_trt_harness_emulated
                          PRIVATE -fsanitize=address,undefined -fno-sanitize-recover=all)

@@ -16,14 +16,14 @@ namespace {
 long allocations = 0;
 }
 
-// Counts what the plugin allocates.
-void* operator new(size_t bytes) {
+// Counts what the plugin allocates. Not inlined: GCC would take free for a mismatch.
+__attribute__((noinline)) void* operator new(size_t bytes) {
   ++allocations;
   if (void* const memory = std::malloc(bytes)) return memory;
   throw std::bad_alloc();
 }
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+__attribute__((noinline)) void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { operator delete(memory); }
 
 namespace harness {
 namespace {
@@ -267,7 +267,8 @@ void check_wrong_fields() {
   };
   const WrongFields table[] = {
       {Prefix::kDrop, with("hieght", 3), "unknown field 'hieght'; fields are inputs"},
-      {Prefix::kDrop, with("height", std::string("3")), "'height' is given twice"},
+      {Prefix::kDrop, with("height", std::string("3")),
+       "field 'height' is CHAR of length 1, expected one INT32"},
       {Prefix::kDrop, with("inputs", 3), "'inputs' is given twice"},
       {Prefix::kDrop, with("height", -3), "height=-3, width=4"},
       {Prefix::kDrop, with("height", 0), "height=0, width=4"},
@@ -416,11 +417,7 @@ void check_wrong_shapes() {
     expect(output_shape(plugin, node).values.empty(), what + " at inference of shapes");
     expect_said(wrong.message, what + " at inference of shapes");
 
-    // As the optimum of dynamic dimensions.
-    std::vector<DynamicPluginTensorDesc> profile = node.profile();
-    for (DynamicPluginTensorDesc& range : profile) {
-      std::fill(range.desc.dims.d, range.desc.dims.d + range.desc.dims.nbDims, -1);
-    }
+    const std::vector<DynamicPluginTensorDesc> profile = node.profile();
     expect(build(plugin).configurePlugin(profile.data(), node.input_count(), nullptr, 1) != 0,
            what + " in a profile");
     expect_said(wrong.message, what + " in a profile");
@@ -488,7 +485,8 @@ void check_run_time() {
   const std::vector<PluginTensorDesc> descs = node.descs();
   const long before = allocations;
   runtime(plugin).onShapeChange(descs.data(), node.input_count(), nullptr, 1);
-  expect(allocations == before, "a change of shapes allocates");
+  const long allocated = allocations - before;
+  expect(allocated == 0, "a change of shapes allocates");
   expect_silence("right shapes");
 
   // What the kernels refuse is reported: here, no pointers at all.
