@@ -5,7 +5,7 @@ environment variables name, so that none of them enters the environment under te
 DWATTN_TENSORRT_RTX         ``tensorrt_rtx_cu13``: a builder, an ONNX parser and a plugin registry
 DWATTN_TENSORRT_LEAN        ``tensorrt_lean_cu13_libs`` and ``_bindings``: TensorRT's own registry
 DWATTN_TENSORRT_INCLUDE     the headers, anywhere below it (``kernel-lens``, or a TensorRT)
-DWATTN_TENSORRT_PLUGIN      the plugin library itself, ``libdwattn_trt.so``
+DWATTN_TENSORRT_PLUGIN      the plugin library, ``libdwattn_trt.so``; without it tests build one
 ==========================  =====================================================================
 """
 
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from support import tensorrt_build
 
 TESTS = Path(__file__).parents[1]
 
@@ -34,8 +36,10 @@ def named(variable: str, what: str) -> Path:
 
 
 def plugin_library() -> Path:
-    """``libdwattn_trt.so``."""
-    return named("DWATTN_TENSORRT_PLUGIN", "the built libdwattn_trt.so")
+    """``libdwattn_trt.so``: the one that is named, or else built here."""
+    if os.environ.get("DWATTN_TENSORRT_PLUGIN"):
+        return named("DWATTN_TENSORRT_PLUGIN", "the built libdwattn_trt.so")
+    return tensorrt_build.library(include_dir())
 
 
 def include_dir() -> Path:
