@@ -50,8 +50,8 @@ def cuda_include() -> Path | None:
 
 def need_emulation() -> Path:
     """CUDA's headers; skips the test where the emulation cannot be built."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("the emulation switches fibers with x86-64 instructions")
+    if platform.machine() not in ("x86_64", "AMD64", "aarch64"):
+        pytest.skip("the emulation switches fibers with instructions of x86-64 or AArch64")
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     include = cuda_include()

@@ -159,9 +159,9 @@ def write(case: Golden, folder: Path) -> Path:
     plain = evaluate(case, inputs, case.dtype).double()
     # Twice the error of the plain computation in the same dtype, as for the kernels, and a little
     # for tensors as small as these.
-    allowed = 2 * (plain - expected).abs().max() + torch.finfo(
-        case.dtype
-    ).eps * expected.abs().max()
+    allowed = (
+        2 * (plain - expected).abs().max() + torch.finfo(case.dtype).eps * expected.abs().max()
+    )
     height, width = (0, 0) if "grid" in inputs else case.grid
     lines = [
         f"plugin {case.plugin}", f"field height {height}", f"field width {width}",
