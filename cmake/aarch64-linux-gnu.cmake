@@ -10,8 +10,19 @@ set(CMAKE_LIBRARY_ARCHITECTURE aarch64-linux-gnu)
 set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
 set(CMAKE_CUDA_HOST_COMPILER aarch64-linux-gnu-g++)
 set(CMAKE_CROSSCOMPILING_EMULATOR qemu-aarch64-static -L /usr/aarch64-linux-gnu)
-set(CMAKE_CUDA_FLAGS_INIT "-I${DWATTN_CUDA_TARGET}/include -L${DWATTN_CUDA_TARGET}/lib")
 
-# Test programs of CMake are compiled and not linked: nvcc looks for its libraries elsewhere.
-set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
-list(APPEND CMAKE_TRY_COMPILE_PLATFORM_VARIABLES DWATTN_CUDA_TARGET)
+# Through the environment it also reaches the configurations that CMake makes of its own.
+if(DWATTN_CUDA_TARGET)
+  set(ENV{DWATTN_CUDA_TARGET} ${DWATTN_CUDA_TARGET})
+else()
+  set(DWATTN_CUDA_TARGET $ENV{DWATTN_CUDA_TARGET})
+endif()
+
+# Headers of the compiler itself are not part of the target; those of the machine serve as well.
+execute_process(COMMAND nvcc --dryrun -x cu /dev/null ERROR_VARIABLE dryrun OUTPUT_QUIET)
+string(REGEX MATCH "INCLUDES=\"-I([^\"]+)\"" matched "${dryrun}")
+set(CMAKE_CUDA_FLAGS_INIT
+    "-I${DWATTN_CUDA_TARGET}/include -I${CMAKE_MATCH_1} -L${DWATTN_CUDA_TARGET}/lib")
+
+set(CUDA_cudart_static_LIBRARY ${DWATTN_CUDA_TARGET}/lib/libcudart_static.a CACHE FILEPATH "")
+list(APPEND CMAKE_PREFIX_PATH /usr/aarch64-linux-gnu)

@@ -59,6 +59,13 @@ def library(headers: Path) -> Path:
 
 
 @functools.cache
+def harness(headers: Path) -> Path:
+    """The harness that runs the library's real kernels, for this machine's GPU."""
+    options = (f"-DTENSORRT_INCLUDE_DIR={headers}", "-DDWATTN_CUDA_ARCHITECTURES=native")
+    return built("tensorrt-gpu", "dwattn_trt_harness", *options) / "dwattn_trt_harness"
+
+
+@functools.cache
 def emulated_harness(headers: Path) -> Path:
     """The harness with plugin and emulated kernels in one program, under sanitizers."""
     cuda = cuda_sources.need_emulation()
@@ -69,3 +76,20 @@ def emulated_harness(headers: Path) -> Path:
     )
     target = "dwattn_trt_harness_emulated"
     return built("tensorrt-emulated", target, *options) / target
+
+
+def commands(name: str, target: str) -> list[str]:
+    """What ninja runs in the build folder ``name`` to make ``target``, in order; the last one links."""
+    done = subprocess.run(
+        ["ninja", "-C", str(BUILDS / name), "-t", "commands", target],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.splitlines()
+
+
+def run_command(name: str, command: str) -> None:
+    """Runs a changed one of these commands in its build folder."""
+    done = subprocess.run(
+        command, shell=True, cwd=BUILDS / name, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]

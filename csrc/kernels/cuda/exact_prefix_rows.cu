@@ -160,7 +160,7 @@ DWATTN_DEVICE void normalise(const float* scores, int64_t tokens, float& largest
 // A block makes 64 features of eight queries. Its warps take every 16th token, and their sums are
 // added in the order of the warps.
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kPoolWarps* kWarp)
+__global__ void __launch_bounds__(kPoolWarps* kWarp, 1)
     pool_kernel(const PrefixRowsParams p, const float* all_scores, float* pooled) {
   DYN_SHARED(PoolShared, shared);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

@@ -469,6 +469,15 @@ void check_workspace() {
   expect(size(node, 8, kHeight) > one, "the workspace grows with the batch");
   expect(size(node, 1, 16) > one, "the workspace grows with the grid");
 
+  // A profile counts with its largest shapes.
+  Node eight = node;
+  for (const char* name : {"x", "residual", "grid"}) eight.input(name).shape[0] = 8;
+  std::vector<DynamicPluginTensorDesc> range = eight.profile();
+  for (int i : {0, 1, 2}) range[i].min.d[0] = range[i].opt.d[0] = 1;
+  expect(build(eight.create()).getWorkspaceSize(range.data(), eight.input_count(), nullptr, 1) ==
+             size(node, 8, kHeight),
+         "the workspace of a range");
+
   // Bounds of the number of tokens that are looser than the grid's.
   Node loose = node;
   std::vector<DynamicPluginTensorDesc> profile = loose.profile();
