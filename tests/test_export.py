@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from dwattn.adapters import describe
 from dwattn.errors import ExportError, UnsupportedAttentionError
 from dwattn.plan import Plan
 from dwattn.surgery import replace
+from support import exports
 from support.models import BY_NAME, first_tensor, hf_model, randomise, timm_vit
 
 onnx = pytest.importorskip("onnx")
@@ -68,18 +67,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _registry_once() -> Iterator[None]:
-    """The exporter compiles its operator library at every call, a fifth of these tests' time."""
-    with pytest.MonkeyPatch.context() as patch:
-        try:
-            from torch.onnx._internal.exporter._registration import onnxscript_apis
-
-            cached = functools.cache(onnxscript_apis.get_torchlib_ops)
-            patch.setattr(onnxscript_apis, "get_torchlib_ops", cached)
-        except (ImportError, AttributeError):  # another torch: slower, not wrong
-            pass
-        yield
+_registry_once = pytest.fixture(scope="module", autouse=True)(exports.cached_registry)
 
 
 @pytest.fixture
@@ -178,7 +166,7 @@ def layer(name: str, num_prefix: int = 2) -> nn.Module:
 @pytest.mark.parametrize("name", LAYERS)
 def test_lowered_layers_equal_the_modules(name: str) -> None:
     """The lowering itself in fp64, where only a wrong formula can differ."""
-    from dwattn.export.lowering import lower
+    from dwattn.export.native import lower
 
     module = layer(name).double()
     x = torch.randn(3, 2 + 15, 48, dtype=torch.float64)
@@ -279,18 +267,25 @@ def test_the_file_says_what_it_is_and_the_model_is_untouched(
     assert files(tmp_path) == ["model.onnx"]
 
 
+@pytest.mark.parametrize("lowering", ["native", "plugin"])
 def test_weights_too_large_for_one_file_go_beside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lowering: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import importlib
 
     monkeypatch.setattr(importlib.import_module("dwattn.export"), "_INLINE_BYTES", 1000)
     module = layer("dw", 0)
-    report = dwattn.export(module, tmp_path / "layer.onnx", (3, 5))
+    report = dwattn.export(module, tmp_path / "layer.onnx", (3, 5), lowering=lowering)
     assert files(tmp_path) == ["layer.onnx", "layer.onnx.data"]
     assert report.data_path == tmp_path / "layer.onnx.data"
     assert report.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
-    agrees(report.path, module, 0)
+    stored = {
+        t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(report.path).graph.initializer
+    }
+    weight = dict(module.named_parameters())["value.weight"].detach().numpy()
+    assert any(np.array_equal(a, w) for a in stored.values() for w in (weight, weight.T))
+    if lowering == "native":
+        agrees(report.path, module, 0)
 
 
 def test_static_batch_and_one_chosen_output(tmp_path: Path) -> None:
@@ -342,9 +337,8 @@ def test_wrapped_models_with_several_outputs(tmp_path: Path) -> None:
         ({"size": 30}, ["(30, 30)", "8 x 8", "(32, 32)"]),
         ({"size": 64}, ["8 x 8", "4 x 3"]),
         ({"dynamic_size": True}, ["dynamic_size", "4 x 3", "dynamic_grid=True"]),
-        ({"lowering": "plugin"}, ["'plugin'", "not available", "native"]),
-        ({"lowering": "function"}, ["'function'", "not available", "native"]),
-        ({"lowering": "magic"}, ["'magic'"]),
+        ({"lowering": "plugin"}, ["'plugin'", "scattered dw", "native"]),
+        ({"lowering": "magic"}, ["'magic'", "native", "plugin", "function", "conv2d"]),
         ({"opset": 12}, ["opset=12", "18"]),
         ({"dtype": "int8"}, ["int8", "fp16"]),
         ({"method": "forward_all"}, ["forward_all"]),
