@@ -89,10 +89,19 @@ __all__ = [
     "variance",
 ]
 
-try:
-    __version__ = version("dwattn")
-except PackageNotFoundError:  # a source tree that was put on the path without being installed
-    __version__ = "0.0.0"
+
+
+def _version() -> str:
+    # dwattn-deploy is the part of this package that a Jetson needs, installed alone.
+    for distribution in ("dwattn", "dwattn-deploy"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "0.0.0"  # a source tree that was put on the path without being installed
+
+
+__version__ = _version()
 
 
 def __getattr__(name: str) -> Any:
