@@ -96,7 +96,9 @@ def bench(
         DeployError: a file that cannot be measured here.
     """
     if provider not in PROVIDERS:
-        raise DeployError(f"There is no provider {provider!r}; choose one of {', '.join(PROVIDERS)}.")
+        raise DeployError(
+            f"There is no provider {provider!r}; choose one of {', '.join(PROVIDERS)}."
+        )
     paths = [Path(path)] if against is None else [Path(path), Path(against)]
     if len({p.resolve() for p in paths}) < len(paths):
         raise DeployError(f"{path} cannot be its own baseline.")

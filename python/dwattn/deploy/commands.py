@@ -205,9 +205,7 @@ def _compare(parsed: argparse.Namespace) -> int:
 def _golden(parsed: argparse.Namespace) -> int:
     from dwattn.deploy.golden import golden
 
-    result = golden(
-        parsed.model, parsed.out, batch=parsed.batch, size=_one_size(parsed.size)
-    )
+    result = golden(parsed.model, parsed.out, batch=parsed.batch, size=_one_size(parsed.size))
     shapes = {name: list(value.shape) for name, value in result.outputs.items()}
     text = f"Wrote {parsed.out}: outputs {shapes}."
     return _emit({"folder": parsed.out, "outputs": shapes, "source": result.source}, parsed, text)

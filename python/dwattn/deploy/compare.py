@@ -95,7 +95,12 @@ class CompareResult:
             for t in [next(iter(self.timings[name].values()))]
         ]
         kinds = [
-            (kind, ms(both["native"]), ms(both["plugin"]), f"{both['plugin'] - both['native']:+.4f}")
+            (
+                kind,
+                ms(both["native"]),
+                ms(both["plugin"]),
+                f"{both['plugin'] - both['native']:+.4f}",
+            )
             for kind, both in self.by_kind().items()
         ]
         parts = [

@@ -46,7 +46,10 @@ class Golden:
             raise DeployError(f"Cannot write to {root}: {error.strerror}.") from error
         for kind, arrays in (("inputs", self.inputs), ("outputs", self.outputs)):
             for name, array in arrays.items():
-                with write_atomically(_file(root, kind, name), DeployError) as path, path.open("wb") as file:
+                with (
+                    write_atomically(_file(root, kind, name), DeployError) as path,
+                    path.open("wb") as file,
+                ):
                     np.save(file, array, allow_pickle=False)
         record = {
             "schema": SCHEMA,

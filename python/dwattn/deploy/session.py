@@ -70,9 +70,7 @@ class Session:
             self._start, self._stop = cuda.event(), cuda.event()
             undo.callback(cuda.destroy, "Event", self._start)
             undo.callback(cuda.destroy, "Event", self._stop)
-            self.inputs = {
-                name: self._bind(name, shape, undo) for name, shape in shapes.items()
-            }
+            self.inputs = {name: self._bind(name, shape, undo) for name, shape in shapes.items()}
             outputs = [name for name in self._names() if name not in shapes]
             self.outputs = {name: self._bind(name, None, undo) for name in outputs}
             self._fill()
@@ -178,13 +176,9 @@ class Session:
         return [LayerTime(name, kinds.get(name, ""), ms / iterations) for name, ms in sums.items()]
 
     def _names(self) -> list[str]:
-        return [
-            self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)
-        ]
+        return [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
 
-    def _bind(
-        self, name: str, shape: tuple[int, ...] | None, undo: contextlib.ExitStack
-    ) -> Tensor:
+    def _bind(self, name: str, shape: tuple[int, ...] | None, undo: contextlib.ExitStack) -> Tensor:
         if shape is not None and not self._context.set_input_shape(name, shape):
             raise self._runtime.failure(
                 f"Input {name} cannot have the shape {list(shape)} in this engine"
@@ -272,9 +266,7 @@ def deserialize(runtime: Runtime, file: Path) -> Any:
     loader = runtime.trt.Runtime(runtime.logger)
     engine = loader.deserialize_cuda_engine(file.read_bytes())
     if engine is None:
-        raise runtime.failure(
-            f"{file} cannot be loaded by {runtime.name} {runtime.version}"
-        )
+        raise runtime.failure(f"{file} cannot be loaded by {runtime.name} {runtime.version}")
     return engine
 
 
@@ -321,7 +313,7 @@ def layer_kinds(runtime: Runtime, engine: Any) -> dict[str, str]:
 
 
 def random_inputs(
-    specs: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+    specs: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
 ) -> dict[str, NDArray[Any]]:
     """Standard normal numbers (zeros for integers), the same ones every time."""
     generator = np.random.default_rng(_SEED)

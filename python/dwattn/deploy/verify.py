@@ -68,11 +68,19 @@ class VerifyResult:
 
     def __str__(self) -> str:
         rows = [
-            (d.output, f"{d.max_abs:.3g}", f"{d.max_rel:.3g}", f"{d.rms_rel:.3g}", f"{d.cosine:.6f}")
+            (
+                d.output,
+                f"{d.max_abs:.3g}",
+                f"{d.max_rel:.3g}",
+                f"{d.rms_rel:.3g}",
+                f"{d.cosine:.6f}",
+            )
             for d in self.differences
         ]
         text = table(("output", "max abs", "max rel", "rms rel", "cosine"), rows)
-        return f"{text}\n{'Agrees' if self.ok else 'Does not agree'} (tolerance {self.tolerance:g})."
+        return (
+            f"{text}\n{'Agrees' if self.ok else 'Does not agree'} (tolerance {self.tolerance:g})."
+        )
 
 
 def verify(
