@@ -178,7 +178,7 @@ def layer(name: str, num_prefix: int = 2) -> nn.Module:
 @pytest.mark.parametrize("name", LAYERS)
 def test_lowered_layers_equal_the_modules(name: str) -> None:
     """The lowering itself in fp64, where only a wrong formula can differ."""
-    from dwattn.export.lowering import lower
+    from dwattn.export.native import lower
 
     module = layer(name).double()
     x = torch.randn(3, 2 + 15, 48, dtype=torch.float64)

@@ -23,7 +23,11 @@ from dwattn import backends
 from dwattn.conversion import conversion
 from dwattn.errors import ExportError
 from dwattn.export.folding import fold_constants
-from dwattn.export.graph import check_standard, float_types, trace, trace_grid
+from dwattn.export.forms import DEFAULT_OPSET, FORMS, Form
+from dwattn.export.function import attach_bodies, detach_bodies
+from dwattn.export.fusion import fuse_residuals
+from dwattn.export.graph import check_standard, float_types, name_sides, trace, trace_grid
+from dwattn.export.node import layer_nodes, name_nodes
 from dwattn.export.parity import (
     Case,
     Parity,
@@ -33,14 +37,13 @@ from dwattn.export.parity import (
     require_parity,
 )
 from dwattn.export.result import ExportReport
-from dwattn.export.target import Target, flatten_outputs, lower_layers, make_target, not_available
+from dwattn.export.static import check_static
+from dwattn.export.target import Target, flatten_outputs, make_target
 
 __all__ = ["DEFAULT_OPSET", "ExportReport", "Parity", "export"]
 
-#: Opset 18 is read by everything of interest (TensorRT 8.6 and later, onnxruntime 1.14 and later), and
-#: is the one the exporter writes without a conversion afterwards.
-DEFAULT_OPSET = 18
-_OPSETS = range(18, 22)
+# Of opset 17, which is what static compilers read.
+_STATIC_IR_VERSION = 8
 _TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
 _DTYPES = {"float32": "fp32", "fp32": "fp32", "float16": "fp16", "half": "fp16", "fp16": "fp16"}
 # A protobuf holds 2 GB; the weights of larger models go to a file beside it.
@@ -53,8 +56,8 @@ def export(
     size: int | tuple[int, int],
     *,
     lowering: str = "native",
-    opset: int = DEFAULT_OPSET,
-    dynamic_batch: bool = True,
+    opset: int | None = None,
+    dynamic_batch: bool | None = None,
     dynamic_size: bool = False,
     dtype: str | torch.dtype = "fp32",
     keep_io_fp32: bool = False,
@@ -65,7 +68,7 @@ def export(
     tolerance: float | None = None,
     latency: bool = False,
 ) -> ExportReport:
-    """Write ``model`` as ONNX with standard operators only, and check it on onnxruntime.
+    """Write ``model`` as ONNX, and check it on onnxruntime.
 
     The model is neither modified nor moved; a private fp32 copy of it is exported in eval mode. The
     file appears under its name only when it is complete and, with ``check``, agrees with PyTorch.
@@ -77,10 +80,18 @@ def export(
         size: image size in pixels, ``(H, W)`` or one number for both; for a bare layer its patch
             grid. It must be the size the model was converted for; with ``dynamic_size`` it is one
             of the sizes checked.
-        lowering: only ``"native"`` exists: the layers become a group convolution and matrix
-            products.
-        opset: 18 to 21.
-        dynamic_batch: leave the batch open; otherwise it is 1.
+        lowering: what becomes of replaced layers.
+            ``"native"``: a group convolution and matrix products, standard operators only.
+            ``"plugin"``: one node each, for the TensorRT plugin library; LayerScale and residual
+            connection that directly follow are part of it. The file is checked with the bodies of
+            ``"function"``, and written without.
+            ``"function"``: the same nodes and ONNX functions that define them, for onnxruntime.
+            ``"conv2d"``: 1x1 and depthwise convolutions of ``(B, C, H, W)``, with fixed shapes,
+            opset 17 and few operators, for static compilers such as Hailo's.
+            All but ``"native"`` cover dw, lowrank_dw and ens_dw of whole layers; exact prefix rows are
+            beyond ``"conv2d"``, and with query and key norms beyond the nodes.
+        opset: 18 to 21, by default 18; ``"conv2d"``: 17 (default) or 18.
+        dynamic_batch: leave the batch open (default, except for ``"conv2d"``); otherwise it is 1.
         dynamic_size: leave the image size open, in whole patches; needs ``replace(...,
             dynamic_grid=True)`` and a model that resamples its position embedding (timm:
             ``dynamic_img_size=True``).
@@ -94,25 +105,31 @@ def export(
         fold: compute what depends on weights alone at export. ``gamma`` and per-head kernels are
             always folded.
         tolerance: bound on ``max|difference| / max|PyTorch|``; default 1e-4 in fp32, 2e-2 in fp16.
-        latency: also measure onnxruntime's CPU latency at batch 1, with one thread.
+        latency: also measure onnxruntime's CPU latency at batch 1, with one thread; of a
+            ``"plugin"`` file that of its checked form.
 
     Returns:
         The report, with the measured errors.
 
     Raises:
-        ExportError: a size that does not fit, a model that cannot be exported, an operator beyond
-            the standard ones, or a graph that disagrees with PyTorch. No file is left behind.
+        ExportError: a size that does not fit, a model that cannot be exported, a layer that the
+            lowering does not have, an operator beyond the standard ones, or a graph that disagrees
+            with PyTorch. No file is left behind.
         UnsupportedAttentionError: no Vision Transformer in the model.
     """
-    kind = _check_options(lowering, opset, dtype, check or fold or latency)
+    form = _form(lowering)
+    opset = form.opsets.start if opset is None else opset
+    kind = _check_options(form, opset, dtype, check or fold or latency)
+    dynamic_batch = _check_shapes(form, dynamic_batch, dynamic_size)
     destination = _check_path(Path(path))
+    form.check(model)
     target = make_target(model, size, dynamic=dynamic_size, method=method)
     half = kind == "fp16"
     io_dtype = np.float16 if half and not keep_io_fp32 else np.float32
 
     cases = _cases(target, output, dynamic_batch, check)
     names = list(cases[0].expected)
-    replaced = lower_layers(target)
+    replaced = form.lower(target)
     graph = trace(
         target,
         names,
@@ -122,13 +139,23 @@ def export(
         half_io=not keep_io_fp32,
         dynamic_batch=dynamic_batch,
     )
+    if form.nodes:
+        name_nodes(graph.graph)
+        fuse_residuals(graph)
+    if target.dynamic:
+        name_sides(graph.graph)
     folded = fold_constants(graph) if fold else 0
     ops = check_standard(graph)
+    if form.static:
+        check_static(graph)
+        graph.ir_version = _STATIC_IR_VERSION
     metadata = _metadata(model, target, kind, lowering)
     graph.metadata_props.update(metadata)
     bound = tolerance if tolerance is not None else _TOLERANCE[kind]
 
     with _staged(destination) as staged:
+        if form.nodes:
+            attach_bodies(graph)
         _write(graph, staged)
         measured = compare(staged, cases, io_dtype) if check else []
         if check:
@@ -138,6 +165,9 @@ def export(
             if latency
             else None
         )
+        if form.nodes and not form.bodies:
+            detach_bodies(graph)
+            _write(graph, staged)
         data = staged.with_name(staged.name + ".data")
         has_data, size_bytes = data.exists(), sum(p.stat().st_size for p in staged.parent.iterdir())
 
@@ -152,7 +182,12 @@ def export(
         size=target.size,
         dynamic_batch=dynamic_batch,
         dynamic_size=dynamic_size,
+        lowering=form.name,
         replaced=replaced,
+        nodes={
+            node.name: f"{node.domain}::{node.op_type} {node.version}"
+            for node in layer_nodes(graph.graph)
+        },
         ops=dict(ops.most_common()),
         folded=folded,
         weights=dict(float_types(graph)),
@@ -165,18 +200,31 @@ def export(
     )
 
 
-def _check_options(lowering: str, opset: int, dtype: str | torch.dtype, runs: bool) -> str:
-    if lowering in ("plugin", "function"):
-        raise not_available(lowering)
-    if lowering != "native":
-        raise ExportError(f"Unknown lowering {lowering!r}; use 'native'.")
+def _form(lowering: str) -> Form:
+    if lowering not in FORMS:
+        raise ExportError(f"Unknown lowering {lowering!r}; choose one of {', '.join(FORMS)}.")
+    return FORMS[lowering]
+
+
+def _check_shapes(form: Form, dynamic_batch: bool | None, dynamic_size: bool) -> bool:
+    """Whether the batch is open."""
+    if form.static and (dynamic_batch or dynamic_size):
+        asked = "dynamic_batch=True" if dynamic_batch else "dynamic_size=True"
+        raise ExportError(
+            f"lowering={form.name!r} writes fixed shapes, so {asked} cannot be met; leave it out, or "
+            "export with lowering='native'."
+        )
+    return not form.static if dynamic_batch is None else dynamic_batch
+
+
+def _check_options(form: Form, opset: int, dtype: str | torch.dtype, runs: bool) -> str:
     kind = _DTYPES.get(str(dtype).removeprefix("torch."))
     if kind is None:
         raise ExportError(f"dtype={dtype!r} cannot be exported; choose 'fp32' or 'fp16'.")
-    if opset not in _OPSETS:
+    if opset not in form.opsets:
         raise ExportError(
-            f"opset={opset} is outside {_OPSETS.start} to {_OPSETS.stop - 1}; the default "
-            f"{DEFAULT_OPSET} suits TensorRT 10 and onnxruntime."
+            f"opset={opset} is outside {form.opsets.start} to {form.opsets.stop - 1}, which "
+            f"lowering={form.name!r} can be written in; the default is {form.opsets.start}."
         )
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dwattn import backends
 from dwattn.errors import ExportError
+from dwattn.export.node import DOMAIN
 from dwattn.export.target import Target, flatten_outputs
 from dwattn.export.translations import translations
 
@@ -93,10 +94,7 @@ def trace(
         raise
     except Exception as error:
         raise ExportError(_reason(target, error)) from error
-    model = program.model
-    if target.dynamic:
-        _name_sides(model.graph)
-    return model
+    return program.model
 
 
 def trace_grid(target: Target) -> tuple[int, int]:
@@ -128,7 +126,7 @@ def _dynamic_sides(target: Target) -> dict[int, Any]:
     }
 
 
-def _name_sides(graph: Any) -> None:
+def name_sides(graph: Any) -> None:
     """Call open dimensions ``height``, ``width`` and ``<output>_dim<i>`` instead of the exporter's symbols.
 
     Intermediate shapes in terms of those symbols are dropped; every runtime infers them anyway.
@@ -188,7 +186,9 @@ def check_standard(model: Any) -> Counter[str]:
     foreign: set[str] = set()
     for node in model.graph:
         counts[node.op_type] += 1
-        if node.domain not in ("", "ai.onnx") or node.op_type not in ALLOWED:
+        if node.domain != DOMAIN and (
+            node.domain not in ("", "ai.onnx") or node.op_type not in ALLOWED
+        ):
             foreign.add(f"{node.domain or 'ai.onnx'}::{node.op_type}")
     foreign |= {f"function {name}" for name in model.functions}
     if foreign:

@@ -21,7 +21,9 @@ class ExportReport:
         inputs, outputs: name to shape; symbolic dimensions by name.
         size: pixels ``(H, W)`` (patches for a bare layer); dynamic_batch, dynamic_size: what may
             vary.
-        replaced: replacement layers in the graph.
+        lowering: what became of replaced layers; replaced: how many there are.
+        nodes: layers that are single nodes, name to type and version, for example
+            ``"blocks.3.attn": "dwattn::DWAttention 1"``.
         ops: operator counts; folded: nodes that constant folding removed.
         weights: number of weight elements by dtype; bytes: size of the file or files.
         tolerance: bound on ``max_rel``, or None where the file was not checked.
@@ -40,7 +42,9 @@ class ExportReport:
     size: tuple[int, int]
     dynamic_batch: bool
     dynamic_size: bool
+    lowering: str
     replaced: int
+    nodes: dict[str, str]
     ops: dict[str, int]
     folded: int
     weights: dict[str, int]
@@ -76,8 +80,8 @@ class ExportReport:
             else f"onnxruntime agrees with PyTorch to {self.max_rel:.1e} of the output scale"
         )
         return (
-            f"{self.path}: {self.dtype}, opset {self.opset}, {sum(self.ops.values())} standard "
-            f"nodes, {self.bytes / 1e6:.1f} MB, {self.replaced} replaced layers; {checked}."
+            f"{self.path}: {self.dtype}, opset {self.opset}, {sum(self.ops.values())} nodes, "
+            f"{self.bytes / 1e6:.1f} MB, {self.replaced} replaced layers ({self.lowering}); {checked}."
         )
 
     def __rich__(self) -> Table:
@@ -90,7 +94,9 @@ class ExportReport:
             "format",
             f"opset {self.opset}, IR {self.ir_version}, weights {self.dtype}, I/O {self.io_dtype}",
         )
-        table.add_row("replaced layers", str(self.replaced))
+        table.add_row("replaced layers", f"{self.replaced}, lowering {self.lowering}")
+        for name, kind in self.nodes.items():
+            table.add_row("layer node", f"{name}: {kind}")
         table.add_row("nodes", f"{sum(self.ops.values())} ({_top(self.ops)})")
         table.add_row("size", f"{self.bytes / 1e6:.1f} MB")
         for p in self.parity:

@@ -8,17 +8,16 @@ import copy
 import inspect
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dwattn.adapters import BackboneLayout, ConvertedAttention, describe
+from dwattn.adapters import BackboneLayout, describe
 from dwattn.conversion import conversion
-from dwattn.errors import DwattnError, ExportError
-from dwattn.export.lowering import lower
+from dwattn.errors import ExportError
 from dwattn.scattered import SelfAttention
 from dwattn.token_grid import Grid, TokenGridModule
 
@@ -103,26 +102,21 @@ def make_target(model: nn.Module, size: int | Size, *, dynamic: bool, method: st
     )
 
 
-def lower_layers(target: Target) -> int:
-    """Swap the copy's replacement layers for their export form; the number of layers swapped."""
-    grid = None if target.dynamic else target.grid
-    if target.layout is None:
-        if isinstance(target.module, TokenGridModule):
-            target.module = lower(target.module, grid)
-            return 1
-        return 0
-    shims = [m for m in target.module.modules() if isinstance(m, ConvertedAttention)]
-    for shim in shims:
-        shim.layer = lower(shim.layer, grid)  # type: ignore[assignment]
-    bare = [
-        (m, n, c)
-        for m in target.module.modules()
-        for n, c in m.named_children()
-        if isinstance(c, TokenGridModule)
-    ]
-    for parent, name, child in bare:
-        setattr(parent, name, lower(child, grid))
-    return len(shims) + len(bare)
+def replaced_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The replacement layers of a model by name; a bare layer's own name is empty."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, TokenGridModule)}
+
+
+def lower_layers(target: Target, lower: Callable[[nn.Module], nn.Module]) -> dict[str, nn.Module]:
+    """Swap the copy's replacement layers for their export form; the new ones by name."""
+    lowered = {name: lower(layer) for name, layer in replaced_layers(target.module).items()}
+    for name, layer in lowered.items():
+        parent, _, child = name.rpartition(".")
+        if name:
+            setattr(target.module.get_submodule(parent), child, layer)
+        else:
+            target.module = layer
+    return lowered
 
 
 def flatten_outputs(result: Any, output: str | int | None = None) -> dict[str, Tensor]:
@@ -202,8 +196,13 @@ def _private_copy(model: nn.Module) -> nn.Module:
     return copied.to(device="cpu", dtype=torch.float32).eval().requires_grad_(False)
 
 
+def patch_convolution(layout: BackboneLayout) -> nn.Conv2d | None:
+    """The convolution that makes patches of pixels, where the model has one."""
+    return next((m for m in layout.patch_embed.modules() if isinstance(m, nn.Conv2d)), None)
+
+
 def _channels(layout: BackboneLayout) -> int:
-    convolution = next((m for m in layout.patch_embed.modules() if isinstance(m, nn.Conv2d)), None)
+    convolution = patch_convolution(layout)
     return 3 if convolution is None else convolution.in_channels
 
 
@@ -312,11 +311,3 @@ def _keep_sizes_symbolic(module: nn.Module) -> None:
 
 def _symbolic_int(value: Any) -> Any:
     return value if isinstance(value, torch.SymInt) else int(value)
-
-
-def not_available(lowering: str) -> DwattnError:
-    """The answer to lowerings that this version does not have."""
-    return ExportError(
-        f"lowering={lowering!r} is not available yet; use lowering='native', which writes standard "
-        "ONNX operators that onnxruntime and TensorRT run without a plugin."
-    )

@@ -1,0 +1,69 @@
+"""What the graph of a static compiler may hold: fixed shapes, 4-D convolutions and few operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dwattn.errors import ExportError
+
+_STANDARD = (
+    "Add AveragePool BatchNormalization Clip Concat Constant Conv ConvTranspose Div Elu Erf Flatten "
+    "Gather Gelu Gemm GlobalAveragePool HardSigmoid HardSwish Identity LayerNormalization LeakyRelu "
+    "MatMul Max MaxPool Min Mul Neg PRelu Pad Pow Reciprocal ReduceMax ReduceMean ReduceSum Relu "
+    "Reshape Resize Sigmoid Slice Softmax Softplus Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze"
+)
+#: Standard operators of a static graph. None computes a shape or picks by what it finds at run time.
+STATIC = frozenset(_STANDARD.split())
+#: Of these all inputs but the first must be constants.
+_SHAPING = frozenset({"Clip", "Gather", "Pad", "Reshape", "Resize", "Slice", "Split", "Squeeze"})
+_SHAPING |= {"ReduceMax", "ReduceMean", "ReduceSum", "Unsqueeze"}
+
+
+def check_static(model: Any) -> None:
+    """Hold an ``onnx_ir`` graph to :data:`STATIC` and to shapes that are numbers.
+
+    Raises:
+        ExportError: with the operators and nodes that do not belong, or the values of open shape.
+    """
+    graph = model.graph
+    open_values = [
+        f"{value.name} {tuple(map(str, value.shape))}"
+        for value in (*graph.inputs, *graph.outputs)
+        if not all(isinstance(side, int) for side in value.shape or (None,))
+    ]
+    wrong: dict[str, list[str]] = {}
+    for node in graph:
+        reason = _foreign(node)
+        if reason is not None:
+            wrong.setdefault(reason, []).append(node.name or node.outputs[0].name)
+    found = [f"{reason} ({_some(names)})" for reason, names in wrong.items()]
+    found += [f"open shape of {value}" for value in open_values]
+    if found:
+        raise ExportError(
+            f"lowering='conv2d' writes static graphs of few operators, but this one has "
+            f"{'; '.join(found)}. Export the part of the model without them, with output= or "
+            "method=, or export with lowering='native'."
+        )
+
+
+def _foreign(node: Any) -> str | None:
+    """What is wrong with a node in a static graph."""
+    if node.domain not in ("", "ai.onnx") or node.op_type not in STATIC:
+        return f"operator {node.op_type}"
+    if node.op_type in _SHAPING and not all(map(_is_constant, node.inputs[1:])):
+        return f"{node.op_type} with arguments from run time"
+    if node.op_type in ("Conv", "ConvTranspose") and len(node.inputs[1].shape or ()) != 4:
+        return f"{node.op_type} with a weight of {len(node.inputs[1].shape or ())} dimensions"
+    return None
+
+
+def _is_constant(value: Any) -> bool:
+    if value is None or value.const_value is not None:
+        return True
+    producer = value.producer()
+    return producer is not None and producer.op_type == "Constant"
+
+
+def _some(names: list[str], count: int = 4) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
