@@ -20,6 +20,7 @@ Plugins, all tensors linear, T = fp32 or fp16:
 registration is tested with TensorRT's Python package, but no engine with them has been built or run.
 """
 
+# mypy: disable-error-code="untyped-decorator"
 # No `from __future__ import annotations`: tensorrt.plugin looks at the annotations themselves.
 import importlib
 import json

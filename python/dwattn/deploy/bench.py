@@ -102,6 +102,7 @@ def bench(
     paths = [Path(path)] if against is None else [Path(path), Path(against)]
     if len({p.resolve() for p in paths}) < len(paths):
         raise DeployError(f"{path} cannot be its own baseline.")
+    commands: tuple[str, ...] = ()
     settings: dict[str, Any] = {
         "provider": provider, "iterations": iterations, "warmup": warmup,
     }  # fmt: skip
@@ -111,7 +112,7 @@ def bench(
                 raise DeployError(f"--threads {threads} must be at least 1.")
             used = stack.enter_context(pinned(-1 if threads > 1 and core is None else core))
             settings |= {"threads": threads, "core": used}
-            runners, commands = _cpu(paths, threads, batch, size, settings), ()
+            runners = _cpu(paths, threads, batch, size, settings)
         else:
             runners, commands = _gpu(
                 paths, stack, plugin, batch, size, verbose, iterations, settings

@@ -174,7 +174,7 @@ def _load() -> ctypes.CDLL:
     for name in (named,) if named else _NAMES:
         try:
             return ctypes.CDLL(name)
-        except OSError as error:
+        except OSError as error:  # noqa: PERF203
             tried.append(str(error))
     raise DeployError(
         "The CUDA runtime library cannot be loaded; set "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import re
 import sys
@@ -57,7 +58,13 @@ class Runtime:
         except Exception as error:
             raise self.failure(f"The plugin library {path} cannot be loaded ({error})") from error
         if handle is None:
-            raise self.failure(f"The plugin library {path} cannot be loaded")
+            # TensorRT does not pass on why; the loader tells it again.
+            try:
+                ctypes.CDLL(path)
+                reason = "it exports no getCreators"
+            except OSError as error:
+                reason = str(error)
+            raise self.failure(f"The plugin library {path} cannot be loaded ({reason})")
 
     def failure(self, what: str) -> DeployError:
         """An error that says what failed, why (from TensorRT's log) and what helps."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,8 +159,10 @@ class Session:
         """
         sums: dict[str, float] = {}
 
-        class Profiler(self._runtime.trt.IProfiler):  # type: ignore[misc]
-            def __init__(self, trt: Any) -> None:
+        trt = self._runtime.trt
+
+        class Profiler(trt.IProfiler):  # type: ignore[misc]
+            def __init__(self) -> None:
                 trt.IProfiler.__init__(self)
 
             def report_layer_time(self, layer_name: str, ms: float) -> None:
@@ -168,7 +170,7 @@ class Session:
 
         self._enqueue()
         self._cuda.synchronize(self._stream)
-        self._context.profiler = Profiler(self._runtime.trt)
+        self._context.profiler = Profiler()
         for _ in range(iterations):
             self._enqueue()
             self._cuda.synchronize(self._stream)
