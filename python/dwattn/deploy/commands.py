@@ -42,6 +42,11 @@ def main(arguments: Sequence[str] | None = None, program: str = "dwattn-deploy")
         return EXIT_INTERRUPTED
 
 
+def script() -> None:
+    """The installed command."""
+    sys.exit(main())
+
+
 def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         program, description="Build, measure and verify TensorRT engines on a device."
