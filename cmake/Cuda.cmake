@@ -4,9 +4,7 @@
 set(DWATTN_CUDA AUTO
     CACHE STRING "Build CUDA kernels: AUTO (nvcc and a CUDA build of PyTorch), ON (or fail), OFF")
 set_property(CACHE DWATTN_CUDA PROPERTY STRINGS AUTO ON OFF)
-set(DWATTN_CUDA_ARCHITECTURES
-    "80-real;86-real;87-real;89-real;90a-real;100-real;120-real;90-virtual"
-    CACHE STRING "CUDA architectures; 87 is Jetson Orin, the virtual one is PTX for later GPUs")
+include(cmake/CudaKernels.cmake)
 
 set(DWATTN_HAVE_CUDA OFF)
 set(DWATTN_CUDA_ARCHS_BUILT "")
@@ -48,17 +46,7 @@ endif()
 if(DWATTN_HAVE_CUDA)
   message(STATUS "dwattn: building with CUDA: ${DWATTN_CUDA_REASON}, ${DWATTN_CUDA_ARCHS_BUILT}")
   file(GLOB DWATTN_CUDA_SOURCES CONFIGURE_DEPENDS csrc/kernels/cuda/*.cu)
-  # An object library: an archive would drop kernels that nothing refers to yet.
-  add_library(dwattn_cuda_kernels OBJECT ${DWATTN_CUDA_SOURCES})
-  target_include_directories(dwattn_cuda_kernels PUBLIC csrc)
-  set_target_properties(dwattn_cuda_kernels PROPERTIES CUDA_STANDARD 17 CUDA_VISIBILITY_PRESET
-                                                                        hidden)
-  # Spills and stack frames are reported here and refused by tests/test_cuda_build.py.
-  target_compile_options(
-    dwattn_cuda_kernels PRIVATE -Xptxas=-v,-warn-spills,-warn-lmem-usage -Xfatbin=-compress-all
-                                -Xcompiler=-Wall)
-  # The static runtime: the library then needs no CUDA libraries besides the driver.
-  target_link_libraries(dwattn_cuda_kernels PUBLIC CUDA::cudart_static)
+  dwattn_add_cuda_kernels(dwattn_cuda_kernels ${DWATTN_CUDA_SOURCES})
 else()
   message(STATUS "dwattn: CPU-only build: ${DWATTN_CUDA_REASON}")
 endif()

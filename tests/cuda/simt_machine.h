@@ -19,8 +19,8 @@
 #include <random>
 #include <vector>
 
-#if !defined(__x86_64__)
-#error "The fiber switch below is written for x86-64."
+#if !defined(__x86_64__) && !defined(__aarch64__)
+#error "The fiber switch below is written for x86-64 and AArch64."
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -99,7 +99,11 @@ inline Machine machine;
 
 // ---- Fibers
 
-// Saves the callee-saved registers on the stack, swaps stacks, restores.
+// Saves the callee-saved registers on the stack, swaps stacks, restores. A new stack starts with
+// such a frame of kFrameWords, which returns to the address in the word kReturnWord.
+#if defined(__x86_64__)
+constexpr int kFrameWords = 8, kReturnWord = 6;
+
 extern "C" __attribute__((naked, noinline, used)) inline void dwattn_simt_switch(void** /*save*/,
                                                                                  void* /*load*/) {
   asm(R"(
@@ -120,6 +124,47 @@ extern "C" __attribute__((naked, noinline, used)) inline void dwattn_simt_switch
     ret
   )");
 }
+#else
+constexpr int kFrameWords = 20, kReturnWord = 11;
+
+// GCC has no naked functions for AArch64; weak, since every file that includes this defines it.
+extern "C" void dwattn_simt_switch(void** save, void* load);
+asm(R"(
+    .pushsection .text
+    .weak dwattn_simt_switch
+    .type dwattn_simt_switch, %function
+    .balign 4
+dwattn_simt_switch:
+    sub sp, sp, #160
+    stp x19, x20, [sp]
+    stp x21, x22, [sp, #16]
+    stp x23, x24, [sp, #32]
+    stp x25, x26, [sp, #48]
+    stp x27, x28, [sp, #64]
+    stp x29, x30, [sp, #80]
+    stp d8, d9, [sp, #96]
+    stp d10, d11, [sp, #112]
+    stp d12, d13, [sp, #128]
+    stp d14, d15, [sp, #144]
+    mov x9, sp
+    str x9, [x0]
+    mov sp, x1
+    ldp x19, x20, [sp]
+    ldp x21, x22, [sp, #16]
+    ldp x23, x24, [sp, #32]
+    ldp x25, x26, [sp, #48]
+    ldp x27, x28, [sp, #64]
+    ldp x29, x30, [sp, #80]
+    ldp d8, d9, [sp, #96]
+    ldp d10, d11, [sp, #112]
+    ldp d12, d13, [sp, #128]
+    ldp d14, d15, [sp, #144]
+    add sp, sp, #160
+    ret
+    .size dwattn_simt_switch, .-dwattn_simt_switch
+    .popsection
+)");
+#endif
 
 inline void to_scheduler() {
   Fiber& self = *machine.current;
@@ -168,11 +213,11 @@ inline void start(Fiber& fiber, int index) {
   fiber.state = State::kReady;
   fiber.open.clear();
   fiber.flights.clear();
-  // The first switch pops six registers and returns into fiber_main, as if it had been called.
+  // The first switch returns into fiber_main, as if it had been called.
   const uintptr_t top = reinterpret_cast<uintptr_t>(fiber.stack + kStackBytes) & ~uintptr_t{15};
-  void** frame = reinterpret_cast<void**>(top) - 8;
-  std::fill(frame, frame + 8, nullptr);
-  frame[6] = reinterpret_cast<void*>(&fiber_main);
+  void** frame = reinterpret_cast<void**>(top) - kFrameWords;
+  std::fill(frame, frame + kFrameWords, nullptr);
+  frame[kReturnWord] = reinterpret_cast<void*>(&fiber_main);
   fiber.stack_pointer = frame;
 }
 

@@ -21,6 +21,17 @@ PROGRAMS = "tests/cuda"
 LINKED: dict[str, tuple[str, ...]] = {
     "test_dw_attention": ("dw_attention.cu", "dw_context.cu"),
     "test_dw_aggregate": ("dw_aggregate.cu",),
+    "test_linear": ("linear.cu",),
+    "test_dw_layer": (
+        "dw_layer.cu",
+        "dw_attention.cu",
+        "dw_context.cu",
+        "lowrank_dw_attention.cu",
+        "lowrank_dw_plan.cu",
+        "linear.cu",
+        "exact_prefix_rows.cu",
+        "static_prefix_rows.cu",
+    ),
 }
 
 _FLAGS = (
@@ -50,8 +61,8 @@ def cuda_include() -> Path | None:
 
 def need_emulation() -> Path:
     """CUDA's headers; skips the test where the emulation cannot be built."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("the emulation switches fibers with x86-64 instructions")
+    if platform.machine() not in ("x86_64", "AMD64", "aarch64"):
+        pytest.skip("the emulation switches fibers with instructions of x86-64 or AArch64")
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     include = cuda_include()

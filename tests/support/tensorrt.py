@@ -5,7 +5,7 @@ environment variables name, so that none of them enters the environment under te
 DWATTN_TENSORRT_RTX         ``tensorrt_rtx_cu13``: a builder, an ONNX parser and a plugin registry
 DWATTN_TENSORRT_LEAN        ``tensorrt_lean_cu13_libs`` and ``_bindings``: TensorRT's own registry
 DWATTN_TENSORRT_INCLUDE     the headers, anywhere below it (``kernel-lens``, or a TensorRT)
-DWATTN_TENSORRT_PLUGIN      the plugin library itself, ``libdwattn_trt.so``
+DWATTN_TENSORRT_PLUGIN      the plugin library, ``libdwattn_trt.so``; without it tests build one
 ==========================  =====================================================================
 """
 
@@ -20,22 +20,24 @@ from typing import Any
 
 import pytest
 
+from support import tensorrt_build
+
 TESTS = Path(__file__).parents[1]
 
 
 def named(variable: str, what: str) -> Path:
-    """The existing path that an environment variable holds; the test is skipped where it is unset."""
+    """The existing path that an environment variable holds; the test is skipped where there is none."""
     value = os.environ.get(variable)
-    if not value:
-        pytest.skip(f"set {variable} to {what}")
-    path = Path(value).resolve()
-    assert path.exists(), f"{variable}={value} does not exist"
-    return path
+    if not value or not Path(value).exists():
+        pytest.skip(f"set {variable} to {what}" + (f": {value} does not exist" if value else ""))
+    return Path(value).resolve()
 
 
 def plugin_library() -> Path:
-    """``libdwattn_trt.so``."""
-    return named("DWATTN_TENSORRT_PLUGIN", "the built libdwattn_trt.so")
+    """``libdwattn_trt.so``: the one that is named, or else built here."""
+    if os.environ.get("DWATTN_TENSORRT_PLUGIN"):
+        return named("DWATTN_TENSORRT_PLUGIN", "the built libdwattn_trt.so")
+    return tensorrt_build.library(include_dir())
 
 
 def include_dir() -> Path:

@@ -51,7 +51,8 @@ int64_t dw_attention_workspace(const DwAttentionParams& params);
 Status dw_attention(const DwAttentionParams& params, void* workspace, Stream stream);
 
 // ctx (B, C) alone, from the mean of x over the patches and from the prefix rows. The workspace
-// holds batch * dim floats and is not touched without mu.
+// holds batch * dim floats, 16-byte aligned; with mu it holds that mean afterwards, without mu it
+// is not touched.
 Status dw_context(const DwAttentionParams& params, float* ctx, float* workspace, Stream stream);
 
 // The aggregation of a V that is in memory. y_dtype must be v_dtype; fp64 is not supported.

@@ -3,69 +3,50 @@
 //   x (B, P + H*W, D), mean (B, D) fp32, Wv (C, D) -> ctx (B, C) fp32
 #include "kernels/cuda/dw_attention.h"
 #include "kernels/cuda/patch_mean.cuh"
+#include "kernels/cuda/row_product.cuh"
 
 namespace dwattn::cuda {
 namespace {
 
-constexpr int kProjectWarps = 8;
-constexpr int kImages = 4;  // that share one pass over a row of Wv
-
-struct Projected {
-  float v[kImages];
-};
-
-// Rows `row` (one per image) times a row of Wv; every lane gets the sums.
-template <class T, class Row>
-DWATTN_DEVICE Projected project(const Row* row, const int64_t (&offset)[kImages], const T* wv,
-                                int64_t dim) {
-  Projected sum = {};
-#pragma unroll 4
-  for (int64_t k = threadIdx.x % kWarp; k < dim; k += kWarp) {
-    const float w = to_float(wv[k]);
-#pragma unroll
-    for (int i = 0; i < kImages; ++i) sum.v[i] = fmaf(w, to_float(row[offset[i] + k]), sum.v[i]);
-  }
-#pragma unroll
-  for (int i = 0; i < kImages; ++i) sum.v[i] = warp_sum(sum.v[i]);
-  return sum;
-}
-
 // A warp makes one channel of four images.
 template <class T>
-__global__ void __launch_bounds__(kProjectWarps* kWarp)
+__global__ void __launch_bounds__(kProductWarps* kWarp)
     dw_context_kernel(const DwAttentionParams p, const float* mean, float* ctx) {
-  const int64_t groups = (p.channels + kProjectWarps - 1) / kProjectWarps;
-  const int64_t channel = blockIdx.x % groups * kProjectWarps + threadIdx.x / kWarp;
-  const int64_t first = blockIdx.x / groups * kImages;
+  const RowGroup group(p.batch, p.channels);
+  const int64_t channel = group.channel;
   if (channel >= p.channels) return;
   const T* const wv = static_cast<const T*>(p.wv) + channel * p.wv_stride;
   const T* const x = static_cast<const T*>(p.x);
+  const bool wv_vectors = vectors_aligned<T>(p.wv, p.wv_stride, 0, p.dim);
+  const bool x_vectors = vectors_aligned<T>(p.x, p.x_stride_batch, p.x_stride_token, p.dim);
   const float bias = p.bv != nullptr ? p.bv[channel] : 0.0f;
   const float beta = p.beta != nullptr ? p.beta[channel] : 0.0f;
-  float total[kImages];
-  int64_t in_mean[kImages], in_x[kImages];
+  float total[kRowsTogether];
+  int64_t in_mean[kRowsTogether], in_x[kRowsTogether];
 #pragma unroll
-  for (int i = 0; i < kImages; ++i) {
-    const int64_t image = first + i < p.batch ? first + i : p.batch - 1;  // a repetition is dropped
-    in_mean[i] = image * p.dim;
-    in_x[i] = image * p.x_stride_batch;
+  for (int i = 0; i < kRowsTogether; ++i) {
+    in_mean[i] = group.row(i) * p.dim;
+    in_x[i] = group.row(i) * p.x_stride_batch;
     total[i] = beta;
   }
   if (p.mu != nullptr) {
-    const Projected row = project(mean, in_mean, wv, p.dim);
+    const RowSums row = row_sums(mean, in_mean, wv, p.dim, wv_vectors);
 #pragma unroll
-    for (int i = 0; i < kImages; ++i) total[i] = fmaf(p.mu[channel], row.v[i] + bias, total[i]);
+    for (int i = 0; i < kRowsTogether; ++i) {
+      total[i] = fmaf(p.mu[channel], row.v[i] + bias, total[i]);
+    }
   }
   for (int64_t t = 0; p.kappa != nullptr && t < p.num_prefix; ++t) {
     const float kappa = p.kappa[t * p.channels + channel];
-    const Projected row = project(x + t * p.x_stride_token, in_x, wv, p.dim);
+    const RowSums row =
+        row_sums(x + t * p.x_stride_token, in_x, wv, p.dim, wv_vectors && x_vectors);
 #pragma unroll
-    for (int i = 0; i < kImages; ++i) total[i] = fmaf(kappa, row.v[i] + bias, total[i]);
+    for (int i = 0; i < kRowsTogether; ++i) total[i] = fmaf(kappa, row.v[i] + bias, total[i]);
   }
   if (threadIdx.x % kWarp > 0) return;
 #pragma unroll
-  for (int i = 0; i < kImages; ++i) {
-    if (first + i < p.batch) ctx[(first + i) * p.channels + channel] = total[i];
+  for (int i = 0; i < kRowsTogether; ++i) {
+    if (group.exists(i)) ctx[group.row(i) * p.channels + channel] = total[i];
   }
 }
 
@@ -77,11 +58,10 @@ Status run(const DwAttentionParams& p, float* ctx, float* mean, cudaStream_t str
                                      p.height * p.width, p.dim, mean, stream);
     if (status != Status::kOk) return status;
   }
-  const int64_t groups = (p.channels + kProjectWarps - 1) / kProjectWarps;
-  const int64_t blocks = groups * ((p.batch + kImages - 1) / kImages);
+  const int64_t blocks = row_product_blocks(p.batch, p.channels);
   if (blocks > INT32_MAX) return Status::kInvalidArgument;
   return launch(dw_context_kernel<T>, dim3(static_cast<unsigned>(blocks)),
-                dim3(kProjectWarps * kWarp), 0, stream, p, mean, ctx);
+                dim3(kProductWarps * kWarp), 0, stream, p, mean, ctx);
 }
 
 }  // namespace

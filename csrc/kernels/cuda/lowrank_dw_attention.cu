@@ -8,8 +8,8 @@
 // slots, and U' of band patch (i, j) in slot (i, j + 1): two rows higher, where nothing is read any
 // more.
 #include "kernels/cuda/band_product.cuh"
+#include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/lowrank_dw_attention.h"
-#include "kernels/cuda/lowrank_dw_epilogue.cuh"
 
 namespace dwattn::cuda {
 namespace {
@@ -316,8 +316,9 @@ class ExpansionLoader {
 
 template <class T>
 DWATTN_DEVICE void write_tile(const LowrankDwParams& p, const Band& band,
-                              const BandProduct<T, kOutTile>& product, Epilogue<T>& epilogue,
-                              int first_token, int64_t first_feature) {
+                              const BandProduct<T, kOutTile>& product,
+                              Epilogue<T, LowrankDwParams>& epilogue, int first_token,
+                              int64_t first_feature) {
   using Product = BandProduct<T, kOutTile>;
 #pragma unroll
   for (int g = 0; g < Product::kGroups; ++g) {
@@ -329,7 +330,7 @@ DWATTN_DEVICE void write_tile(const LowrankDwParams& p, const Band& band,
       float values[Product::kVector];
 #pragma unroll
       for (int e = 0; e < Product::kVector; ++e) values[e] = product.value(i, g, e);
-      epilogue.write(p.num_prefix + band.written_patch(m), values);
+      epilogue.write(band.image, p.num_prefix + band.written_patch(m), values);
     }
   }
 }
@@ -344,7 +345,7 @@ DWATTN_DEVICE void expand(const LowrankDwParams& p, const LowrankDwPlan& plan, c
   const int out_tiles = (static_cast<int>(p.dim_out) + kOutTile - 1) / kOutTile;
 
   Product product;
-  Epilogue<T> epilogue(p, band.image);
+  Epilogue<T, LowrankDwParams> epilogue(p, p.b_bias);
   int operand[Product::kOperandRows];
   int k = 0, first_token = 0;
   int64_t first_feature = 0;

@@ -1,36 +1,24 @@
-// What lowrank_dw_attention does with a vector of output features before it is written.
+// What happens to a vector of output features before it is written.
 #pragma once
 
 #include "kernels/cuda/band_product.cuh"
-#include "kernels/cuda/lowrank_dw_attention.h"
 
 namespace dwattn::cuda {
 
-// Whether rows of `length` elements can be moved by 16-byte vectors.
-template <class T>
-DWATTN_DEVICE bool vectors_aligned(const void* base, int64_t stride, int64_t stride2,
-                                   int64_t length) {
-  constexpr int64_t kVector = BandChunk<T>::kVector;
-  return reinterpret_cast<uintptr_t>(base) % kBandVectorBytes == 0 && stride % kVector == 0 &&
-         stride2 % kVector == 0 && length % kVector == 0;
-}
-
-// residual + gamma * (value + b_bias) for kVector features of one token.
-template <class T>
+// residual + gamma * (value + bias) for kVector features of one token. Params names out, residual,
+// their strides, gamma and dim_out.
+template <class T, class Params>
 class Epilogue {
  public:
   static constexpr int kVector = BandChunk<T>::kVector;
 
-  DWATTN_DEVICE Epilogue(const LowrankDwParams& p, int64_t image)
+  DWATTN_DEVICE Epilogue(const Params& p, const float* bias)
       : p_(p),
-        out_(static_cast<T*>(p.out) + image * p.out_stride_batch),
-        residual_(static_cast<const T*>(p.residual)),
+        bias_of_(bias),
         vectors_(
             vectors_aligned<T>(p.out, p.out_stride_batch, p.out_stride_token, p.dim_out) &&
             (p.residual == nullptr || vectors_aligned<T>(p.residual, p.residual_stride_batch,
-                                                         p.residual_stride_token, p.dim_out))) {
-    if (residual_ != nullptr) residual_ += image * p.residual_stride_batch;
-  }
+                                                         p.residual_stride_token, p.dim_out))) {}
 
   // Takes the coefficients of features d ... d + kVector.
   DWATTN_DEVICE void choose(int64_t d) {
@@ -38,15 +26,18 @@ class Epilogue {
 #pragma unroll
     for (int e = 0; e < kVector; ++e) {
       const bool exists = d + e < p_.dim_out;
-      bias_[e] = p_.b_bias != nullptr && exists ? p_.b_bias[d + e] : 0.0f;
+      bias_[e] = bias_of_ != nullptr && exists ? bias_of_[d + e] : 0.0f;
       gamma_[e] = p_.gamma != nullptr && exists ? p_.gamma[d + e] : 1.0f;
     }
   }
 
-  DWATTN_DEVICE void write(int64_t token, float (&v)[kVector]) const {
-    T* const out = out_ + token * p_.out_stride_token + d_;
-    const T* const residual =
-        residual_ == nullptr ? nullptr : residual_ + token * p_.residual_stride_token + d_;
+  DWATTN_DEVICE void write(int64_t image, int64_t token, float (&v)[kVector]) const {
+    T* const out =
+        static_cast<T*>(p_.out) + image * p_.out_stride_batch + token * p_.out_stride_token + d_;
+    const T* residual = static_cast<const T*>(p_.residual);
+    if (residual != nullptr) {
+      residual += image * p_.residual_stride_batch + token * p_.residual_stride_token + d_;
+    }
     const int left = min(static_cast<int>(p_.dim_out - d_), kVector);
     float base[kVector];
     read(residual, left, base);
@@ -77,9 +68,8 @@ class Epilogue {
     }
   }
 
-  const LowrankDwParams& p_;
-  T* const out_;
-  const T* residual_;
+  const Params& p_;
+  const float* const bias_of_;
   const bool vectors_;
   int64_t d_ = 0;
   float bias_[kVector], gamma_[kVector];

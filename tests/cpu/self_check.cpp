@@ -1,0 +1,175 @@
+// The CPU kernels against loops in fp64, for machines where the Python tests do not run: built by a
+// cross compiler and run in an emulator (tests/test_aarch64.py).
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/cpu/dw_aggregate.h"
+#include "kernels/cpu/gemm.h"
+#include "kernels/cpu/half.h"
+
+namespace {
+
+using namespace dwattn;
+using cpu::BFloat16;
+using cpu::Float16;
+
+int failures = 0;
+std::mt19937 generator(7);
+
+template <class T>
+constexpr DType kType = DType::kFloat32;
+template <>
+constexpr DType kType<double> = DType::kFloat64;
+template <>
+constexpr DType kType<Float16> = DType::kFloat16;
+template <>
+constexpr DType kType<BFloat16> = DType::kBFloat16;
+
+// Half a unit in the last place of numbers near one.
+template <class T>
+constexpr double kRounding = 0x1p-24;
+template <>
+constexpr double kRounding<double> = 0x1p-53;
+template <>
+constexpr double kRounding<Float16> = 0x1p-11;
+template <>
+constexpr double kRounding<BFloat16> = 0x1p-8;
+
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+std::vector<T> normal(int64_t count) {
+  std::normal_distribution<float> distribution;
+  std::vector<T> values(static_cast<size_t>(count));
+  for (T& value : values) {
+    const Acc<T> drawn = distribution(generator);
+    cpu::from_float(drawn, &value);
+  }
+  return values;
+}
+
+void judge(const std::string& what, double worst) {
+  if (worst <= 1) return;  // also false for NaN
+  ++failures;
+  std::printf("FAIL %s: %.3g times the allowed error\n", what.c_str(), worst);
+}
+
+template <class T>
+void check_aggregate(int64_t height, int64_t width, int64_t prefix, int64_t channels) {
+  constexpr int64_t kBatch = 2;
+  const int64_t patches = height * width, tokens = prefix + patches;
+  const auto v = normal<T>(kBatch * tokens * channels);
+  const auto kernel = normal<Acc<T>>(channels * 9), kappa = normal<Acc<T>>(prefix * channels),
+             mu = normal<Acc<T>>(channels), beta = normal<Acc<T>>(channels),
+             bias = normal<Acc<T>>(channels);
+  std::vector<T> y(static_cast<size_t>(kBatch * patches * channels));
+  DwAggregateParams p{};
+  p.v = v.data();
+  p.v_stride_batch = tokens * channels;
+  p.v_stride_token = p.y_stride_token = channels;
+  p.y = y.data();
+  p.y_stride_batch = patches * channels;
+  p.v_dtype = p.y_dtype = kType<T>;
+  p.kernel = kernel.data();
+  p.kappa = prefix > 0 ? kappa.data() : nullptr;
+  p.mu = mu.data();
+  p.beta = beta.data();
+  p.v_bias = bias.data();
+  p.batch = kBatch;
+  p.height = height;
+  p.width = width;
+  p.num_prefix = prefix;
+  p.channels = channels;
+  std::vector<char> workspace(static_cast<size_t>(cpu::dw_aggregate_workspace(p)));
+  const std::string what = "dw_aggregate, dtype " + std::to_string(static_cast<int>(kType<T>)) +
+                           " " + std::to_string(height) + "x" + std::to_string(width) +
+                           " C=" + std::to_string(channels);
+  const Status status = cpu::dw_aggregate(p, workspace.data(), cpu::serial_for());
+  if (status != Status::kOk) {
+    ++failures;
+    std::printf("FAIL %s: %s\n", what.c_str(), status_text(status));
+    return;
+  }
+
+  double worst = 0;
+  for (int64_t b = 0; b < kBatch; ++b) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const auto value = [&](int64_t token) {
+        return static_cast<double>(cpu::to_float(v[(b * tokens + token) * channels + c])) + bias[c];
+      };
+      double mean = 0, ctx = beta[c];
+      for (int64_t n = 0; n < patches; ++n) mean += value(prefix + n) / patches;
+      ctx += mu[c] * mean;
+      for (int64_t t = 0; t < prefix; ++t) ctx += kappa[t * channels + c] * value(t);
+      for (int64_t n = 0; n < patches; ++n) {
+        double sum = ctx, magnitude = std::fabs(ctx) + 1;
+        for (int64_t tap = 0; tap < 9; ++tap) {
+          const int64_t i = n / width + tap / 3 - 1, j = n % width + tap % 3 - 1;
+          if (i < 0 || i >= height || j < 0 || j >= width) continue;
+          const double term = kernel[c * 9 + tap] * value(prefix + i * width + j);
+          sum += term;
+          magnitude += std::fabs(term);
+        }
+        const double got = cpu::to_float(y[(b * patches + n) * channels + c]);
+        const double allowed =
+            1.01 * kRounding<T> * std::fabs(sum) + 16 * kRounding<Acc<T>> * magnitude;
+        const double error = std::fabs(got - sum) / allowed;
+        worst = error >= 0 ? std::max(worst, error) : INFINITY;
+      }
+    }
+  }
+  judge(what, worst);
+}
+
+template <class T>
+void check_product(int64_t m, int64_t n, int64_t k) {
+  const auto a = normal<T>(m * k), b = normal<T>(n * k);
+  std::vector<T> c(static_cast<size_t>(m * n));
+  const cpu::GemmParams p{kType<T>, a.data(), k, b.data(), k, c.data(), n, m, n, k};
+  const std::string what = "gemm_nt, dtype " + std::to_string(static_cast<int>(kType<T>));
+  if (cpu::gemm_nt(p, cpu::serial_for()) != Status::kOk) {
+    ++failures;
+    std::printf("FAIL %s: refused\n", what.c_str());
+    return;
+  }
+  double worst = 0;
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = 0, magnitude = 0;
+      for (int64_t l = 0; l < k; ++l) {
+        const double term = static_cast<double>(a[i * k + l]) * b[j * k + l];
+        sum += term;
+        magnitude += std::fabs(term);
+      }
+      const double error = std::fabs(c[i * n + j] - sum) / (k * kRounding<T> * magnitude);
+      worst = error >= 0 ? std::max(worst, error) : INFINITY;
+    }
+  }
+  judge(what, worst);
+}
+
+template <class T>
+void check_aggregates() {
+  check_aggregate<T>(5, 7, 1, 24);
+  check_aggregate<T>(1, 9, 0, 19);
+  check_aggregate<T>(6, 1, 5, 3);
+  check_aggregate<T>(12, 16, 0, 64);
+}
+
+}  // namespace
+
+int main() {
+  check_aggregates<float>();
+  check_aggregates<double>();
+  check_aggregates<Float16>();
+  check_aggregates<BFloat16>();
+  check_product<float>(37, 29, 65);
+  check_product<double>(17, 33, 40);
+  std::printf("%d failure(s), instruction set %s\n", failures, cpu::isa_name(cpu::default_isa()));
+  return failures == 0 ? 0 : 1;
+}
