@@ -102,6 +102,10 @@ def test_the_whole_chain(place: Path, scored: Path, tmp_path: Path) -> None:
     assert report["replaced"] == 2
     assert report["max_rel"] < 1e-4
     assert onnx.exists()
+    report = invoke_json(
+        "export", model, student, "--size", 56, "--out", onnx, "--lowering", "plugin"
+    )
+    assert set(report["nodes"].values()) == {"dwattn::DWAttention 1"}
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "model.onnx", "plan.json", "student.safetensors"
     ]  # fmt: skip
@@ -168,7 +172,7 @@ def test_report_of_stored_results(tmp_path: Path) -> None:
         (["export", "{model}", "none.safetensors"], 1, "none.safetensors"),
         (["export", "{model}", "--size", "55"], 1, "not a multiple"),
         (["export", "{model}", "--fp32-io"], 2, "--fp16"),
-        (["export", "{model}", "--lowering", "plugin"], 1, "not available"),
+        (["export", "{model}", "--lowering", "magic"], 1, "plugin"),
         (["export", "{model}", "--weights", "none.pth"], 1, "no weights file"),
         (["transmogrify"], 2, "transmogrify"),
     ],

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from dwattn.adapters import describe
 from dwattn.errors import ExportError, UnsupportedAttentionError
 from dwattn.plan import Plan
 from dwattn.surgery import replace
+from support import exports
 from support.models import BY_NAME, first_tensor, hf_model, randomise, timm_vit
 
 onnx = pytest.importorskip("onnx")
@@ -68,18 +67,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _registry_once() -> Iterator[None]:
-    """The exporter compiles its operator library at every call, a fifth of these tests' time."""
-    with pytest.MonkeyPatch.context() as patch:
-        try:
-            from torch.onnx._internal.exporter._registration import onnxscript_apis
-
-            cached = functools.cache(onnxscript_apis.get_torchlib_ops)
-            patch.setattr(onnxscript_apis, "get_torchlib_ops", cached)
-        except (ImportError, AttributeError):  # another torch: slower, not wrong
-            pass
-        yield
+_registry_once = pytest.fixture(scope="module", autouse=True)(exports.cached_registry)
 
 
 @pytest.fixture
@@ -342,9 +330,8 @@ def test_wrapped_models_with_several_outputs(tmp_path: Path) -> None:
         ({"size": 30}, ["(30, 30)", "8 x 8", "(32, 32)"]),
         ({"size": 64}, ["8 x 8", "4 x 3"]),
         ({"dynamic_size": True}, ["dynamic_size", "4 x 3", "dynamic_grid=True"]),
-        ({"lowering": "plugin"}, ["'plugin'", "not available", "native"]),
-        ({"lowering": "function"}, ["'function'", "not available", "native"]),
-        ({"lowering": "magic"}, ["'magic'"]),
+        ({"lowering": "plugin"}, ["'plugin'", "scattered dw", "native"]),
+        ({"lowering": "magic"}, ["'magic'", "native", "plugin", "function", "conv2d"]),
         ({"opset": 12}, ["opset=12", "18"]),
         ({"dtype": "int8"}, ["int8", "fp16"]),
         ({"method": "forward_all"}, ["forward_all"]),

@@ -269,8 +269,18 @@ def export(
     static_batch: Annotated[
         bool, typer.Option("--static-batch", help="Fix the batch at 1.")
     ] = False,
-    opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 21.")] = 18,
-    lowering: Annotated[str, typer.Option(help="native: standard operators.")] = "native",
+    opset: Annotated[
+        int | None,
+        typer.Option(help="ONNX opset, 18 to 21; conv2d: 17 or 18.", show_default="the oldest"),
+    ] = None,
+    lowering: Annotated[
+        str,
+        typer.Option(
+            help="What becomes of replaced layers. native: standard operators; plugin: nodes of the "
+            "TensorRT plugin library; function: the same nodes, defined for onnxruntime; conv2d: a "
+            "static graph of 4-D convolutions."
+        ),
+    ] = "native",
     output: Annotated[
         str | None, typer.Option(help="Export one output only, for example last_hidden_state.")
     ] = None,
@@ -289,7 +299,7 @@ def export(
     weights: WeightsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write ONNX with standard operators, checked against PyTorch on onnxruntime."""
+    """Write ONNX, checked against PyTorch on onnxruntime."""
     import dwattn
 
     if fp32_io and not fp16:
@@ -301,7 +311,7 @@ def export(
     with busy("Exporting and checking on onnxruntime"):
         report = dwattn.export(
             loaded, out, image_size(loaded, size), lowering=lowering, opset=opset,
-            dynamic_batch=not static_batch, dynamic_size=dynamic_size,
+            dynamic_batch=False if static_batch else None, dynamic_size=dynamic_size,
             dtype="fp16" if fp16 else "fp32", keep_io_fp32=fp32_io, output=output, method=method, check=check, tolerance=tolerance,
             latency=latency,
         )  # fmt: skip

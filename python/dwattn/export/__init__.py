@@ -37,7 +37,7 @@ from dwattn.export.parity import (
     require_parity,
 )
 from dwattn.export.result import ExportReport
-from dwattn.export.static import check_static
+from dwattn.export.static import check_static, to_opset
 from dwattn.export.target import Target, flatten_outputs, make_target
 
 __all__ = ["DEFAULT_OPSET", "ExportReport", "Parity", "export"]
@@ -134,7 +134,7 @@ def export(
         target,
         names,
         output,
-        opset=opset,
+        opset=max(opset, DEFAULT_OPSET),
         half=half,
         half_io=not keep_io_fp32,
         dynamic_batch=dynamic_batch,
@@ -147,6 +147,7 @@ def export(
     folded = fold_constants(graph) if fold else 0
     ops = check_standard(graph)
     if form.static:
+        graph = to_opset(graph, opset)
         check_static(graph)
         graph.ir_version = _STATIC_IR_VERSION
     metadata = _metadata(model, target, kind, lowering)
@@ -173,7 +174,7 @@ def export(
 
     return ExportReport(
         path=destination,
-        opset=opset,
+        opset=graph.opset_imports[""],
         ir_version=graph.ir_version,
         dtype=kind,
         io_dtype="fp16" if io_dtype is np.float16 else "fp32",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dwattn.attention import EnsembleDWAttention, FusedDWAttention
 from dwattn.errors import ExportError
-from dwattn.export.node import layer_tensors
+from dwattn.export.node import layer_tensors, variant_name
 from dwattn.prefix import ExactPrefixRows
 from dwattn.token_grid import Grid
 
@@ -22,9 +22,8 @@ from dwattn.token_grid import Grid
 def refusal(layer: nn.Module) -> str | None:
     """Why a replaced layer has no such form, with the remedy, or None."""
     if not isinstance(layer, (FusedDWAttention, EnsembleDWAttention)):
-        name = getattr(layer, "variant", "") or type(layer).__name__
         return (
-            f"{name!r} has no form of 4-D convolutions, only dw, lowrank_dw and ens_dw of whole "
+            f"{variant_name(layer)!r} has no form of 4-D convolutions, only dw, lowrank_dw and ens_dw of whole "
             "layers have; export with lowering='native'"
         )
     if isinstance(layer.prefix_rows, ExactPrefixRows):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dwattn.attention import EnsembleDWAttention, FusedDWAttention, LowRankDWAttention
 from dwattn.errors import ExportError
 from dwattn.prefix import ExactPrefixRows, StaticPrefixRows
+from dwattn.scattered import ScatteredDWAttention
 from dwattn.token_grid import Grid
 
 #: ONNX domain and plugin namespace; plugin version and version of the domain.
@@ -41,9 +42,8 @@ Layer = FusedDWAttention | EnsembleDWAttention
 def refusal(layer: nn.Module) -> str | None:
     """Why a replaced layer has no such node, with the remedy, or None."""
     if not isinstance(layer, (FusedDWAttention, EnsembleDWAttention)):
-        name = getattr(layer, "variant", "") or type(layer).__name__
         return (
-            f"the plugin library has no layer {name!r}, only dw, lowrank_dw and ens_dw of whole "
+            f"the plugin library has no layer {variant_name(layer)!r}, only dw, lowrank_dw and ens_dw of whole "
             "layers; export with lowering='native'"
         )
     rows = layer.prefix_rows
@@ -53,6 +53,12 @@ def refusal(layer: nn.Module) -> str | None:
             "compute; replace with prefix='static', or export with lowering='native'"
         )
     return None
+
+
+def variant_name(layer: nn.Module) -> str:
+    """What users call a replaced layer."""
+    name = str(getattr(layer, "variant", "") or type(layer).__name__)
+    return f"scattered {name}" if isinstance(layer, ScatteredDWAttention) else name
 
 
 def op_type(layer: Layer) -> str:

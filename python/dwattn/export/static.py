@@ -67,3 +67,24 @@ def _is_constant(value: Any) -> bool:
 def _some(names: list[str], count: int = 4) -> str:
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
+
+
+def to_opset(model: Any, opset: int) -> Any:
+    """An ``onnx_ir`` model of opset 18, which the exporter writes at least, in an older one.
+
+    Raises:
+        ExportError: an operator has no form in that opset.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    for node in model.graph:
+        empty = node.attributes.get("noop_with_empty_axes")
+        if empty is not None and not empty.value:  # the default, which older opsets do not know
+            node.attributes.pop("noop_with_empty_axes")
+    try:
+        proto = onnx.version_converter.convert_version(ir.to_proto(model), opset)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ExportError(f"The graph cannot be written in opset {opset}: {reason}") from error
+    return ir.from_proto(proto)
