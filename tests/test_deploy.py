@@ -4,11 +4,13 @@ and that it needs no torch.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from typer.testing import CliRunner
 
 from dwattn import deploy
 from dwattn.cli import app
-from dwattn.deploy import trtexec
+from dwattn.deploy import options, trtexec
 from dwattn.deploy.builder import shape_profile
 from dwattn.deploy.commands import SUMMARIES, main
 from dwattn.deploy.protocol import ratios
@@ -38,7 +40,9 @@ def model(tmp_path: Path) -> Path:
     shape = ["batch", 3, "height", "width"]
     x = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, shape)
     y = helper.make_tensor_value_info("out/y", TensorProto.FLOAT, shape)
-    graph = helper.make_graph([helper.make_node("Add", ["pixels", "pixels"], ["out/y"])], "g", [x], [y])
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["pixels", "pixels"], ["out/y"])], "g", [x], [y]
+    )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     path = tmp_path / "m.onnx"
     onnx.save(made, path)
@@ -82,6 +86,33 @@ def test_it_works_where_nothing_else_can_be_imported(model: Path, tmp_path: Path
     done = python(code, "golden", str(model), "-o", str(tmp_path / "g"), "--size", "4x6", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["outputs"] == {"out/y": [1, 3, 4, 6]}
+
+
+def test_the_wheel_of_the_kit_alone(model: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("hatchling") is None:
+        pytest.skip("hatchling, which builds the wheel, is not installed.")
+    source = PACKAGE.parents[1] / "packaging" / "deploy"
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / "dist"],
+        cwd=source, check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    (wheel,) = (tmp_path / "dist").glob("dwattn_deploy-*-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = (
+        "import sys, dwattn; from dwattn.deploy.commands import main;"
+        "print(dwattn.__version__, dwattn.__file__); sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["bench", str(model), "--provider", "cpu", "--size", "4", "--iterations", "3"]
+    done = python(code, *arguments, PYTHONPATH=str(tmp_path / "site"))
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "site" / "dwattn" / "__init__.py") in done.stdout
+    installed = {
+        str(p.relative_to(tmp_path / "site" / "dwattn"))
+        for p in tmp_path.glob("site/dwattn/**/*.py")
+    }
+    assert {"__init__.py", "errors.py", "files.py", "deploy/builder.py"} <= installed
+    assert not {"attention.py", "library.py"} & installed
 
 
 def test_the_files_are_python_3_10() -> None:
@@ -140,9 +171,9 @@ def test_ranges() -> None:
 def test_wrong_options_are_refused_with_their_values(
     changes: dict[str, Any], message: str, model: Path, tmp_path: Path
 ) -> None:
-    options = {"onnx": str(model), "engine": str(tmp_path / "m.engine"), **changes}
+    given = {"onnx": str(model), "engine": str(tmp_path / "m.engine"), **changes}
     with pytest.raises(deploy.DeployError, match=message):
-        deploy.BuildOptions(**options).checked()
+        deploy.BuildOptions(**given).checked()
 
 
 def test_the_plugin_can_be_named_by_a_variable(
@@ -151,6 +182,19 @@ def test_the_plugin_can_be_named_by_a_variable(
     library = tmp_path / "lib.so"
     library.touch()
     monkeypatch.setenv("DWATTN_TRT_PLUGIN", str(library))
+    assert deploy.BuildOptions(str(model), "m.engine").checked().plugin == str(library)
+
+
+def test_the_packaged_plugin_is_used_where_it_is_needed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "libdwattn_trt.so"
+    library.touch()
+    monkeypatch.setattr(options, "PACKAGED_PLUGIN", library)
+    assert deploy.BuildOptions(str(model), "m.engine").checked().plugin is None
+    made = onnx.load(model)
+    made.graph.node[0].op_type = "LowRankDWAttention"
+    onnx.save(made, model)
     assert deploy.BuildOptions(str(model), "m.engine").checked().plugin == str(library)
 
 
@@ -180,15 +224,15 @@ def test_profiles_refuse_what_does_not_fit(
 
 
 def test_trtexec_commands() -> None:
-    options = deploy.BuildOptions("a b.onnx", "m.engine", fp16=True, workspace=512, timing_cache="t")
+    asked = deploy.BuildOptions("a b.onnx", "m.engine", fp16=True, workspace=512, timing_cache="t")
     profile = {"x": [[1, 3], [8, 3], [16, 3]]}
-    command = trtexec.build_command(options, profile, strongly_typed=False)
+    command = trtexec.build_command(asked, profile, strongly_typed=False)
     assert command == (
         "trtexec '--onnx=a b.onnx' --saveEngine=m.engine --skipInference --minShapes=x:1x3 "
         "--optShapes=x:8x3 --maxShapes=x:16x3 --fp16 --timingCacheFile=t "
         "--memPoolSize=workspace:512M"
     )
-    assert "--stronglyTyped" in trtexec.build_command(options, {}, strongly_typed=True)
+    assert "--stronglyTyped" in trtexec.build_command(asked, {}, strongly_typed=True)
     command = trtexec.bench_command(
         "m.engine", {"x": (8, 3)}, runtime="tensorrt", plugin="l.so", iterations=100
     )

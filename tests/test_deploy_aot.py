@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import tensorrt_bindings
-from support.tensorrt import named
 
 from dwattn import deploy
 from dwattn.deploy import aot_plugin
+from support import tensorrt_bindings
+from support.tensorrt import named
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed."
@@ -128,7 +128,9 @@ def test_every_kernel_of_a_bundle(capability: int, tmp_path: Path) -> None:
 def test_scratch_memory_is_refused() -> None:
     from dwattn.triton_ops.ahead import without_scratch
 
-    ptx = ".visible .entry f(\n.param .u64 f_param_0,\n.param .u64 f_param_1\n)\n{ use [f_param_0]; }"
+    ptx = (
+        ".visible .entry f(\n.param .u64 f_param_0,\n.param .u64 f_param_1\n)\n{ use [f_param_0]; }"
+    )
     assert "f_param_1" not in without_scratch(ptx, "f", 1)
     with pytest.raises(deploy.DeployError, match="scratch memory"):
         without_scratch(ptx.replace("[f_param_0]", "[f_param_1]"), "f", 1)
@@ -284,7 +286,11 @@ def test_tensorrt_10_3_has_no_such_plugins(
 
 def test_bad_bundles_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "b.json"
-    for text, message in (("{", "not a file"), ('{"schema": 99}', "schema 99"), ("[]", "not a file")):
+    for text, message in (
+        ("{", "not a file"),
+        ('{"schema": 99}', "schema 99"),
+        ("[]", "not a file"),
+    ):
         path.write_text(text)
         with pytest.raises(deploy.DeployError, match=message):
             aot_plugin.load(path)

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import fake_tensorrt, tensorrt_bindings
-from support.tensorrt import named
 
 from dwattn import deploy
+from support import fake_tensorrt, tensorrt_bindings
+from support.tensorrt import named
 
 SOURCES = Path(deploy.__file__).parent
 #: Methods and properties that are called on TensorRT's objects, by class.

@@ -17,11 +17,11 @@ from typing import Any
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from support.models import timm_vit
-from support.surgery import plan_for
-from support.tensorrt import named
 
 import dwattn
+from support.models import timm_vit
+from support.surgery import plan_for
+from support.tensorrt import named, plugin_library
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,19 @@ def test_native_operators_become_an_engine(
         assert (record["runtime"], record["device"]) == ("tensorrt-rtx", None)
     # The cache that the first build wrote was read by the second.
     assert cache.stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_plugin_becomes_an_engine(variables: dict[str, str], tmp_path: Path) -> None:
+    model = timm_vit(depth=1, num_classes=0)
+    dwattn.replace(model, plan_for(model, [0]))
+    dwattn.export(model, tmp_path / "m.onnx", (32, 24), lowering="plugin", check=False)
+    library = plugin_library()
+    # By a variable, and without -o: what is typed is `dwattn build m.onnx --runtime tensorrt-rtx`.
+    variables = {**variables, "DWATTN_TRT_PLUGIN": str(library)}
+    record = json.loads(command(variables, tmp_path / "m.onnx", "--json").stdout)
+    assert record["plugin"]["path"] == str(library)
+    assert b"DWAttention" in (tmp_path / "m.engine").read_bytes()
 
 
 @pytest.mark.slow

@@ -130,7 +130,9 @@ class Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         if self.engine.model.get("fails"):
-            self.engine.logger.log(ILogger.ERROR, "Error Code 1: Cuda Runtime (unspecified failure)")
+            self.engine.logger.log(
+                ILogger.ERROR, "Error Code 1: Cuda Runtime (unspecified failure)"
+            )
             return False
         dtype = nptype(self.engine.get_tensor_dtype(""))
         for name, shape in self.shapes.items():
@@ -235,7 +237,10 @@ def make(version: str = "10.3.0") -> types.ModuleType:
             self.network, self.errors = network, []
 
         def parse_from_file(self, path: str) -> bool:
-            self.network.model = {"layers": [["conv", "Conv"]], **json.loads(Path(path).read_text())}
+            self.network.model = {
+                "layers": [["conv", "Conv"]],
+                **json.loads(Path(path).read_text()),
+            }
             wanted = self.network.model.get("plugin")
             if wanted and wanted not in registry.names:
                 self.errors.append(f"Plugin not found, is {wanted} registered?")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from dwattn.errors import DeployError
 RUNTIMES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 #: Where the plugin library is when ``--plugin`` does not say so.
 PLUGIN_VARIABLE = "DWATTN_TRT_PLUGIN"
+#: Where a build of the whole package puts it.
+PACKAGED_PLUGIN = Path(__file__).parents[1] / "libdwattn_trt.so"
+_PLUGIN_NODE = b"DWAttention"  # the end of both names
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class BuildOptions:
         runtime: ``"tensorrt"``, or ``"tensorrt-rtx"``, whose engines are built without a GPU.
         fp16: let TensorRT 10 choose half precision for an fp32 model. TensorRT 11 and TensorRT-RTX
             have no such flag: export the model in fp16.
-        plugin: plugin library; default the variable ``DWATTN_TRT_PLUGIN``.
+        plugin: plugin library; default the variable ``DWATTN_TRT_PLUGIN``, then the one in the
+            package, where it was built and the model has nodes for it.
         timing_cache: file of measured kernel times, read if it is there and written afterwards.
         workspace: most MiB of scratch memory that a layer may take; default TensorRT's (all).
         batch: range of a dynamic batch; default 1.
@@ -98,7 +102,7 @@ class BuildOptions:
     verbose: bool = False
 
     def checked(self) -> BuildOptions:
-        """The options with the plugin of the environment filled in.
+        """The options with the plugin of the environment, or of the package, filled in.
 
         Raises:
             DeployError: an unknown runtime, a missing file or folder, a number out of range.
@@ -116,7 +120,15 @@ class BuildOptions:
             raise DeployError(f"--batch {self.batch} counts images; write 8 or 1:8:16.")
         if self.size is not None:
             Range.parse(self.size, "--size")
-        return BuildOptions(**{**asdict(self), "plugin": plugin_path(self.plugin)})
+        plugin = plugin_path(self.plugin)
+        # Only where it is needed: the engine then needs it too.
+        if (
+            plugin is None
+            and PACKAGED_PLUGIN.is_file()
+            and _PLUGIN_NODE in Path(self.onnx).read_bytes()
+        ):
+            plugin = str(PACKAGED_PLUGIN)
+        return replace(self, plugin=plugin)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BuildOptions:

@@ -93,7 +93,9 @@ def compile_kernel(name: str, dtype: str, tile: dict[str, Any], capability: int)
         # Paths of this machine have no place in a file for others.
         with triton.knobs.compilation.scope():
             triton.knobs.compilation.disable_line_info = True
-            binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            binary = triton.compile(
+                source, target=GPUTarget("cuda", capability, 32), options=options
+            )
     except Exception as error:
         raise DeployError(f"Triton cannot compile {name} for sm_{capability}: {error}") from error
     arguments = len(names) - len(constants)
