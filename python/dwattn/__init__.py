@@ -14,6 +14,7 @@ library.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -90,14 +91,11 @@ __all__ = [
 ]
 
 
-
 def _version() -> str:
     # dwattn-deploy is the part of this package that a Jetson needs, installed alone.
     for distribution in ("dwattn", "dwattn-deploy"):
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             return version(distribution)
-        except PackageNotFoundError:
-            continue
     return "0.0.0"  # a source tree that was put on the path without being installed
 
 

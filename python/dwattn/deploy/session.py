@@ -159,18 +159,9 @@ class Session:
         """
         sums: dict[str, float] = {}
 
-        trt = self._runtime.trt
-
-        class Profiler(trt.IProfiler):  # type: ignore[misc]
-            def __init__(self) -> None:
-                trt.IProfiler.__init__(self)
-
-            def report_layer_time(self, layer_name: str, ms: float) -> None:
-                sums[layer_name] = sums.get(layer_name, 0.0) + ms
-
         self._enqueue()
         self._cuda.synchronize(self._stream)
-        self._context.profiler = Profiler()
+        self._context.profiler = _make_profiler(self._runtime.trt, sums)
         for _ in range(iterations):
             self._enqueue()
             self._cuda.synchronize(self._stream)
@@ -297,6 +288,17 @@ def input_shapes(
     }
     profile = shape_profile(asked, str(batch) if batch else None, size)
     return {name: tuple(profile[name][1]) if name in profile else asked[name] for name in asked}
+
+
+def _make_profiler(trt: Any, sums: dict[str, float]) -> Any:
+    class Profiler(trt.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            sums[layer_name] = sums.get(layer_name, 0.0) + ms
+
+    return Profiler()
 
 
 def layer_kinds(runtime: Runtime, engine: Any) -> dict[str, str]:

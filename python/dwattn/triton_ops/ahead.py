@@ -24,6 +24,8 @@ from dwattn.triton_ops import aggregate, lowrank
 from dwattn.triton_ops.kernels import ahead as kernels
 
 _SIZES = {"fp32": 4, "fp16": 2}
+#: How many of the tuned tiles of `expand` are used: those that spill no register in any form.
+_EXPAND_TILES = {"fp32": 1, "fp16": 2}
 _POINTERS = {
     "aggregate": {"v": "", "weight": "fp32", "ctx": "fp32", "y": ""},
     "expand": {"v": "", "weight": "fp32", "ctx": "fp32", "wo": "", "bo": "fp32", "out": ""},
@@ -64,8 +66,9 @@ def tiles(name: str, dtype: str) -> list[dict[str, Any]]:
         return [_settings(config) for config in aggregate.CONFIGS]
     held = [c for c in (32, 64, 128) if c <= lowrank.CHANNELS_IN_REGISTERS[size]]
     widths = [{"CHANNELS": c, "ONE_CHUNK": True} for c in held]
+    tuned = lowrank.CONFIGS[size][: _EXPAND_TILES[dtype]]
     widths.append({"CHANNELS": lowrank.CHANNELS_PER_CHUNK, "ONE_CHUNK": False})
-    return [_settings(config) | width for config in lowrank.CONFIGS[size][:2] for width in widths]
+    return [_settings(config) | width for config in tuned for width in widths]
 
 
 def _settings(config: Any) -> dict[str, Any]:
