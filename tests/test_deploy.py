@@ -150,8 +150,10 @@ def test_missing_tensorrt_says_how_to_get_it(model: Path, monkeypatch: pytest.Mo
 def test_ranges() -> None:
     assert str(deploy.Range.parse("8", "--batch")) == "8"
     assert deploy.Range.parse("1:8:16", "--batch").usual == (8,)
+    mixed = deploy.Range.parse("16x24:32:48x64", "--size")
+    assert (mixed.smallest, mixed.usual, mixed.largest) == ((16, 24), (32, 32), (48, 64))
     assert deploy.Range.parse("224x336", "--size").pair().smallest == (224, 336)
-    for bad in ("", "1:2", "a", "8:4:2", "0", "1:2:3:4", "1x2x3", "-1"):
+    for bad in ("", "1:2", "a", "8:4:2", "0", "1:2:3:4", "1x2x3", "-1", "8x4:9x3:9x9"):
         with pytest.raises(deploy.DeployError, match="--batch"):
             deploy.Range.parse(bad, "--batch")
 

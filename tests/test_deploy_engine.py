@@ -165,7 +165,8 @@ def test_timing_caches(runtime: ModuleType, write: Callable[..., Path], tmp_path
     build(write(), timing_cache=str(cache))
     assert runtime.builders[-1].config.cache == b"times of this device+++"
     cache.write_bytes(b"times of another device")
-    build(write(), timing_cache=str(cache))
+    with pytest.warns(UserWarning, match="another device"):
+        build(write(), timing_cache=str(cache))
     assert runtime.builders[-1].config.cache == b""
     assert cache.read_bytes() == b"times of this device+++"
 
@@ -294,12 +295,21 @@ def test_engines_from_elsewhere_are_refused_before_they_are_loaded(
 def test_an_engine_without_a_record(runtime: ModuleType, write: Callable[..., Path]) -> None:
     engine = build(write())
     record_of(engine).unlink()
-    result = deploy.bench(engine, iterations=3, show_progress=False)
+    with pytest.warns(UserWarning, match=r"no record \(m\.engine\.json\)"):
+        result = deploy.bench(engine, iterations=3, show_progress=False)
     assert result.settings["build"] == {str(engine): None}
     model = json.loads(engine.read_text())
     engine.write_text(json.dumps({**model, "version": "10.7.0"}))
-    with pytest.raises(deploy.DeployError, match=r"cannot be loaded.*another TensorRT version"):
+    with (
+        pytest.warns(UserWarning, match="no record"),
+        pytest.raises(deploy.DeployError, match=r"cannot be loaded.*another TensorRT version"),
+    ):
         deploy.bench(engine, show_progress=False)
+
+
+def test_a_model_is_not_an_engine(runtime: ModuleType, write: Callable[..., Path]) -> None:
+    with pytest.raises(deploy.DeployError, match=r"m\.onnx is a model.*--provider cpu"):
+        deploy.bench(write(), show_progress=False)
 
 
 def test_no_memory_for_the_tensors(

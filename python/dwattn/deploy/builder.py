@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import signal
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -222,6 +225,10 @@ def _timing_cache(config: Any, path: str | None) -> Any:
     cache = config.create_timing_cache(old)
     # A cache of another device or version is refused: times measured there mean nothing here.
     if cache is None or not config.set_timing_cache(cache, False):
+        warnings.warn(
+            f"{path} holds times of another device or TensorRT version; a new one takes its place.",
+            stacklevel=2,
+        )
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
@@ -242,19 +249,31 @@ def _serialize(
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed: an exception must not pass through TensorRT's C++."""
-    pressed = False
+    """Whether Ctrl-C was pressed: an exception must not pass through TensorRT's C++.
 
-    def note(*_: Any) -> None:
-        nonlocal pressed
-        pressed = True
-
-    try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not in the main thread, which alone gets signals
+    TensorRT may ask from a thread of its own while the main thread, which alone runs Python's
+    handlers, waits for it; the interpreter's wake-up file is written to at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    os.set_blocking(writing, False)
+    pressed = False
+
+    def interrupted() -> bool:
+        nonlocal pressed
+        with contextlib.suppress(BlockingIOError):
+            pressed = pressed or signal.SIGINT in os.read(reading, 4096)
+        return pressed
+
+    handler = signal.signal(signal.SIGINT, lambda *_: None)
+    file = signal.set_wakeup_fd(writing)
     try:
-        yield lambda: pressed
+        yield interrupted
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(file)
+        signal.signal(signal.SIGINT, handler)
+        os.close(reading)
+        os.close(writing)

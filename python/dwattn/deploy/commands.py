@@ -7,9 +7,11 @@ argparse, because a Jetson's system Python has it. Exit codes: 0 done, 1 an erro
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,23 @@ def main(arguments: Sequence[str] | None = None, program: str = "dwattn-deploy")
     """Run a command; the exit code."""
     parsed = _parser(program).parse_args(arguments)
     try:
-        return int(_RUN[parsed.command](parsed))
+        with notes():
+            return int(_RUN[parsed.command](parsed))
     except DwattnError as error:
         print(f"Error: {error}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print("Interrupted; no file was left half-written.", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+@contextlib.contextmanager
+def notes() -> Iterator[None]:
+    """Warnings as sentences for a person."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: print(f"Note: {message}", file=sys.stderr)
+        yield
 
 
 def script() -> None:

@@ -41,6 +41,8 @@ class Range:
                 "nor three of them, smallest:usual:largest, such as 1:8:16."
             )
         sizes = [tuple(int(number) for number in part.split("x")) for part in parts]
+        if any(len(size) == 2 for size in sizes):  # 224 beside 224x336 is 224x224
+            sizes = [size * 2 if len(size) == 1 else size for size in sizes]
         if len(sizes) == 1:
             sizes *= 3
         return cls(*sizes).checked(option)

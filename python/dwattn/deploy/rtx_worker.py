@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dwattn.deploy.builder import build
+from dwattn.deploy.commands import notes
 from dwattn.deploy.options import BuildOptions
 from dwattn.errors import DeployError
 
@@ -18,7 +19,8 @@ def main() -> None:
     answer: dict[str, Any]
     try:
         options = BuildOptions.from_dict(request["options"])
-        answer = {"record": build(options, show_progress=request["progress"]).to_dict()}
+        with notes():
+            answer = {"record": build(options, show_progress=request["progress"]).to_dict()}
     except DeployError as error:
         answer = {"error": str(error)}
     except KeyboardInterrupt:

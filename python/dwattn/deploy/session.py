@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from dwattn.deploy.builder import shape_profile
 from dwattn.deploy.cuda import Cuda, Device
 from dwattn.deploy.options import plugin_path, require_file
 from dwattn.deploy.runtime import Runtime, load_runtime
-from dwattn.deploy.sidecar import Sidecar
+from dwattn.deploy.sidecar import Sidecar, record_of
 from dwattn.errors import DeployError
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -228,7 +229,18 @@ def open_engine(
             outside of what the engine was built for, no GPU, not enough memory.
     """
     file = require_file(path, "engine", "Build one with dwattn build.")
+    if file.suffix == ".onnx":
+        raise DeployError(
+            f"{file} is a model, not an engine: build it first with dwattn build, or measure it on "
+            "a CPU with --provider cpu."
+        )
     record = Sidecar.load(file)
+    if record is None:
+        warnings.warn(
+            f"{file} has no record ({record_of(file).name}): whether it was built by this TensorRT "
+            "and on this device is not checked.",
+            stacklevel=2,
+        )
     name = record.runtime if record else "tensorrt"
     runtime = load_runtime(name, verbose=verbose)
     cuda = Cuda()
