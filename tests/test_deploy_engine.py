@@ -233,6 +233,18 @@ def test_verify(
     assert main(["verify", str(engine), str(bad), "--tolerance", "0.5"]) == 0
 
 
+def test_verify_with_a_fixed_image_size(
+    runtime: ModuleType, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    engine = build(write(inputs={"x": [-1, 3, 4, 6]}), batch="1:2:4")
+    x = np.ones((2, 3, 4, 6), np.float32)
+    deploy.Golden({"x": x}, {"out_x": 2 * x}, {}).save(tmp_path / "g")
+    assert deploy.verify(engine, tmp_path / "g").ok
+    deploy.Golden({"pixels": x}, {"out_x": 2 * x}, {}).save(tmp_path / "other")
+    with pytest.raises(deploy.DeployError, match="takes x, and got pixels"):
+        deploy.verify(engine, tmp_path / "other")
+
+
 def test_half_precision_engines_take_fp32_inputs(
     runtime: ModuleType, write: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -55,6 +55,8 @@ class Cuda:
 
     def __init__(self) -> None:
         self._library = _load()
+        # Waits spin from now on; said before anything starts a context, as old versions want it.
+        self._call("cudaSetDeviceFlags", c_uint(_SPIN))
         count = c_int()
         self._call("cudaGetDeviceCount", byref(count))
         if count.value == 0:
@@ -73,10 +75,6 @@ class Cuda:
         self._call("cudaMemGetInfo", byref(free), byref(total))
         name = properties.raw[:_NAME_BYTES].split(b"\0")[0].decode(errors="replace")
         return Device(name, f"{major.value}.{minor.value}", total.value)
-
-    def spin(self) -> None:
-        """Wait for the device by spinning, from now on."""
-        self._call("cudaSetDeviceFlags", c_uint(_SPIN))
 
     def malloc(self, size: int) -> int:
         pointer = c_void_p()

@@ -60,6 +60,12 @@ class Session:
         self, runtime: Runtime, cuda: Cuda, engine: Any, shapes: Mapping[str, tuple[int, ...]]
     ) -> None:
         self._runtime, self._cuda, self._engine = runtime, cuda, engine
+        names = {n for n in self._names() if engine.get_tensor_mode(n) == _input(runtime)}
+        if set(shapes) != names:
+            raise DeployError(
+                f"The engine takes {', '.join(sorted(names))}, and got {', '.join(shapes)}: they "
+                "are of another model."
+            )
         self._cleanup = contextlib.ExitStack()
         self._graph: int | None = None
         with self._cleanup as undo:  # a failure releases what there is; else close() does
@@ -196,7 +202,7 @@ class Session:
         return Tensor(actual, numpy_dtype, address)
 
     def _fill(self) -> None:
-        """Random inputs: zeros would take denormal-free short cuts that real pixels do not."""
+        """Random inputs, so that nothing is timed on whatever the memory holds."""
         for name, value in random_inputs(
             {name: (tensor.shape, tensor.dtype) for name, tensor in self.inputs.items()}
         ).items():
@@ -213,6 +219,7 @@ def open_engine(
     plugin: str | None = None,
     batch: int | None = None,
     size: str | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
     verbose: bool = False,
 ) -> tuple[Session, Sidecar | None, str | None]:
     """Load an engine and give its inputs shapes.
@@ -220,6 +227,7 @@ def open_engine(
     Args:
         plugin: library; default the one of the build, then ``DWATTN_TRT_PLUGIN``.
         batch, size: where these may vary; default the usual ones of the build.
+        shapes: of all inputs, instead.
 
     Returns:
         The session, the engine's record (None without one) and the plugin library that was loaded.
@@ -246,13 +254,12 @@ def open_engine(
     cuda = Cuda()
     if record is not None:
         record.require_fits(file, name, runtime.version, cuda.device())
-    cuda.spin()
     library = _plugin_of(plugin, record)
     if library is not None:
         runtime.load_plugin(library)
     engine = deserialize(runtime, file)
-    shapes = input_shapes(engine, runtime, batch, size)
-    return Session(runtime, cuda, engine, shapes), record, library
+    wanted = shapes or input_shapes(engine, runtime, batch, size)
+    return Session(runtime, cuda, engine, wanted), record, library
 
 
 def _plugin_of(given: str | None, record: Sidecar | None) -> str | None:
@@ -279,12 +286,11 @@ def input_shapes(
     engine: Any, runtime: Runtime, batch: int | None, size: str | None
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of all inputs: fixed, as asked for, or the usual ones of the engine's profile."""
-    mode = runtime.trt.TensorIOMode.INPUT
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     declared = {
         name: tuple(engine.get_tensor_shape(name))
         for name in names
-        if engine.get_tensor_mode(name) == mode
+        if engine.get_tensor_mode(name) == _input(runtime)
     }
     usual = {
         name: tuple(engine.get_tensor_profile_shape(name, 0)[1]) if -1 in shape else shape
@@ -300,6 +306,10 @@ def input_shapes(
     }
     profile = shape_profile(asked, str(batch) if batch else None, size)
     return {name: tuple(profile[name][1]) if name in profile else asked[name] for name in asked}
+
+
+def _input(runtime: Runtime) -> Any:
+    return runtime.trt.TensorIOMode.INPUT
 
 
 def _make_profiler(trt: Any, sums: dict[str, float]) -> Any:

@@ -102,15 +102,8 @@ def verify(
             name or shape. A disagreement in values is in the result; see ``require()``.
     """
     expected = Golden.load(folder)
-    first = next(iter(expected.inputs.values()))
-    image = first.ndim == 4
-    opened, _, _ = open_engine(
-        engine,
-        plugin=plugin,
-        batch=len(first),
-        size="x".join(map(str, first.shape[2:])) if image else None,
-        verbose=verbose,
-    )
+    shapes = {name: value.shape for name, value in expected.inputs.items()}
+    opened, _, _ = open_engine(engine, plugin=plugin, shapes=shapes, verbose=verbose)
     with opened as session:
         found = session.run(expected.inputs)
     return VerifyResult(
