@@ -23,8 +23,14 @@ LINKED: dict[str, tuple[str, ...]] = {
     "test_dw_aggregate": ("dw_aggregate.cu",),
     "test_linear": ("linear.cu",),
     "test_dw_layer": (
-        "dw_layer.cu", "dw_attention.cu", "dw_context.cu", "lowrank_dw_attention.cu", "lowrank_dw_plan.cu",
-        "linear.cu", "exact_prefix_rows.cu", "static_prefix_rows.cu",
+        "dw_layer.cu",
+        "dw_attention.cu",
+        "dw_context.cu",
+        "lowrank_dw_attention.cu",
+        "lowrank_dw_plan.cu",
+        "linear.cu",
+        "exact_prefix_rows.cu",
+        "static_prefix_rows.cu",
     ),
 }
 
