@@ -118,6 +118,15 @@ def test_bodies_compute_the_layer(
         np.testing.assert_allclose(found, expected, atol=1e-2 * scale, rtol=0)
 
 
+@pytest.mark.parametrize(("rank", "kind"), [(816, "LowRankDWAttention"), (824, "DWAttention")])
+def test_layers_too_wide_for_the_narrow_kernel_take_the_other(rank: int, kind: str) -> None:
+    from dwattn.export.node import LayerNode
+
+    wide = dwattn.LowRankDWAttention(832, 8, rank=rank, grid=GRID)
+    with torch.no_grad():
+        assert LayerNode(wide, GRID).op_type == kind
+
+
 @pytest.mark.parametrize("prefix", ["exact", "drop"])
 def test_a_body_reads_the_grid_from_the_shape_of_an_input(prefix: str, tmp_path: Path) -> None:
     import onnxruntime

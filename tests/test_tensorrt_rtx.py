@@ -169,6 +169,21 @@ def test_a_version_that_the_library_does_not_have_is_no_plugin(
     assert "Plugin not found" in " ".join(result["errors"])
 
 
+def test_a_namespace_must_be_right_in_the_attribute_or_the_domain(
+    plugin_file: Path, library: Path, tmp_path: Path
+) -> None:
+    path = with_attributes(plugin_file, tmp_path / "layer.onnx", plugin_namespace="other")
+    found = kinds(run_rtx(tmp_path, "--no-build", "--plugin", library, path))
+    assert found["PLUGIN_V3"] == 1  # the node's domain is looked up too
+    model = onnx.load(path)
+    model.graph.node[0].domain = "other"
+    model.opset_import.append(onnx.helper.make_opsetid("other", 1))
+    onnx.save(model, path)
+    result = run_rtx(tmp_path, "--no-build", "--plugin", library, path)
+    assert not result["parsed"]
+    assert "Plugin not found" in " ".join(result["errors"])
+
+
 def test_without_the_library_a_plugin_file_is_refused(plugin_file: Path, tmp_path: Path) -> None:
     result = run_rtx(tmp_path, plugin_file)
     assert not result["parsed"]

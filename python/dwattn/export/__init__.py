@@ -42,8 +42,6 @@ from dwattn.export.target import Target, flatten_outputs, make_target
 
 __all__ = ["DEFAULT_OPSET", "ExportReport", "Parity", "export"]
 
-# Of opset 17, which is what static compilers read.
-_STATIC_IR_VERSION = 8
 _TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
 _DTYPES = {"float32": "fp32", "fp32": "fp32", "float16": "fp16", "half": "fp16", "fp16": "fp16"}
 # A protobuf holds 2 GB; the weights of larger models go to a file beside it.
@@ -139,17 +137,10 @@ def export(
         half_io=not keep_io_fp32,
         dynamic_batch=dynamic_batch,
     )
-    if form.nodes:
-        name_nodes(graph.graph)
-        fuse_residuals(graph)
-    if target.dynamic:
-        name_sides(graph.graph)
-    folded = fold_constants(graph) if fold else 0
+    graph, folded = _rework(graph, form, target, opset, fold)
     ops = check_standard(graph)
     if form.static:
-        graph = to_opset(graph, opset)
         check_static(graph)
-        graph.ir_version = _STATIC_IR_VERSION
     metadata = _metadata(model, target, kind, lowering)
     graph.metadata_props.update(metadata)
     bound = tolerance if tolerance is not None else _TOLERANCE[kind]
@@ -282,6 +273,17 @@ def _case(target: Target, output: str | int | None, batch: int, grid: tuple[int,
             "broken."
         )
     return Case(batch, size, x.numpy(), expected)
+
+
+def _rework(graph: Any, form: Form, target: Target, opset: int, fold: bool) -> tuple[Any, int]:
+    """The traced graph as it is to be written, and how many nodes constant folding removed."""
+    if form.nodes:
+        name_nodes(graph.graph)
+        fuse_residuals(graph)
+    if target.dynamic:
+        name_sides(graph.graph)
+    folded = fold_constants(graph) if fold else 0
+    return to_opset(graph, opset) if form.static else graph, folded
 
 
 def _metadata(model: nn.Module, target: Target, dtype: str, lowering: str) -> dict[str, str]:

@@ -36,6 +36,9 @@ INPUTS = (
 #: Matrices, in the model's precision. All other constants are coefficients and always fp32.
 WEIGHTS = ("wv", "wo", "query", "key", "prefix_value", "prefix_out")
 
+#: What the one kernel of ``LowRankDWAttention`` holds, in fp32; wider layers take the other node.
+NARROW_CHANNELS = 816
+
 Layer = FusedDWAttention | EnsembleDWAttention
 
 
@@ -61,10 +64,10 @@ def variant_name(layer: nn.Module) -> str:
     return f"scattered {name}" if isinstance(layer, ScatteredDWAttention) else name
 
 
-def op_type(layer: Layer) -> str:
-    """Name of the node and of the plugin."""
+def op_type(layer: Layer, channels: int) -> str:
+    """Name of the node and of the plugin. Both compute the same; they differ in their kernels."""
     narrow = isinstance(layer, (LowRankDWAttention, EnsembleDWAttention))
-    return "LowRankDWAttention" if narrow else "DWAttention"
+    return "LowRankDWAttention" if narrow and channels <= NARROW_CHANNELS else "DWAttention"
 
 
 def layer_tensors(layer: Layer) -> dict[str, Tensor]:
@@ -130,7 +133,8 @@ class LayerNode(nn.Module):
         if reason is not None:
             raise ExportError(f"{type(layer).__name__}: {reason}.")
         assert isinstance(layer, (FusedDWAttention, EnsembleDWAttention))
-        self.op_type, self.dim = op_type(layer), layer.dim
+        tensors = layer_tensors(layer)
+        self.op_type, self.dim = op_type(layer, tensors["wv"].shape[0]), layer.dim
         self.patch_map = grid if isinstance(grid, PatchMap) else None
         height, width = (0, 0) if isinstance(grid, PatchMap) else grid
         self.attributes: dict[str, int | str] = {
@@ -138,7 +142,7 @@ class LayerNode(nn.Module):
             "num_prefix": layer.num_prefix, "prefix": layer.prefix,
             "num_heads": layer.num_heads if layer.prefix == "exact" else 0,
         }  # fmt: skip
-        for name, tensor in layer_tensors(layer).items():
+        for name, tensor in tensors.items():
             self.register_buffer(name, tensor.detach().clone().contiguous())
 
     def _apply(self, fn: Any, recurse: bool = True) -> LayerNode:
