@@ -24,7 +24,7 @@ from dwattn import deploy
 from dwattn.cli import app
 from dwattn.deploy import options, trtexec
 from dwattn.deploy.builder import shape_profile
-from dwattn.deploy.commands import SUMMARIES, main
+from dwattn.deploy.commands import SUMMARIES, _parser, main
 from dwattn.deploy.protocol import ratios
 from dwattn.deploy.provider import pinned
 from dwattn.deploy.runtime import explain
@@ -128,6 +128,16 @@ def test_the_main_command_has_the_same_commands(name: str) -> None:
     assert result.exit_code == 0
     assert f"usage: dwattn {name}" in result.output
     assert "--json" in result.output
+
+
+def test_the_guide_types_commands_that_exist() -> None:
+    guide = PACKAGE.parents[1] / "docs" / "jetson.md"
+    found = re.findall(r"^dwattn(?:-deploy)? (.+)$", guide.read_text(), re.M)
+    commands = [line.split("#")[0].split() for line in found if "[" not in line]
+    ours = [words for words in commands if words[0] in SUMMARIES]
+    assert {words[0] for words in ours} == set(SUMMARIES)
+    for words in ours:
+        assert _parser("dwattn-deploy").parse_args(words).command == words[0]
 
 
 def test_wrong_usage_and_errors_have_their_exit_codes(
@@ -415,6 +425,7 @@ def test_differences_are_judged() -> None:
     (off,) = differences({"y": np.array([1.0, -1.5])}, expected)
     assert (off.max_abs, off.max_rel) == (0.5, 0.25)
     (broken,) = differences({"y": np.array([np.nan, -2.0])}, expected)
+    assert (broken.max_rel, broken.cosine) == (np.inf, 0.0)
     for difference in (off, broken):
         result = VerifyResult((difference,), 0.01, {})
         with pytest.raises(deploy.DeployError, match="y differs by"):
