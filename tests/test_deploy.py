@@ -208,6 +208,11 @@ def test_the_packaged_plugin_is_used_where_it_is_needed(
     made.graph.node[0].op_type = "LowRankDWAttention"
     onnx.save(made, model)
     assert deploy.BuildOptions(str(model), "m.engine").checked().plugin == str(library)
+    mine = tmp_path / "mine.so"
+    mine.touch()
+    assert deploy.BuildOptions(str(model), "m.engine", plugin=str(mine)).checked().plugin == str(
+        mine
+    )
 
 
 def test_profiles_fill_in_open_dimensions() -> None:

@@ -283,7 +283,8 @@ def test_bench(
     assert plain["ratios"]["median"] > 0
     assert all("--shapes=x:4x4" in command for command in plain["trtexec"])
     assert main(["bench", str(engine), "--iterations", "5"]) == 0
-    assert "trtexec --loadEngine" in capsys.readouterr().out
+    # The usual batch of the build.
+    assert "--shapes=x:2x4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -402,6 +403,7 @@ def test_compare_tells_a_winner_and_different_outputs() -> None:
     assert result(slow, fast).speedup["median"] == 2.0
     assert result(fast, slow).winner == "native"
     assert result(fast, vague).winner == "neither"
+    assert result(vague, deploy.Timing(1.2, 1.2, 1.1, 1.3, 1, 9)).winner == "neither"
     assert "No winner" in result(fast, vague).verdict()
 
 
