@@ -29,7 +29,7 @@ from dwattn.deploy.protocol import ratios
 from dwattn.deploy.provider import pinned
 from dwattn.deploy.runtime import explain
 from dwattn.deploy.sidecar import record_of, sha256
-from dwattn.deploy.verify import VerifyResult, differences
+from dwattn.deploy.verification import VerifyResult, differences
 
 PACKAGE = Path(deploy.__file__).parents[1]
 
@@ -62,6 +62,7 @@ def python(code: str, *arguments: str, **variables: str) -> subprocess.Completed
 def test_only_numpy_is_imported() -> None:
     code = (
         "import sys; before = set(sys.modules); import dwattn.deploy, dwattn.deploy.aot_plugin;"
+        "[getattr(dwattn.deploy, name) for name in dwattn.deploy.__all__];"
         "import dwattn.deploy.commands, dwattn.deploy.rtx_worker;"
         "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}"
         " - set(sys.stdlib_module_names)))"

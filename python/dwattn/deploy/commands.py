@@ -186,7 +186,7 @@ def _build_options(parsed: argparse.Namespace, onnx: str, engine: str) -> BuildO
 
 
 def _bench(parsed: argparse.Namespace) -> int:
-    from dwattn.deploy.bench import bench
+    from dwattn.deploy.benchmark import bench
 
     result = bench(
         parsed.file, against=parsed.against, provider=parsed.provider,
@@ -198,7 +198,7 @@ def _bench(parsed: argparse.Namespace) -> int:
 
 
 def _verify(parsed: argparse.Namespace) -> int:
-    from dwattn.deploy.verify import verify
+    from dwattn.deploy.verification import verify
 
     result = verify(
         parsed.engine, parsed.golden, tolerance=parsed.tolerance, plugin=parsed.plugin,
@@ -210,7 +210,7 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 
 def _compare(parsed: argparse.Namespace) -> int:
-    from dwattn.deploy.compare import compare
+    from dwattn.deploy.comparison import compare
 
     result = compare(
         parsed.native, parsed.plugin_model, parsed.out, _build_options(parsed, "", ""),
@@ -220,7 +220,7 @@ def _compare(parsed: argparse.Namespace) -> int:
 
 
 def _golden(parsed: argparse.Namespace) -> int:
-    from dwattn.deploy.golden import golden
+    from dwattn.deploy.golden_outputs import golden
 
     result = golden(parsed.model, parsed.out, batch=parsed.batch, size=_one_size(parsed.size))
     shapes = {name: list(value.shape) for name, value in result.outputs.items()}

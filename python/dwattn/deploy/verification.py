@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dwattn.deploy.golden import Golden
+from dwattn.deploy.golden_outputs import Golden
 from dwattn.deploy.session import open_engine
 from dwattn.deploy.table import table
 from dwattn.errors import DeployError

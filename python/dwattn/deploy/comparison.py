@@ -14,7 +14,7 @@ from dwattn.deploy.progress import progress
 from dwattn.deploy.protocol import ITERATIONS, WARMUP, Timing, measure, ratios
 from dwattn.deploy.session import LayerTime, Session, open_engine, random_inputs
 from dwattn.deploy.table import ms, table
-from dwattn.deploy.verify import Difference, default_tolerance, differences
+from dwattn.deploy.verification import Difference, default_tolerance, differences
 from dwattn.errors import DeployError
 
 SCHEMA = 1
