@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwattn.attention import EnsembleDWAttention, FusedDWAttention
-from dwattn.errors import ExportError
 from dwattn.export.node import layer_tensors, variant_name
 from dwattn.prefix import ExactPrefixRows
 from dwattn.token_grid import Grid
@@ -35,17 +34,12 @@ def refusal(layer: nn.Module) -> str | None:
 
 
 class ImageLayer(nn.Module):
-    """The export form of a layer on a fixed grid, ``(B, N, D) -> (B, N, D)``.
-
-    Raises:
-        ExportError: :func:`refusal` has a reason.
+    """The export form, on a fixed grid, of a layer that :func:`refusal` has nothing against:
+    ``(B, N, D) -> (B, N, D)``.
     """
 
     def __init__(self, layer: nn.Module, grid: Grid) -> None:
         super().__init__()
-        reason = refusal(layer)
-        if reason is not None:
-            raise ExportError(f"{type(layer).__name__}: {reason}.")
         assert isinstance(layer, (FusedDWAttention, EnsembleDWAttention))
         given = layer_tensors(layer)
         self.grid, self.num_prefix = grid, layer.num_prefix

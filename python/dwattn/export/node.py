@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from dwattn.attention import EnsembleDWAttention, FusedDWAttention, LowRankDWAttention
-from dwattn.errors import ExportError
 from dwattn.prefix import ExactPrefixRows, StaticPrefixRows
 from dwattn.scattered import ScatteredDWAttention
 from dwattn.token_grid import Grid
@@ -122,16 +121,10 @@ class LayerNode(nn.Module):
     Args:
         layer: a layer that :func:`refusal` has nothing against.
         grid: its patch grid; a dynamic one is read from a tensor.
-
-    Raises:
-        ExportError: :func:`refusal` has a reason.
     """
 
     def __init__(self, layer: nn.Module, grid: Grid | PatchMap) -> None:
         super().__init__()
-        reason = refusal(layer)
-        if reason is not None:
-            raise ExportError(f"{type(layer).__name__}: {reason}.")
         assert isinstance(layer, (FusedDWAttention, EnsembleDWAttention))
         tensors = layer_tensors(layer)
         self.op_type, self.dim = op_type(layer, tensors["wv"].shape[0]), layer.dim

@@ -29,7 +29,7 @@ def check_static(model: Any) -> None:
     open_values = [
         f"{value.name} {tuple(map(str, value.shape))}"
         for value in (*graph.inputs, *graph.outputs)
-        if not all(isinstance(side, int) for side in value.shape or (None,))
+        if not all(isinstance(side, int) for side in value.shape)
     ]
     wrong: dict[str, list[str]] = {}
     for node in graph:
