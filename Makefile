@@ -11,7 +11,8 @@ JOBS   ?= 2
 HF457  := $(VENV)/transformers-4.57
 # TensorRT's headers and registries, outside of the environment under test; each is used by some tests.
 TRT    := $(CURDIR)/$(VENV)/tensorrt
-TRT_VARIABLES := DWATTN_TENSORRT_INCLUDE=$(TRT)/include DWATTN_TENSORRT_RTX=$(TRT)/rtx DWATTN_TENSORRT_LEAN=$(TRT)/lean
+TRT_VARIABLES := DWATTN_TENSORRT_INCLUDE=$(TRT)/include DWATTN_TENSORRT_RTX=$(TRT)/rtx DWATTN_TENSORRT_LEAN=$(TRT)/lean \
+  DWATTN_TENSORRT_BINDINGS=$(TRT)/bindings
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc plugins python -type f \
              -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
@@ -90,6 +91,8 @@ $(VENV)/.tensorrt: $(VENV)/.torch
 	-$(PIP) install --quiet --no-deps --target $(TRT)/include kernel-lens==2.0.1
 	-$(PIP) install --quiet --no-deps --target $(TRT)/rtx tensorrt_rtx_cu13_libs==1.7.1.116 tensorrt_rtx_cu13_bindings==1.7.1.116
 	-$(PIP) install --quiet --no-deps --target $(TRT)/lean tensorrt_lean_cu13_libs==11.4.0.106 tensorrt_lean_cu13_bindings==11.4.0.106
+	-for version in 10.3.0 11.4.0.106; do $(PIP) install --quiet --no-deps --target $(TRT)/bindings/$$version \
+	  tensorrt_cu12_bindings==$$version; done
 	touch $@
 
 # More photos than the pip packages carry, where Debian's package tools exist; no root needed, best effort.

@@ -19,13 +19,17 @@ from test_build import configure
 ROOT = cuda_sources.ROOT
 ARCHITECTURES = ("80", "86", "87", "89", "90a", "100", "120")
 
-#: Kernels that have to use the tensor cores, asynchronous copies and matrix loads; by their names in
-#: the object file, where __half and __nv_bfloat16 appear as 6__half and 13__nv_bfloat16.
+#: Kernels that have to use the tensor cores, most of them fed by asynchronous copies and matrix loads;
+#: by their names in the object file, where __half and __nv_bfloat16 appear as 6__half and
+#: 13__nv_bfloat16.
 _SIXTEEN_BITS = r"I(6__half|13__nv_bfloat16)"
+_STAGED = {"HMMA", "LDGSTS", "LDSM"}
 TENSOR_KERNELS = {
-    "dw_attention.cu": rf"dw_attention_kernel{_SIXTEEN_BITS}Lb1",
-    "lowrank_dw_attention.cu": rf"lowrank_dw_kernel{_SIXTEEN_BITS}",
-    "attention_variance.cu": rf"(attend|fold)_kernel{_SIXTEEN_BITS}",
+    "dw_attention.cu": (rf"dw_attention_kernel{_SIXTEEN_BITS}Lb1", _STAGED),
+    "lowrank_dw_attention.cu": (rf"lowrank_dw_kernel{_SIXTEEN_BITS}", _STAGED),
+    "linear.cu": (rf"linear_kernel{_SIXTEEN_BITS}", _STAGED),
+    "exact_prefix_rows.cu": (rf"(score|pool)_tensor_kernel{_SIXTEEN_BITS}", {"HMMA"}),
+    "attention_variance.cu": (rf"(attend|fold)_kernel{_SIXTEEN_BITS}", _STAGED),
 }
 
 
@@ -92,14 +96,15 @@ def test_tensor_kernels_use_the_tensor_cores(
     need_nvcc()
     tool = cuobjdump()
     compile_cubin(source, architecture, tmp_path / "kernel.cubin")
+    pattern, expected = TENSOR_KERNELS[source]
     kernels = {
         name: opcodes
         for name, opcodes in instructions(tmp_path / "kernel.cubin", tool).items()
-        if re.search(TENSOR_KERNELS[source], name)
+        if re.search(pattern, name)
     }
     assert kernels, "no kernel has the expected name"
     for name, opcodes in kernels.items():
-        assert {"HMMA", "LDGSTS", "LDSM"} <= opcodes, name
+        assert expected <= opcodes, name
         assert not {"LDL", "STL"} & opcodes, name
 
 

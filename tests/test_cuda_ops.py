@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dwattn import functional, library
+from dwattn.variance import AttentionVariance
 from support.operators import OperatorCase, assert_as_exact, make_case
 
 
@@ -148,6 +149,29 @@ def test_the_current_stream_is_used_and_can_be_captured(
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [32, 80])
+def test_attention_variance_adds_to_the_state(head_dim: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    heads, num_prefix, tokens = 3, 2, 79
+    state = torch.full((2, heads, 77, 77), float("nan"), dtype=torch.float64, device="cuda")
+    prefix = torch.full((heads, 77, 2), float("nan"), dtype=torch.float64, device="cuda")
+    expected = AttentionVariance(num_prefix)
+    for batch in (3, 5):
+        q, k, v = torch.randn(3, batch, heads, tokens, head_dim, device="cuda").to(dtype)
+        out = library.attention_variance_(
+            q, k, state[0], state[1], expected.count,
+            v=v, prefix_mean=prefix, num_prefix=num_prefix,
+        )  # fmt: skip
+        exact = expected.attend(q.double(), k.double(), v.double())
+        assert out is not None
+        torch.testing.assert_close(out.double(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    near = {"rtol": 1e-3, "atol": 1e-6}
+    torch.testing.assert_close(state[0], expected.mean, **near)
+    torch.testing.assert_close(state[1], expected.m2, **near)
+    torch.testing.assert_close(prefix, expected.prefix_mean, **near)
 
 
 def test_opcheck() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from support import cuda_sources, tensorrt, tensorrt_build, tensorrt_cases
 
@@ -106,6 +107,7 @@ def test_a_planted_bug_is_found(bug: Bug, harness: Path, golden: list[str], tmp_
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_layers_agree_with_the_reference_on_the_gpu(golden: list[str]) -> None:
     """The same harness on the library itself, with real kernels."""
     harness = tensorrt_build.harness(tensorrt.include_dir())

@@ -14,6 +14,7 @@ library.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -89,10 +90,16 @@ __all__ = [
     "variance",
 ]
 
-try:
-    __version__ = version("dwattn")
-except PackageNotFoundError:  # a source tree that was put on the path without being installed
-    __version__ = "0.0.0"
+
+def _version() -> str:
+    # dwattn-deploy is the part of this package that a Jetson needs, installed alone.
+    for distribution in ("dwattn", "dwattn-deploy"):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(distribution)
+    return "0.0.0"  # a source tree that was put on the path without being installed
+
+
+__version__ = _version()
 
 
 def __getattr__(name: str) -> Any:

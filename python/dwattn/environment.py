@@ -25,6 +25,7 @@ PACKAGES = (
     "onnx",
     "onnxscript",
     "onnxruntime",
+    "tensorrt",
     "torchvision",
 )
 #: (operator, device type, dtype) for which the backends are asked.

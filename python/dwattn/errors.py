@@ -45,3 +45,7 @@ class BackendError(DwattnError):
 
 class ExportError(DwattnError):
     """A model that cannot be exported, or whose export does not agree with PyTorch."""
+
+
+class DeployError(DwattnError):
+    """TensorRT, onnxruntime or a device that cannot build, run or confirm a model."""

@@ -1,7 +1,7 @@
 """Loads the compiled modules and teaches PyTorch about the operators: fake tensors and autograd.
 
-``torch.ops.dwattn.dw_aggregate``, ``dw_attention`` and ``dw_layer`` come from ``_C.so``, which uses
-LibTorch's stable ABI and holds no Python symbol. The package works without it: :data:`AVAILABLE` is then false,
+``torch.ops.dwattn.dw_aggregate``, ``dw_attention``, ``dw_layer`` and ``attention_variance_`` come from
+``_C.so``, which uses LibTorch's stable ABI and holds no Python symbol. The package works without it: :data:`AVAILABLE` is then false,
 :func:`load_error` says why, and other backends run. ``DWATTN_DISABLE_NATIVE=1`` simulates that.
 
 Gradients of ``Y = aggregate(V; K, kappa, mu, beta)`` for ``G = dL/dY``, ``S[c] = sum_patches G``:
@@ -143,6 +143,53 @@ def dw_layer(
     return out
 
 
+@torch.no_grad()
+def attention_variance_(
+    q: Tensor,
+    k: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    seen: int,
+    *,
+    v: Tensor | None = None,
+    prefix_mean: Tensor | None = None,
+    num_prefix: int = 0,
+    scale: float | None = None,
+) -> Tensor | None:
+    """Add the attention maps of a batch to a running state, in place; attend on the way. CUDA only.
+
+    ``E = softmax(scale q k^T)`` never exists in memory; its moments over the batch meet the state by
+    Chan's formula.
+
+    Args:
+        q, k, v: ``(B, n_h, N, d_h)`` of one dtype (fp32, fp16, bf16), ``d_h <= 128``.
+        mean, m2: contiguous fp32 or fp64 ``(n_h, N - num_prefix, N - num_prefix)``: mean and sum of
+            squared deviations of E over ``seen`` images; for ``seen=0`` what they hold does not
+            matter.
+        prefix_mean: ``(n_h, N - num_prefix, num_prefix)``, alike: mean mass of patch queries on the
+            prefix tokens.
+        num_prefix: tokens that mean and m2 leave out (0 keeps all entries).
+        scale: factor of the logits, default ``1 / sqrt(d_h)``.
+
+    Returns:
+        The attention output ``E v``, ``(B, n_h, N, d_h)``, or None without v. The state now holds
+        ``seen + B`` images.
+
+    Raises:
+        RuntimeError: q is not on a CUDA device, or shapes and dtypes do not fit.
+    """
+    if q.device.type != "cuda":
+        raise RuntimeError(
+            f"attention_variance_ runs on CUDA devices only and q is on {q.device}; "
+            "dwattn.variance.AttentionVariance runs on every device."
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out: Tensor = torch.ops.dwattn.attention_variance_.default(
+        q, k, mean, m2, prefix_mean, seen, v, num_prefix, scale
+    )
+    return None if v is None else out
+
+
 def _fake_aggregate(
     v: Tensor,
     kernel: Tensor,
@@ -200,6 +247,20 @@ def _fake_layer(
     )
     rows = y.shape[1] + (0 if prefix_out is None else num_prefix)
     return x.new_empty(x.shape[0], rows, wo.shape[0])
+
+
+def _fake_variance(
+    q: Tensor,
+    k: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    prefix_mean: Tensor | None,
+    seen: int,
+    v: Tensor | None,
+    num_prefix: int,
+    scale: float,
+) -> Tensor:
+    return q.new_empty(0) if v is None else q.new_empty(q.shape)
 
 
 def _check_fake(
@@ -354,6 +415,7 @@ def _register() -> str:
         ):
             torch.library.register_fake(name, fake)
             torch.library.register_autograd(name, backward, setup_context=save)
+        torch.library.register_fake("dwattn::attention_variance_", _fake_variance)
     except RuntimeError as error:
         return f"The compiled operators do not fit this version of dwattn ({error}). {_BUILD_HINT}"
     return ""

@@ -33,8 +33,8 @@ struct BandChunk {
 
 // Whether rows of `length` elements can be moved by 16-byte vectors.
 template <class T>
-DWATTN_DEVICE bool vectors_aligned(const void* base, int64_t stride, int64_t stride2,
-                                   int64_t length) {
+__host__ __device__ inline bool vectors_aligned(const void* base, int64_t stride, int64_t stride2,
+                                                int64_t length) {
   constexpr int64_t kVector = BandChunk<T>::kVector;
   return reinterpret_cast<uintptr_t>(base) % kBandVectorBytes == 0 && stride % kVector == 0 &&
          stride2 % kVector == 0 && length % kVector == 0;

@@ -145,7 +145,7 @@ struct Parts {
   int64_t mean;    // narrow: (B, D)
   int64_t rows;    // prefix rows that are not in y: (B, P, Cp) of dtype
   int64_t prefix;  // what making the prefix rows needs
-  int64_t end;
+  int64_t end = 0;
 
   explicit Parts(const DwLayerParams& p) {
     const int64_t size = dtype_size(p.dtype), above = rows_above(p);
@@ -167,12 +167,9 @@ struct Parts {
   static constexpr int64_t kFloat = sizeof(float);
 
   void take(int64_t& part, int64_t bytes) {
-    part = end_;
-    end_ += (bytes + 15) / 16 * 16;
-    end = end_;
+    part = end;
+    end += (bytes + 15) / 16 * 16;
   }
-
-  int64_t end_ = 0;
 };
 
 // Prefix rows before the projection, to `r.rows`. `mean` of the patches is null where it is not

@@ -1,8 +1,9 @@
-// Exact prefix rows in five kernels. A "query" below is one prefix token seen by one head, numbered
-// t * heads + h; an image has Q of them. Shapes, all fp32 in the workspace:
+// Exact prefix rows in five kernels. A "query" is one prefix token seen by one head, numbered
+// t * heads + h; an image has Q of them. Shapes, all in the workspace and fp32:
 //   q (B, P, Cp), absorbed (B, Q, D), scores (B, Q, N), pooled (B, Q, D)
-#include "kernels/cuda/pairs.cuh"
-#include "kernels/cuda/prefix_place.cuh"
+// For the tensor cores `absorbed` is kept as two rows of T that add up to it, in the same place.
+#include "kernels/cuda/prefix_attention.cuh"
+#include "kernels/cuda/prefix_attention_tensor.cuh"
 
 namespace dwattn::cuda {
 namespace {
@@ -32,7 +33,8 @@ __global__ void __launch_bounds__(kProductWarps* kWarp)
 
 // A block makes 64 features of one head of four rows; its warps take every eighth channel of the
 // head, and their sums are added in the order of the warps.
-template <class T, bool kAligned>
+// With kSplit it stores a row of T and the row of what that lost by rounding.
+template <class T, bool kAligned, bool kSplit>
 __global__ void __launch_bounds__(kProductWarps* kWarp)
     absorb_kernel(const PrefixRowsParams p, const float* q, float* absorbed) {
   DYN_SHARED(float2, sums);  // (kProductWarps, kRowsTogether, kWarp)
@@ -63,158 +65,15 @@ __global__ void __launch_bounds__(kProductWarps* kWarp)
   for (int other = 1; other < kProductWarps; ++other) {
     total = add2(total, sums[(other * kRowsTogether + warp) * kWarp + lane]);
   }
-  store_pair<float, kAligned>(absorbed + ((first + warp) * p.num_heads + head) * p.dim + feature,
-                              total, valid);
-}
-
-// ---- scores = absorbed . x
-
-constexpr int kScoreWarps = 4;
-constexpr int kScoreTokens = 4;   // of a warp
-constexpr int kScoreQueries = 4;  // of a warp
-
-template <class T, bool kAligned>
-__global__ void __launch_bounds__(kScoreWarps* kWarp)
-    score_kernel(const PrefixRowsParams p, const float* absorbed, float* scores) {
-  const int lane = threadIdx.x % kWarp;
-  const int64_t queries = p.num_prefix * p.num_heads, tokens = p.num_prefix + p.patches;
-  const int64_t across = (queries + kScoreQueries - 1) / kScoreQueries;
-  const int64_t down = (tokens + kScoreTokens - 1) / kScoreTokens;
-  int64_t index = static_cast<int64_t>(blockIdx.x) * kScoreWarps + threadIdx.x / kWarp;
-  const int64_t first_query = index % across * kScoreQueries;
-  index /= across;
-  const int64_t first_token = index % down * kScoreTokens, image = index / down;
-  if (image >= p.batch) return;
-
-  const T* x[kScoreTokens];
-  const float* a[kScoreQueries];
-#pragma unroll
-  for (int i = 0; i < kScoreTokens; ++i) {
-    const int64_t token = first_token + i < tokens ? first_token + i : tokens - 1;
-    x[i] = static_cast<const T*>(p.x) + image * p.x_stride_batch + token * p.x_stride_token;
+  const int64_t query = (first + warp) * p.num_heads + head;
+  if constexpr (kSplit) {
+    T* const high = reinterpret_cast<T*>(absorbed) + 2 * query * p.dim + feature;
+    const SplitPair<T> pair(total.x, total.y);
+    if (valid > 0) *reinterpret_cast<uint32_t*>(high) = pair.high;
+    if (valid > 0) *reinterpret_cast<uint32_t*>(high + p.dim) = pair.low;
+  } else {
+    store_pair<float, kAligned>(absorbed + query * p.dim + feature, total, valid);
   }
-#pragma unroll
-  for (int j = 0; j < kScoreQueries; ++j) {
-    const int64_t query = first_query + j < queries ? first_query + j : queries - 1;
-    a[j] = absorbed + (image * queries + query) * p.dim;
-  }
-  float sum[kScoreTokens][kScoreQueries] = {};
-#pragma unroll 2
-  for (int64_t k = 2 * lane; k < p.dim; k += kSlice) {
-    float2 v[kScoreTokens];
-#pragma unroll
-    for (int i = 0; i < kScoreTokens; ++i) v[i] = load_pair<T, kAligned>(x[i] + k, p.dim - k);
-#pragma unroll
-    for (int j = 0; j < kScoreQueries; ++j) {
-      const float2 w = load_pair<float, kAligned>(a[j] + k, p.dim - k);
-#pragma unroll
-      for (int i = 0; i < kScoreTokens; ++i) {
-        sum[i][j] = fmaf(w.y, v[i].y, fmaf(w.x, v[i].x, sum[i][j]));
-      }
-    }
-  }
-  float mine = 0.0f;  // lane l keeps token l % 4 of query l / 4
-#pragma unroll
-  for (int i = 0; i < kScoreTokens; ++i) {
-#pragma unroll
-    for (int j = 0; j < kScoreQueries; ++j) {
-      const float total = warp_sum(sum[i][j]);
-      if (lane == j * kScoreTokens + i) mine = total;
-    }
-  }
-  const int64_t token = first_token + lane % kScoreTokens;
-  const int64_t query = first_query + lane / kScoreTokens;
-  if (lane < kScoreTokens * kScoreQueries && token < tokens && query < queries) {
-    scores[(image * queries + query) * tokens + token] = mine;
-  }
-}
-
-// ---- pooled = softmax(scores) x
-
-constexpr int kPoolWarps = 16;
-constexpr int kPoolQueries = 8;   // of a block
-constexpr int kPoolTokens = 128;  // whose shares lie in shared memory at a time
-
-struct PoolShared {
-  float2 sums[kPoolWarps][kPoolQueries][kWarp];
-  float shares[kPoolTokens][kPoolQueries];
-  float largest[kPoolQueries], scale[kPoolQueries];
-};
-
-// The largest score of a query and one over the sum of the exponentials; a warp together.
-DWATTN_DEVICE void normalise(const float* scores, int64_t tokens, float& largest, float& scale) {
-  const int lane = threadIdx.x % kWarp;
-  float most = scores[0];
-#pragma unroll 4
-  for (int64_t n = lane; n < tokens; n += kWarp) most = fmaxf(most, scores[n]);
-  most = warp_max(most);
-  float sum = 0.0f;
-#pragma unroll 4
-  for (int64_t n = lane; n < tokens; n += kWarp) sum += expf(scores[n] - most);
-  sum = warp_sum(sum);
-  if (lane > 0) return;
-  largest = most;
-  scale = 1.0f / sum;
-}
-
-// A block makes 64 features of eight queries. Its warps take every 16th token, and their sums are
-// added in the order of the warps.
-template <class T, bool kAligned>
-__global__ void __launch_bounds__(kPoolWarps* kWarp, 1)
-    pool_kernel(const PrefixRowsParams p, const float* all_scores, float* pooled) {
-  DYN_SHARED(PoolShared, shared);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t queries = p.num_prefix * p.num_heads, tokens = p.num_prefix + p.patches;
-  const int64_t slices = (p.dim + kSlice - 1) / kSlice;
-  const int64_t groups = (queries + kPoolQueries - 1) / kPoolQueries;
-  const int64_t feature = blockIdx.x % slices * kSlice + 2 * lane, valid = p.dim - feature;
-  const int64_t first = blockIdx.x / slices % groups * kPoolQueries;
-  const int64_t image = blockIdx.x / slices / groups;
-  const int present =
-      static_cast<int>(queries - first < kPoolQueries ? queries - first : kPoolQueries);
-  const float* const scores = all_scores + (image * queries + first) * tokens;
-  const T* const x = static_cast<const T*>(p.x) + image * p.x_stride_batch + feature;
-
-  if (warp < present) {
-    normalise(scores + warp * tokens, tokens, shared->largest[warp], shared->scale[warp]);
-  }
-  __syncthreads();
-  float2 sum[kPoolQueries];
-#pragma unroll
-  for (int j = 0; j < kPoolQueries; ++j) sum[j] = zero2();
-  for (int64_t begin = 0; begin < tokens; begin += kPoolTokens) {
-    const int count = static_cast<int>(tokens - begin < kPoolTokens ? tokens - begin : kPoolTokens);
-    for (int i = threadIdx.x; i < kPoolTokens * kPoolQueries; i += kPoolWarps * kWarp) {
-      const int t = i % kPoolTokens, j = i / kPoolTokens;
-      float share = 0.0f;
-      if (t < count && j < present) {
-        share = expf(scores[j * tokens + begin + t] - shared->largest[j]) * shared->scale[j];
-      }
-      shared->shares[t][j] = share;
-    }
-    __syncthreads();  // the shares are complete
-#pragma unroll 4
-    for (int t = warp; t < count; t += kPoolWarps) {
-      const float2 v = load_pair<T, kAligned>(x + (begin + t) * p.x_stride_token, valid);
-      float share[kPoolQueries];
-      load_floats(shared->shares[t], share);
-#pragma unroll
-      for (int j = 0; j < kPoolQueries; ++j) {
-        sum[j] = fma2(make_float2(share[j], share[j]), v, sum[j]);
-      }
-    }
-    __syncthreads();  // nobody reads the shares any more
-  }
-#pragma unroll
-  for (int j = 0; j < kPoolQueries; ++j) shared->sums[warp][j][lane] = sum[j];
-  __syncthreads();
-  if (warp >= present) return;
-  float2 total = shared->sums[0][warp][lane];
-  for (int other = 1; other < kPoolWarps; ++other) {
-    total = add2(total, shared->sums[other][warp][lane]);
-  }
-  store_pair<float, kAligned>(pooled + (image * queries + first + warp) * p.dim + feature, total,
-                              valid);
 }
 
 // ---- Y = Wv pooled + bv, head by head
@@ -265,6 +124,54 @@ bool pairs_aligned(const PrefixRowsParams& p) {
          p.x_stride_batch % 2 == 0 && p.x_stride_token % 2 == 0;
 }
 
+constexpr int64_t divided(int64_t size, int64_t part) { return (size + part - 1) / part; }
+
+template <class T>
+Status absorb(const PrefixRowsParams& p, bool tensor, const float* q, float* absorbed,
+              Stream stream) {
+  auto kernel =
+      pairs_aligned<T>(p) ? absorb_kernel<T, true, false> : absorb_kernel<T, false, false>;
+  if constexpr (sizeof(T) == 2) {
+    if (tensor) kernel = absorb_kernel<T, true, true>;
+  }
+  const int64_t blocks =
+      divided(p.dim, kSlice) * p.num_heads * divided(p.batch * p.num_prefix, kRowsTogether);
+  return launch_blocks(kernel, blocks, kProductWarps,
+                       kProductWarps * kRowsTogether * kWarp * sizeof(float2), stream, p, q,
+                       absorbed);
+}
+
+// scores and pooled on FMA.
+template <class T>
+Status attend(const PrefixRowsParams& p, const float* absorbed, float* scores, float* pooled,
+              Stream stream) {
+  const int64_t queries = p.num_prefix * p.num_heads, tokens = p.num_prefix + p.patches;
+  const bool aligned = pairs_aligned<T>(p);
+  const int64_t warps = p.batch * divided(tokens, kScoreTokens) * divided(queries, kScoreQueries);
+  const Status status =
+      launch_blocks(aligned ? score_kernel<T, true> : score_kernel<T, false>,
+                    divided(warps, kScoreWarps), kScoreWarps, 0, stream, p, absorbed, scores);
+  if (status != Status::kOk) return status;
+  return launch_blocks(aligned ? pool_kernel<T, true> : pool_kernel<T, false>,
+                       p.batch * divided(p.dim, kSlice) * divided(queries, kPoolQueries),
+                       kPoolWarps, sizeof(PoolShared), stream, p, scores, pooled);
+}
+
+// The same on tensor cores.
+template <class T>
+Status attend_tensor(const PrefixRowsParams& p, const float* absorbed, float* scores, float* pooled,
+                     Stream stream) {
+  const int64_t queries = p.num_prefix * p.num_heads, tokens = p.num_prefix + p.patches;
+  const int64_t groups = p.batch * divided(queries, kTensorQueries);
+  const int64_t warps = groups * divided(tokens, kTensorTokens);
+  const Status status =
+      launch_blocks(score_tensor_kernel<T>, divided(warps, kScoreWarps), kScoreWarps, 0, stream, p,
+                    reinterpret_cast<const T*>(absorbed), scores);
+  if (status != Status::kOk) return status;
+  return launch_blocks(pool_tensor_kernel<T>, groups * divided(p.dim, kTensorFeatures),
+                       kTensorWarps, sizeof(TensorPoolShared), stream, p, scores, pooled);
+}
+
 template <class T>
 Status run(const PrefixRowsParams& p, float* workspace, Stream stream) {
   const ExactParts parts(p);
@@ -272,30 +179,21 @@ Status run(const PrefixRowsParams& p, float* workspace, Stream stream) {
   float* const absorbed = workspace + parts.absorbed;
   float* const scores = workspace + parts.scores;
   float* const pooled = workspace + parts.pooled;
-  const auto divided = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
-  const int64_t rows = p.batch * p.num_prefix, slices = divided(p.dim, kSlice);
-  const int64_t queries = p.num_prefix * p.num_heads, tokens = p.num_prefix + p.patches;
-  const bool aligned = pairs_aligned<T>(p);
+  const bool tensor = sizeof(T) == 2 && is_aligned(p.key, 2 * sizeof(T)) &&
+                      vectors_aligned<T>(p.x, p.x_stride_batch, p.x_stride_token, p.dim);
 
-  const int64_t row_blocks = row_product_blocks(rows, p.channels);
-  Status status = launch_blocks(query_kernel<T>, row_blocks, kProductWarps, 0, stream, p, q);
+  const int64_t blocks = row_product_blocks(p.batch * p.num_prefix, p.channels);
+  Status status = launch_blocks(query_kernel<T>, blocks, kProductWarps, 0, stream, p, q);
+  if (status == Status::kOk) status = absorb<T>(p, tensor, q, absorbed, stream);
   if (status != Status::kOk) return status;
-  status =
-      launch_blocks(aligned ? absorb_kernel<T, true> : absorb_kernel<T, false>,
-                    slices * p.num_heads * divided(rows, kRowsTogether), kProductWarps,
-                    kProductWarps * kRowsTogether * kWarp * sizeof(float2), stream, p, q, absorbed);
+  if constexpr (sizeof(T) == 2) {
+    status = tensor ? attend_tensor<T>(p, absorbed, scores, pooled, stream)
+                    : attend<T>(p, absorbed, scores, pooled, stream);
+  } else {
+    status = attend<T>(p, absorbed, scores, pooled, stream);
+  }
   if (status != Status::kOk) return status;
-  const int64_t score_warps =
-      p.batch * divided(tokens, kScoreTokens) * divided(queries, kScoreQueries);
-  status =
-      launch_blocks(aligned ? score_kernel<T, true> : score_kernel<T, false>,
-                    divided(score_warps, kScoreWarps), kScoreWarps, 0, stream, p, absorbed, scores);
-  if (status != Status::kOk) return status;
-  status = launch_blocks(aligned ? pool_kernel<T, true> : pool_kernel<T, false>,
-                         p.batch * slices * divided(queries, kPoolQueries), kPoolWarps,
-                         sizeof(PoolShared), stream, p, scores, pooled);
-  if (status != Status::kOk) return status;
-  return launch_blocks(exact_rows_kernel<T>, row_blocks, kProductWarps, 0, stream, p, pooled);
+  return launch_blocks(exact_rows_kernel<T>, blocks, kProductWarps, 0, stream, p, pooled);
 }
 
 }  // namespace

@@ -6,7 +6,8 @@
 //   static: Y_t = a[t] (Wv x_t + bv) + b[t] (Wv mean_patches(x) + bv)
 //
 // Neither keys nor values of all tokens are formed. A key bias would cancel in the softmax. Only Y
-// is rounded: queries, a_th, scores, shares and pooled tokens stay in fp32.
+// is rounded: queries, a_th, scores, shares and pooled tokens are kept in fp32, or for the tensor
+// cores as two values of T that add up to it (so a_th has to stay in the range of fp16 there).
 #pragma once
 
 #include <cstdint>

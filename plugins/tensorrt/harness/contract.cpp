@@ -1,15 +1,13 @@
 #include "contract.h"
 
-#include <algorithm>
 #include <cstdlib>
-#include <functional>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "checks.h"
-#include "memory.h"
+#include "example_nodes.h"
 #include "node.h"
 
 namespace {
@@ -33,83 +31,6 @@ using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::PluginTensorDesc;
 using nvinfer1::TensorFormat;
 using Shape = std::vector<int64_t>;
-
-constexpr int64_t kBatch = 2, kHeight = 3, kWidth = 4, kPrefix = 2, kDim = 16, kChannels = 8,
-                  kPrefixChannels = 12, kDimOut = 24, kHeads = 3;
-constexpr int64_t kTokens = kPrefix + kHeight * kWidth;
-
-enum class Prefix { kDrop, kExact, kStatic };
-enum class Grid { kFields, kInput };
-
-// A node with every input that it may have.
-Node full_node(Prefix prefix, Grid grid, DataType type = DataType::kFLOAT,
-               const char* plugin = "DWAttention") {
-  constexpr const char* kNames[] = {"drop", "exact", "static"};
-  const bool rows = prefix != Prefix::kDrop;
-  Node node;
-  node.plugin = plugin;
-  node.set("height", grid == Grid::kFields ? kHeight : 0);
-  node.set("width", grid == Grid::kFields ? kWidth : 0);
-  node.set("num_prefix", kPrefix);
-  node.set("num_heads", prefix == Prefix::kExact ? kHeads : 0);
-  node.set("prefix", std::string(kNames[static_cast<int>(prefix)]));
-  const auto tensor = [&](const char* name, const Shape& shape) {
-    node.inputs.push_back({name, type, shape, {}});
-  };
-  const auto coefficients = [&](const char* name, const Shape& shape) {
-    node.inputs.push_back({name, DataType::kFLOAT, shape, {}});
-  };
-  tensor("x", {kBatch, kTokens, kDim});
-  tensor("residual", {kBatch, rows ? kTokens : kTokens - kPrefix, kDimOut});
-  if (grid == Grid::kInput) tensor("grid", {kBatch, 5, kHeight, kWidth});
-  tensor("wv", {kChannels, kDim});
-  coefficients("bv", {kChannels});
-  coefficients("kernel", {kChannels, 3, 3});
-  coefficients("kappa", {kPrefix, kChannels});
-  coefficients("mu", {kChannels});
-  coefficients("beta", {kChannels});
-  tensor("wo", {kDimOut, kChannels});
-  coefficients("bo", {kDimOut});
-  coefficients("gamma", {kDimOut});
-  if (prefix == Prefix::kExact) {
-    tensor("query", {kPrefixChannels, kDim});
-    coefficients("query_bias", {kPrefixChannels});
-    tensor("key", {kPrefixChannels, kDim});
-  }
-  if (rows) {
-    tensor("prefix_value", {kPrefixChannels, kDim});
-    coefficients("prefix_value_bias", {kPrefixChannels});
-    tensor("prefix_out", {kDimOut, kPrefixChannels});
-    coefficients("prefix_out_bias", {kDimOut});
-  }
-  if (prefix == Prefix::kStatic) {
-    coefficients("static_a", {kPrefix, kPrefixChannels});
-    coefficients("static_b", {kPrefix, kPrefixChannels});
-  }
-  node.name_inputs();
-  return node;
-}
-
-// The inputs that no node can be without.
-Node least_node(Prefix prefix) {
-  Node node = full_node(prefix, Grid::kFields);
-  const auto optional = [](const Tensor& tensor) {
-    constexpr const char* kNeeded[] = {"x",     "wv",  "kernel",   "wo",
-                                       "query", "key", "static_a", "static_b"};
-    return std::none_of(std::begin(kNeeded), std::end(kNeeded),
-                        [&](const char* name) { return tensor.name == name; });
-  };
-  node.inputs.erase(std::remove_if(node.inputs.begin(), node.inputs.end(), optional),
-                    node.inputs.end());
-  if (prefix == Prefix::kExact) {
-    node.input("query").shape = node.input("key").shape = {kChannels, kDim};
-    node.set("num_heads", 4);
-  } else if (prefix == Prefix::kStatic) {
-    node.input("static_a").shape = node.input("static_b").shape = {kPrefix, kChannels};
-  }
-  node.name_inputs();
-  return node;
-}
 
 void check_creators() {
   int32_t count = 0;
@@ -252,208 +173,6 @@ void check_serialization() {
   expect_silence("serialization");
 }
 
-struct WrongFields {
-  Prefix prefix;
-  std::function<void(Node&)> change;
-  const char* message;
-};
-
-void check_wrong_fields() {
-  const auto with = [](const char* field, auto value) {
-    return [=](Node& node) { node.set(field, value); };
-  };
-  const auto inputs = [](const char* names) {
-    return [=](Node& node) { node.set("inputs", std::string(names)); };
-  };
-  const WrongFields table[] = {
-      {Prefix::kDrop, with("hieght", 3), "unknown field 'hieght'; fields are inputs"},
-      {Prefix::kDrop, with("height", std::string("3")),
-       "field 'height' is CHAR of length 1, expected one INT32"},
-      {Prefix::kDrop, with("inputs", 3), "'inputs' is given twice"},
-      {Prefix::kDrop, with("height", -3), "height=-3, width=4"},
-      {Prefix::kDrop, with("height", 0), "height=0, width=4"},
-      {Prefix::kDrop, with("num_prefix", -1), "field 'num_prefix' is -1"},
-      {Prefix::kDrop, with("num_heads", 2), "num_heads=2 with prefix='drop'"},
-      {Prefix::kExact, with("num_heads", 0), "num_heads=0 with prefix='exact'"},
-      {Prefix::kDrop, with("prefix", std::string("dropp")), "field 'prefix' is 'dropp'"},
-      {Prefix::kDrop, inputs(""), "'x' is missing"},
-      {Prefix::kDrop, inputs("x wv wo"), "'kernel' is missing"},
-      {Prefix::kDrop, inputs("x wv kernel wo weights"), "names 'weights', which is no input"},
-      {Prefix::kDrop, inputs("x kernel wv wo"), "'wv' must come before 'kernel'"},
-      {Prefix::kDrop, inputs("x wv wv kernel wo"), "every input at most once"},
-      {Prefix::kDrop, inputs("x grid wv kernel wo"), "and the input 'grid' exclude each other"},
-      {Prefix::kDrop, inputs("x wv kernel wo query key"), "'query' has no use with prefix='drop'"},
-      {Prefix::kDrop, inputs("x wv kernel wo query_bias"), "needs the input 'query'"},
-      {Prefix::kExact, inputs("x wv kernel wo query"), "prefix='exact' needs the input 'key'"},
-      {Prefix::kStatic, inputs("x wv kernel wo static_a"), "needs the input 'static_b'"},
-      {Prefix::kStatic, inputs("x wv kernel wo prefix_out_bias static_a static_b"),
-       "'prefix_out_bias' needs the input 'prefix_out'"},
-      {Prefix::kStatic, with("num_prefix", 0), "num_prefix=0"},
-      {Prefix::kDrop,
-       [](Node& node) {
-         node.set("height", 0);
-         node.set("width", 0);
-       },
-       "height=0, width=0 reads the grid from the input 'grid'"},
-      {Prefix::kDrop,
-       [](Node& node) {
-         node.set("inputs", std::string("x wv kernel kappa wo"));
-         node.set("num_prefix", 0);
-       },
-       "num_prefix=0"},
-  };
-  for (const WrongFields& wrong : table) {
-    Node node = least_node(wrong.prefix);
-    expect(node.create() != nullptr, "the node before the change");
-    expect_silence("the node before the change");
-    wrong.change(node);
-    expect(node.create() == nullptr, std::string("created in spite of: ") + wrong.message);
-    expect_said(wrong.message, "wrong fields");
-  }
-}
-
-void check_field_types() {
-  const float real = 3;
-  const int64_t wide = 3, too_wide = int64_t{1} << 40;
-  const std::string names = "x wv kernel wo";
-  const auto create = [&](nvinfer1::PluginField height) {
-    const int32_t width = 4;
-    // A string may come with its terminating zero.
-    const nvinfer1::PluginField fields[] = {
-        {"inputs", names.c_str(), nvinfer1::PluginFieldType::kCHAR,
-         static_cast<int32_t>(names.size()) + 1},
-        {"width", &width, nvinfer1::PluginFieldType::kINT32, 1},
-        height};
-    const nvinfer1::PluginFieldCollection collection{3, fields};
-    return Plugin(find_creator("DWAttention")
-                      ->createPlugin("node", &collection, nvinfer1::TensorRTPhase::kBUILD));
-  };
-  using Type = nvinfer1::PluginFieldType;
-  expect(create({"height", &wide, Type::kINT64, 1}) != nullptr, "INT64 is accepted");
-  expect_silence("INT64");
-  expect(create({"height", &real, Type::kFLOAT32, 1}) == nullptr, "FLOAT32 is refused");
-  expect_said("field 'height' is FLOAT32 of length 1, expected one INT32", "FLOAT32");
-  expect(create({"height", &wide, Type::kINT32, 2}) == nullptr, "two numbers are refused");
-  expect_said("field 'height' is INT32 of length 2", "two numbers");
-  expect(create({"height", nullptr, Type::kINT32, 1}) == nullptr, "no data is refused");
-  expect_said("without data", "no data");
-  expect(create({"height", &too_wide, Type::kINT64, 1}) == nullptr, "a large number is refused");
-  expect_said("1099511627776, which is no 32-bit integer", "a large number");
-  expect(create({"prefix", &wide, Type::kINT64, 1}) == nullptr, "a number is no string");
-  expect_said("field 'prefix' is INT64 of length 1, expected a string", "a number for a string");
-}
-
-struct WrongShape {
-  Prefix prefix;
-  Grid grid;
-  const char* input;
-  Shape shape;
-  const char* message;
-};
-
-// Each is refused when shapes are inferred, when a profile is configured, and at run time.
-void check_wrong_shapes() {
-  const WrongShape table[] = {
-      {Prefix::kExact,
-       Grid::kFields,
-       "x",
-       {kBatch, kTokens + 1, kDim},
-       "x has 15 tokens, but num_prefix + height * width = 2 + 3 * 4 = 14"},
-      {Prefix::kDrop, Grid::kFields, "x", {kBatch, kTokens - kPrefix, kDim}, "x has 12 tokens"},
-      {Prefix::kStatic,
-       Grid::kInput,
-       "grid",
-       {kBatch, 5, kWidth, kWidth},
-       "num_prefix + height * width = 2 + 4 * 4 = 18"},
-      {Prefix::kStatic, Grid::kInput, "grid", {kWidth}, "input 'grid' has the shape (4)"},
-      {Prefix::kDrop,
-       Grid::kFields,
-       "x",
-       {kTokens, kDim},
-       "input 'x' has the shape (14, 16), expected (B, N, D)"},
-      {Prefix::kDrop,
-       Grid::kFields,
-       "residual",
-       {kBatch, kTokens, kDimOut},
-       "input 'residual' has the shape (2, 14, 24), expected (B, N_out, D_out) = (2, 12, ?)"},
-      {Prefix::kExact, Grid::kFields, "residual", {1, kTokens, kDimOut}, "input 'residual'"},
-      {Prefix::kDrop,
-       Grid::kFields,
-       "wv",
-       {kDim, kChannels},
-       "input 'wv' has the shape (16, 8), expected (C, D) = (?, 16)"},
-      {Prefix::kDrop, Grid::kFields, "bv", {kChannels + 1}, "input 'bv'"},
-      {Prefix::kDrop,
-       Grid::kFields,
-       "kernel",
-       {kChannels, 3, 5},
-       "input 'kernel' has the shape (8, 3, 5), expected (C, 3, 3) = (8, 3, 3)"},
-      {Prefix::kDrop, Grid::kFields, "kernel", {kChannels, 1, 3, 3}, "input 'kernel'"},
-      {Prefix::kDrop, Grid::kFields, "kappa", {1, kChannels}, "input 'kappa'"},
-      {Prefix::kDrop, Grid::kFields, "mu", {1, kChannels}, "input 'mu'"},
-      {Prefix::kDrop, Grid::kFields, "beta", {kDim}, "input 'beta'"},
-      {Prefix::kDrop,
-       Grid::kFields,
-       "wo",
-       {kDimOut, kDim},
-       "input 'wo' has the shape (24, 16), expected (D_out, C) = (24, 8)"},
-      {Prefix::kDrop, Grid::kFields, "bo", {kDim}, "input 'bo'"},
-      {Prefix::kDrop, Grid::kFields, "gamma", {kDim}, "input 'gamma'"},
-      {Prefix::kExact, Grid::kFields, "query", {kPrefixChannels, kDimOut}, "input 'query'"},
-      {Prefix::kExact, Grid::kFields, "query_bias", {kChannels}, "input 'query_bias'"},
-      {Prefix::kExact, Grid::kFields, "key", {kChannels, kDim}, "input 'key'"},
-      {Prefix::kExact, Grid::kFields, "prefix_value", {kChannels, kDim}, "input 'prefix_value'"},
-      {Prefix::kStatic, Grid::kFields, "prefix_value_bias", {1}, "input 'prefix_value_bias'"},
-      {Prefix::kStatic, Grid::kFields, "prefix_out", {kDimOut, kChannels}, "input 'prefix_out'"},
-      {Prefix::kStatic, Grid::kFields, "prefix_out_bias", {kDim}, "input 'prefix_out_bias'"},
-      {Prefix::kStatic, Grid::kFields, "static_a", {kPrefixChannels}, "input 'static_a'"},
-      {Prefix::kStatic, Grid::kFields, "static_b", {1, kPrefixChannels}, "input 'static_b'"},
-  };
-  for (const WrongShape& wrong : table) {
-    Node node = full_node(wrong.prefix, wrong.grid);
-    const Plugin plugin = node.create();
-    node.input(wrong.input).shape = wrong.shape;
-    const std::string what = std::string("wrong ") + wrong.input;
-    expect(output_shape(plugin, node).values.empty(), what + " at inference of shapes");
-    expect_said(wrong.message, what + " at inference of shapes");
-
-    const std::vector<DynamicPluginTensorDesc> profile = node.profile();
-    expect(build(plugin).configurePlugin(profile.data(), node.input_count(), nullptr, 1) != 0,
-           what + " in a profile");
-    expect_said(wrong.message, what + " in a profile");
-
-    const std::vector<PluginTensorDesc> descs = node.descs();
-    expect(runtime(plugin).onShapeChange(descs.data(), node.input_count(), nullptr, 1) != 0,
-           what + " at run time");
-    expect_said(wrong.message, what + " at run time");
-    expect(runtime(plugin).enqueue(descs.data(), nullptr, nullptr, nullptr, nullptr, nullptr) != 0,
-           what + " when enqueued");
-    expect_said(wrong.message, what + " when enqueued");
-  }
-
-  Node heads = full_node(Prefix::kExact, Grid::kFields);
-  heads.set("num_heads", 5);
-  expect(output_shape(heads.create(), heads).values.empty(), "heads that do not divide");
-  expect_said("num_heads=5 does not divide the Cp = 12 channels", "heads that do not divide");
-
-  Node fewer = least_node(Prefix::kDrop);
-  const Plugin plugin = fewer.create();
-  fewer.inputs.pop_back();
-  expect(output_shape(plugin, fewer).values.empty(), "an input too few");
-  expect_said("the node has 3 inputs, but field 'inputs' names 4: 'x wv kernel wo'",
-              "an input too few");
-}
-
-void check_narrow_prefix_needs_its_output() {
-  Node node = full_node(Prefix::kExact, Grid::kFields);
-  const auto removed = [](const Tensor& t) { return t.name.rfind("prefix_out", 0) == 0; };
-  node.inputs.erase(std::remove_if(node.inputs.begin(), node.inputs.end(), removed),
-                    node.inputs.end());
-  node.name_inputs();
-  expect(output_shape(node.create(), node).values.empty(), "prefix_value without prefix_out");
-  expect_said("Cp = 12 channels, which 'wo' with C = 8 cannot take", "prefix_value");
-}
-
 void check_workspace() {
   const auto size = [](Node node, int64_t batch, int64_t height) {
     for (const char* name : {"x", "residual", "grid"}) node.input(name).shape[0] = batch;
@@ -535,10 +254,6 @@ void check_contract() {
   check_formats();
   check_types();
   check_serialization();
-  check_wrong_fields();
-  check_field_types();
-  check_wrong_shapes();
-  check_narrow_prefix_needs_its_output();
   check_workspace();
   check_run_time();
   check_without_logger();

@@ -1,4 +1,4 @@
-// What TensorRT may ask of the plugins besides running them, right answers and refusals.
+// What TensorRT asks of the plugins besides running them.
 #pragma once
 
 namespace harness {

@@ -9,8 +9,8 @@
 #include <sstream>
 
 #include "checks.h"
+#include "device_memory.h"
 #include "kernels/cpu/half.h"
-#include "memory.h"
 #include "node.h"
 
 namespace harness {

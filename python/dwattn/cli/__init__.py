@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dwattn.cli import pipeline, tools
+from dwattn.cli import deployment, pipeline, tools
 
 __all__ = ["app"]
 
@@ -51,4 +51,5 @@ app.command("score")(pipeline.score)
 app.command("select")(pipeline.select)
 app.command("replace")(pipeline.replace)
 app.command("export")(pipeline.export)
+deployment.add_to(app)
 app.command("report")(tools.report)

@@ -1,0 +1,168 @@
+"""TensorRT's Python package: found, checked, and its complaints turned into sentences."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import re
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from dwattn.deploy.options import RUNTIMES
+from dwattn.errors import DeployError
+
+_OLDEST = {"tensorrt": (10, 3), "tensorrt-rtx": (1, 0)}
+_INSTALL = {
+    "tensorrt": "JetPack: sudo apt install python3-libnvinfer, and a venv made with "
+    "--system-site-packages; elsewhere: pip install tensorrt.",
+    "tensorrt-rtx": "pip install tensorrt_rtx_cu13 (or _cu12).",
+}
+
+
+@dataclass
+class Runtime:
+    """A loaded TensorRT.
+
+    Args:
+        name: ``"tensorrt"`` or ``"tensorrt-rtx"``.
+        trt: the Python module.
+        log: what TensorRT complained about, in order.
+    """
+
+    name: str
+    trt: Any
+    log: list[str] = field(default_factory=list)
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        self.logger = _make_logger(self.trt, self.log, self.verbose)
+
+    @property
+    def version(self) -> str:
+        return str(self.trt.__version__)
+
+    @property
+    def has_fp16_flag(self) -> bool:
+        """TensorRT 10 chooses precisions; later ones do what the file says."""
+        return hasattr(self.trt.BuilderFlag, "FP16")
+
+    def load_plugin(self, path: str) -> None:
+        """Register the creators of a plugin library.
+
+        Raises:
+            DeployError: it cannot be loaded.
+        """
+        try:
+            handle = self.trt.get_plugin_registry().load_library(path)
+        except Exception as error:
+            raise self.failure(f"The plugin library {path} cannot be loaded ({error})") from error
+        if handle is None:
+            # TensorRT does not pass on why; the loader tells it again.
+            try:
+                ctypes.CDLL(path)
+                reason = "it exports no getCreators"
+            except OSError as error:
+                reason = str(error)
+            raise self.failure(f"The plugin library {path} cannot be loaded ({reason})")
+
+    def failure(self, what: str) -> DeployError:
+        """An error that says what failed, why (from TensorRT's log) and what helps."""
+        return DeployError(explain(what, self.log))
+
+
+def load_runtime(name: str, *, verbose: bool = False) -> Runtime:
+    """Import a TensorRT and check its version.
+
+    Raises:
+        DeployError: not installed, broken, or too old.
+    """
+    try:
+        trt = importlib.import_module(RUNTIMES[name])
+        version = str(trt.__version__)
+    except (ImportError, OSError, AttributeError) as error:
+        raise DeployError(
+            f"The Python package of {name} cannot be imported ({error}). {_INSTALL[name]}"
+        ) from error
+    found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if found < _OLDEST[name]:
+        oldest = ".".join(map(str, _OLDEST[name]))
+        raise DeployError(
+            f"{name} {version} is too old; {oldest} or later is needed (JetPack 6.1 has 10.3)."
+        )
+    return Runtime(name, trt, verbose=verbose)
+
+
+def _make_logger(trt: Any, log: list[str], verbose: bool) -> Any:
+    threshold = trt.ILogger.VERBOSE if verbose else trt.ILogger.ERROR
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if int(severity) <= int(trt.ILogger.WARNING):
+                log.append(message)
+            # Errors are not printed: they end up in the sentence that the user gets.
+            if verbose and int(severity) <= int(threshold):
+                print(f"[{str(severity).rpartition('.')[2]}] {message}", file=sys.stderr)
+
+    return Logger()
+
+
+#: What TensorRT writes, and what it means for the person. The first that matches is told.
+_MEANINGS = (
+    (
+        r"MODEL_DESERIALIZE_FAILED|Failed to parse the ONNX model|Failed to open file",
+        "The file is not a complete ONNX model; export it again.",
+    ),
+    (
+        r"Plugin not found|plugin.* not found|getPluginCreator|no importer registered|"
+        r"creator.*not found|Unable to find plugin",
+        "The model needs a plugin that is not registered: name its library with --plugin "
+        "libdwattn_trt.so, or export the model with --lowering native.",
+    ),
+    (
+        r"out of memory|could not be allocated|OutOfMemory|MEM_ALLOC_FAILED|insufficient memory",
+        "Memory ran out: close other programs, give less scratch memory with --workspace 512, a "
+        "smaller --batch, and on a board with 8 GB stop the desktop (docs/jetson.md).",
+    ),
+    (
+        r"no CUDA-capable device|CUDA initialization failure|cudaGetDevice|CUDA driver version is "
+        r"insufficient|forward compatibility|libcuda",
+        "No usable GPU: engines of TensorRT are built and run on the device they are for; "
+        "--runtime tensorrt-rtx builds without one.",
+    ),
+    (
+        r"kSERIALIZATION_VERSION|[Vv]ersion tag|serialization version|different version|"
+        r"serialized.*version",
+        "The engine is of another TensorRT version; build it again on this device.",
+    ),
+    (
+        r"[Pp]latform|compute capability|different (models of )?device|incompatible device|"
+        r"generated on.*different",
+        "The engine is of another kind of device; build it again on this one.",
+    ),
+    (
+        r"[Mm]agic tag|deserializ|corrupt|truncat",
+        "The file is not a complete engine of this runtime; build it again.",
+    ),
+)
+
+
+def explain(what: str, log: list[str]) -> str:
+    """A sentence for a failure: what, TensorRT's own words, and what they mean."""
+    errors = [re.sub(r"\s+", " ", line).strip() for line in log]
+    told = next(
+        (
+            (line, meaning)
+            for pattern, meaning in _MEANINGS
+            for line in errors
+            if re.search(pattern, line)
+        ),
+        None,
+    )
+    if told is not None:
+        return f"{what}. {told[1]} (TensorRT: {told[0][:300]})"
+    reasons = "; ".join(dict.fromkeys(line[:300] for line in errors[-3:]))
+    return f"{what}" + (f": {reasons}." if reasons else "; --verbose shows what TensorRT says.")
