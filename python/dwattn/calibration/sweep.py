@@ -53,7 +53,7 @@ class CalibrationOptions:
 
     batch_size: int = 16
     num_images: int | None = None
-    views: int = 2
+    views: int = 3
     refit: str = "all"
     held_out: float = 0.25
     rank: int | float | dict[str, float] | None = None

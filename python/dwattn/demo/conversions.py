@@ -161,7 +161,7 @@ def carry_out(
     Args:
         images: calibration images ``(M, 3, 224, 224)``.
         quick: correct only the output projections of the replaced layers.
-        views: of each photo; a second one adds a little fidelity and doubles the time.
+        views: of each photo; a second and a third add a little fidelity, and each as much time.
     """
     plan = dwattn.select(scores, blocks=spec.blocks, criterion=spec.criterion)
     student = copy.deepcopy(model)
