@@ -10,7 +10,7 @@ namespace {
 
 // A warp makes one channel of four images.
 template <class T>
-__global__ void __launch_bounds__(kProductWarps* kWarp)
+__global__ void __launch_bounds__(kProductWarps* kWarp, 1)
     dw_context_kernel(const DwAttentionParams p, const float* mean, float* ctx) {
   const RowGroup group(p.batch, p.channels);
   const int64_t channel = group.channel;

@@ -8,12 +8,14 @@
 namespace dwattn::cuda {
 namespace {
 
-// The rows of all images are numbered through.
+// The rows of all images are numbered through; they are fewer than 2^30, and a division of 64 bits
+// is dear.
 struct RowPlace {
   int64_t image, token;
 
   DWATTN_DEVICE RowPlace(const LinearParams& p, int64_t row)
-      : image(row / p.rows), token(row - image * p.rows) {}
+      : image(static_cast<unsigned>(row) / static_cast<unsigned>(p.rows)),
+        token(row - image * p.rows) {}
 };
 
 // Stages chunks of K of the block's rows of y and of its rows of the weights.

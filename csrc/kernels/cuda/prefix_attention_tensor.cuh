@@ -169,8 +169,10 @@ __global__ void __launch_bounds__(kTensorWarps* kWarp)
   for (int i = warp; i < present; i += kTensorWarps) {
     normalise(scores + i * tokens, tokens, shared->largest[i], shared->scale[i]);
   }
-  __syncthreads();          // the largest scores are known
-  float sum[4][2][4] = {};  // feature 8 n + 2 i + j of the slice is column n of product (i, j)
+  __syncthreads();  // the largest scores are known
+
+  // feature 8 n + 2 i + j of the slice is column n of product (i, j)
+  float sum[4][2][4] = {};
   const int64_t feature = first_feature + 8 * g;
   for (int64_t begin = warp * kTensorTokens; begin < tokens;
        begin += kTensorWarps * kTensorTokens) {

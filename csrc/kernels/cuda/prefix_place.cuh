@@ -6,12 +6,13 @@
 
 namespace dwattn::cuda {
 
-// The prefix tokens of all images are numbered through.
+// The prefix tokens of all images are numbered through; they are fewer than 2^30.
 struct PrefixPlace {
   int64_t image, token;
 
   DWATTN_DEVICE PrefixPlace(const PrefixRowsParams& p, int64_t row)
-      : image(row / p.num_prefix), token(row - image * p.num_prefix) {}
+      : image(static_cast<unsigned>(row) / static_cast<unsigned>(p.num_prefix)),
+        token(row - image * p.num_prefix) {}
 };
 
 // Offsets in x of the rows of a group.
