@@ -129,8 +129,8 @@ Contents contents(Role role) { return spec(role).contents; }
 Layer::Layer(bool narrow, Fields fields)
     : narrow_(narrow), fields_(std::move(fields)), prefix_(prefix_of(fields_.prefix)) {
   read_inputs();
-  check_grid();
   check_inputs();
+  check_grid();
   check_prefix();
 }
 
