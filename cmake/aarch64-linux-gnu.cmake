@@ -21,8 +21,9 @@ endif()
 # Headers of the compiler itself are not part of the target; those of the machine serve as well.
 execute_process(COMMAND nvcc --dryrun -x cu /dev/null ERROR_VARIABLE dryrun OUTPUT_QUIET)
 string(REGEX MATCH "INCLUDES=\"-I([^\"]+)\"" matched "${dryrun}")
-set(CMAKE_CUDA_FLAGS_INIT
-    "-I${DWATTN_CUDA_TARGET}/include -I${CMAKE_MATCH_1} -L${DWATTN_CUDA_TARGET}/lib")
+set(DWATTN_CUDA_TARGET_INCLUDES ${DWATTN_CUDA_TARGET}/include ${CMAKE_MATCH_1})
+list(JOIN DWATTN_CUDA_TARGET_INCLUDES " -I" includes)
+set(CMAKE_CUDA_FLAGS_INIT "-I${includes} -L${DWATTN_CUDA_TARGET}/lib")
 
 set(CUDA_cudart_static_LIBRARY ${DWATTN_CUDA_TARGET}/lib/libcudart_static.a CACHE FILEPATH "")
 list(APPEND CMAKE_PREFIX_PATH /usr/aarch64-linux-gnu)
