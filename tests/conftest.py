@@ -1,6 +1,13 @@
-"""Fixtures for all tests: torchvision under CPU torch, and repeatable random numbers."""
+"""Fixtures for all tests: torchvision under CPU torch, and repeatable random numbers.
+
+Build tools that the dev extra installs are found although the environment is not activated.
+"""
 
 from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +15,7 @@ import torch
 from support import torchvision_shim
 
 torchvision_shim.install()
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
 @pytest.fixture(autouse=True)
