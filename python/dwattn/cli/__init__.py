@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dwattn.cli import pipeline, tools
+from dwattn.cli import pipeline, tools, training
 
 __all__ = ["app"]
 
@@ -50,5 +50,6 @@ app.command("doctor")(tools.doctor)
 app.command("score")(pipeline.score)
 app.command("select")(pipeline.select)
 app.command("replace")(pipeline.replace)
+app.command("finetune")(training.finetune)
 app.command("export")(pipeline.export)
 app.command("report")(tools.report)

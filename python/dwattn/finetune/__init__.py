@@ -13,9 +13,14 @@ Who wants the loop to himself takes :func:`param_groups` and :func:`distill_loss
 from __future__ import annotations
 
 from dwattn.finetune.distill import Distillation, Targets, distill_loss
+from dwattn.finetune.estimate import Estimate, estimate
 from dwattn.finetune.features import FeatureReader, Features, first_tensor, teacher
 from dwattn.finetune.groups import param_groups
+from dwattn.finetune.heads import Head, LinearHead, SegmentationDecoder, SplitHead
+from dwattn.finetune.labelled import LabelledViews, MaskedViews, MaskFolder, labelled_folder
 from dwattn.finetune.recipe import Recipe, steps_for
+from dwattn.finetune.stages import StagedResult, second_stage, train_in_stages
+from dwattn.finetune.tasks import Task, classifier, evaluate, segmenter
 from dwattn.finetune.trainer import Callback, Evaluate, Trainer, TrainingResult
 from dwattn.finetune.views import Augment, Order, Views
 
@@ -23,18 +28,35 @@ __all__ = [
     "Augment",
     "Callback",
     "Distillation",
+    "Estimate",
     "Evaluate",
     "FeatureReader",
     "Features",
+    "Head",
+    "LabelledViews",
+    "LinearHead",
+    "MaskFolder",
+    "MaskedViews",
     "Order",
     "Recipe",
+    "SegmentationDecoder",
+    "SplitHead",
+    "StagedResult",
     "Targets",
+    "Task",
     "Trainer",
     "TrainingResult",
     "Views",
+    "classifier",
     "distill_loss",
+    "estimate",
+    "evaluate",
     "first_tensor",
+    "labelled_folder",
     "param_groups",
+    "second_stage",
+    "segmenter",
     "steps_for",
     "teacher",
+    "train_in_stages",
 ]

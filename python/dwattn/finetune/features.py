@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dwattn.adapters import describe
+from dwattn.adapters import ConvertedAttention, adapter_for, describe
 from dwattn.conversion import find_conversion, restore
 from dwattn.data import Batch
 from dwattn.errors import TrainingError
@@ -68,6 +68,7 @@ class FeatureReader:
         output: Callable[[Any], Tensor] | None = None,
     ) -> None:
         layout = describe(model)
+        self._layout = layout
         depth = len(layout.blocks)
         wrong = [index for index in blocks if not -depth <= index < depth]
         if wrong:
@@ -92,7 +93,8 @@ class FeatureReader:
             handles.append(self._norm.register_forward_hook(self._note_norm(seen)))
         result = None
         try:
-            result = batch.call(self._model)
+            with self._layout.in_raster_order():
+                result = batch.call(self._model)
         except _Done:
             pass
         finally:
@@ -144,6 +146,17 @@ def first_tensor(result: Any) -> Tensor:
     raise TrainingError(
         f"The model returns a {type(result).__name__} without tensors; pass output=function to pick one."
     )
+
+
+def token_width(model: nn.Module) -> int:
+    """Width ``D`` of a ViT's tokens."""
+    for site in describe(model).blocks:
+        if isinstance(site.attention, ConvertedAttention):
+            return site.attention.layer.dim
+        adapter = adapter_for(site.attention)
+        if adapter is not None and adapter.refusal(site.attention) is None:
+            return adapter.weights(site.attention).dim
+    raise TrainingError(f"No attention layer of {type(model).__name__} tells its width.")
 
 
 def teacher(model: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
@@ -40,7 +40,7 @@ def param_groups(
     Args:
         model: a converted model, or a part of one.
         lr: learning rate; kernel_lr, head_lr: factors on it, see :class:`dwattn.finetune.Recipe`.
-        train: ``all``, ``blocks`` (transformer blocks with replaced layers) or ``replaced`` (these layers alone).
+        train: ``all``, ``blocks`` (transformer blocks with replaced layers), ``replaced`` (these layers alone) or ``head``.
         head: a part of ``model`` (or a module beside it) that is always trained.
 
     Returns:
@@ -49,8 +49,8 @@ def param_groups(
     Raises:
         TrainingError: nothing to train, for example ``train="replaced"`` without replaced layers.
     """
-    if train not in ("all", "blocks", "replaced"):
-        raise TrainingError(f"train={train!r} must be 'all', 'blocks' or 'replaced'.")
+    if train not in get_args(Scope):
+        raise TrainingError(f"train={train!r} must be one of {', '.join(get_args(Scope))}.")
     kernels = _kernels(model)
     in_head = set() if head is None else {id(p) for p in head.parameters()}
     scope = _scope(model, train) | in_head
@@ -71,7 +71,8 @@ def param_groups(
         groups.setdefault(kind, []).append(parameter)
     if not groups:
         raise TrainingError(
-            f"train={train!r} leaves nothing to train: {type(model).__name__} has no layers replaced by dwattn."
+            f"train={train!r} leaves nothing to train: {type(model).__name__} has no layers replaced by dwattn, or "
+            f"no head was given."
         )
     factors = {"kernels": kernel_lr, "head": head_lr, "head without decay": head_lr}
     return [
@@ -102,6 +103,8 @@ def _undecayed(name: str, parameter: nn.Parameter) -> bool:
 def _scope(model: nn.Module, train: Scope) -> set[int]:
     if train == "all":
         return {id(p) for p in model.parameters()}
+    if train == "head":
+        return set()
     modules = converted_blocks(model) if train == "blocks" else _converted(model)
     return {id(p) for module in modules for p in module.parameters()}
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dwattn.errors import TrainingError
 from dwattn.plan import problems
 
-Scope = Literal["all", "blocks", "replaced"]
+Scope = Literal["all", "blocks", "replaced", "head"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -33,7 +33,7 @@ class Recipe(BaseModel):
         ema: decay of the averaged weights that the run ends with, or None.
         amp: autocast dtype.
         train: ``all`` parameters, the ``blocks`` that hold replaced layers, or the ``replaced`` layers alone
-            (frozen backbone); a task's head is always trained.
+            (frozen backbone); a task's ``head`` is trained in any case.
         views: distinct augmented views of each image, after which they repeat; None never repeats.
         seed: of order, augmentation, initial heads and gates.
     """

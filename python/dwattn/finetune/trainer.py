@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,10 +196,7 @@ class Trainer:
                 for batch in self._batches():
                     self._losses = self._train_step(distributed, batch)
                     self._seconds = time.perf_counter() - started
-                    rate = self.optimizer.param_groups[0]["lr"]
-                    self._try(
-                        lambda r=rate: log.write({"step": self.step, **self._losses, "lr": r})
-                    )
+                    self._try(partial(log.write, self._row()))
                     bar.update(task, completed=self.step, note=f"loss {self._losses['loss']:.4g}")
                     for callback in self.callbacks:
                         callback.on_step(self, self.step, self._losses)
@@ -288,13 +286,13 @@ class Trainer:
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * rate
         self.optimizer.zero_grad(set_to_none=True)
-        parts = list(_micro_batches(batch, self.recipe.micro_batch))
+        parts = list(micro_batches(batch, self.recipe.micro_batch))
         total: dict[str, Tensor] = {}
         for number, (part, share) in enumerate(parts):
             last = number == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(module):
                 with self._autocast():
-                    losses = module(_to(part, self.device))
+                    losses = module(move(part, self.device))
                 self.scaler.scale(losses["loss"] * share).backward()
             for name, value in losses.items():
                 total[name] = total.get(name, torch.zeros_like(value)) + value.detach() * share
@@ -370,7 +368,7 @@ def recipe_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     head = getattr(module, "head", None)
     return param_groups(
         module, lr=recipe.lr, kernel_lr=recipe.kernel_lr, weight_decay=recipe.weight_decay,
-        train=recipe.train, head=head if isinstance(head, nn.Module) else None, head_lr=recipe.head_lr,
+        train="head" if getattr(module, "frozen", False) else recipe.train, head=head if isinstance(head, nn.Module) else None, head_lr=recipe.head_lr,
     )  # fmt: skip
 
 
@@ -392,7 +390,7 @@ def _accelerator(device: str | None) -> Any:
     return accelerate.Accelerator(cpu=device == "cpu", kwargs_handlers=[handler])
 
 
-def _micro_batches(
+def micro_batches(
     batch: dict[str, Any], size: int | None
 ) -> Iterator[tuple[dict[str, Any], float]]:
     """Parts of a batch and their shares of it."""
@@ -405,7 +403,7 @@ def _micro_batches(
         yield part, len(part["keys"]) / total
 
 
-def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {
         k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()
     }
