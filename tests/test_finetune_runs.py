@@ -55,9 +55,7 @@ def views(count: int = 6) -> Views:
 def trainer(module: nn.Module, folder: Path | None, **options: Any) -> Trainer:
     recipe = options.pop("recipe", RECIPE)
     data = options.pop("data", None) or views()
-    return Trainer(
-        module, data, recipe, folder=folder, device="cpu", progress=False, **options
-    )
+    return Trainer(module, data, recipe, folder=folder, device="cpu", progress=False, **options)
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
@@ -106,9 +104,9 @@ def test_resuming_is_bit_exact(tmp_path: Path, workers: int) -> None:
     parts = student()
     for stop in (3, 5):
         parts = student()
-        result = trainer(
-            parts, tmp_path / "run", callbacks=[StopAfter(stop)], workers=workers
-        ).fit(resume=True)
+        result = trainer(parts, tmp_path / "run", callbacks=[StopAfter(stop)], workers=workers).fit(
+            resume=True
+        )
         assert not result.complete
     parts = student()
     assert trainer(parts, tmp_path / "run", workers=workers).fit(resume=True).complete

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dwattn.finetune.distill import Distillation, Targets, distill_loss
 from dwattn.finetune.estimate import Estimate, estimate
 from dwattn.finetune.features import FeatureReader, Features, first_tensor, teacher
+from dwattn.finetune.gates import Annealing, SubsetGate, add_gates, learned_plan, settle
 from dwattn.finetune.groups import param_groups
 from dwattn.finetune.heads import Head, LinearHead, SegmentationDecoder, SplitHead
 from dwattn.finetune.labelled import LabelledViews, MaskedViews, MaskFolder, labelled_folder
@@ -25,6 +26,7 @@ from dwattn.finetune.trainer import Callback, Evaluate, Trainer, TrainingResult
 from dwattn.finetune.views import Augment, Order, Views
 
 __all__ = [
+    "Annealing",
     "Augment",
     "Callback",
     "Distillation",
@@ -42,20 +44,24 @@ __all__ = [
     "SegmentationDecoder",
     "SplitHead",
     "StagedResult",
+    "SubsetGate",
     "Targets",
     "Task",
     "Trainer",
     "TrainingResult",
     "Views",
+    "add_gates",
     "classifier",
     "distill_loss",
     "estimate",
     "evaluate",
     "first_tensor",
     "labelled_folder",
+    "learned_plan",
     "param_groups",
     "second_stage",
     "segmenter",
+    "settle",
     "steps_for",
     "teacher",
     "train_in_stages",

@@ -10,8 +10,8 @@ from dwattn.adapters import ConvertedAttention, describe
 from dwattn.errors import TrainingError
 from dwattn.finetune.recipe import Scope
 
-#: Parameters of replaced layers that no projection holds: kernels, context terms, ensemble weights.
-KERNELS = frozenset({"kernel", "kappa", "mu", "beta", "gamma", "logits"})
+#: Parameters of replaced layers that no projection holds: kernels, context terms, ensemble weights, gates.
+KERNELS = frozenset({"kernel", "kappa", "mu", "beta", "gamma", "logits", "gate.scores"})
 _POSITIONS = (
     "pos_embed",
     "position_embedding",
@@ -91,7 +91,7 @@ def _kernels(model: nn.Module) -> set[int]:
         id(parameter)
         for module in model.modules()
         if isinstance(module, ConvertedAttention)
-        for name, parameter in module.layer.named_parameters(recurse=False)
+        for name, parameter in module.layer.named_parameters()
         if name in KERNELS
     }
 

@@ -58,7 +58,7 @@ class Augment:
         number, view = key
         if view == 0:
             return image, mask
-        rng = torch.Generator().manual_seed(_mix(seed, number, view))
+        rng = torch.Generator().manual_seed(mix(seed, number, view))
         area, ratio, top, left, mirror, *colours = torch.rand(8, generator=rng).tolist()
         height, width = image.shape[-2:]
         side = (self.crop[0] + (self.crop[1] - self.crop[0]) * area) ** 0.5
@@ -89,7 +89,7 @@ class Augment:
         return grey + (1 + saturation) * (image - grey)
 
 
-def _mix(*numbers: int) -> int:
+def mix(*numbers: int) -> int:
     """A seed from several numbers, such that neighbours are unrelated."""
     digest = hashlib.sha256(repr(numbers).encode()).digest()
     return int.from_bytes(digest[:7], "big")
@@ -192,7 +192,7 @@ class Order:
             for place in range(step * self.batch_size, (step + 1) * self.batch_size):
                 if place // self.images != epoch:
                     epoch = place // self.images
-                    rng = torch.Generator().manual_seed(_mix(self.seed, epoch))
+                    rng = torch.Generator().manual_seed(mix(self.seed, epoch))
                     order = torch.randperm(self.images, generator=rng).tolist()
                 view = epoch if self.views is None else epoch % self.views
                 keys.append((order[place % self.images], view))
