@@ -187,7 +187,8 @@ def _check_usage(
         )
     if task == "distill" and test_images is not None:
         raise typer.BadParameter("--test-images measures tasks; distill has no labels.")
-    if (task == "segment") != (masks is not None and classes is not None):
+    given = {masks is not None, classes is not None}
+    if given != {task == "segment"}:
         raise typer.BadParameter("segment, and only segment, needs --masks DIR and --classes N.")
     if task == "segment" and (test_images is None) != (test_masks is None):
         raise typer.BadParameter("Give --test-images and --test-masks together.")
