@@ -245,6 +245,14 @@ def test_views_depend_on_their_number_alone() -> None:
         Augment(crop=(0.5, 1.2))
 
 
+def test_larger_images_make_views_of_the_models_size() -> None:
+    images = torch.rand(2, 3, 48, 40)
+    views = Views(images, Augment(size=(24, 20)))
+    assert views[0, 0]["pixels"].shape == views[1, 3]["pixels"].shape == (3, 24, 20)
+    expected = F.interpolate(images, (24, 20), mode="bicubic", antialias=True)
+    torch.testing.assert_close(views[1, 0]["pixels"], expected[1])
+
+
 def test_a_mask_moves_with_its_image() -> None:
     ramp = torch.linspace(0, 1, 32).expand(32, 32)
     image = torch.stack([ramp, ramp.T, ramp])

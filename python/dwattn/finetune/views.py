@@ -29,16 +29,18 @@ class Augment:
     """Random views of an image; view 0 is the image itself.
 
     Args:
-        crop: range of the crop's area as a share of the image's; the crop is resized back.
+        crop: range of the crop's area as a share of the image's; the crop is resized.
         ratio: range of the crop's aspect ratio relative to the image's.
         flip: probability of a mirror image.
         colour: largest relative change of brightness, contrast and saturation; 0 for none.
+        size: ``(height, width)`` of all views; None for the image's. Images that are kept larger make sharper crops.
     """
 
     crop: tuple[float, float] = (0.35, 1.0)
     ratio: tuple[float, float] = (0.75, 4 / 3)
     flip: float = 0.5
     colour: float = 0.0
+    size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         low, high = self.crop
@@ -56,25 +58,19 @@ class Augment:
     ) -> tuple[Tensor, Tensor | None]:
         """View ``key = (image, view)`` of a ``(3, H, W)`` image and, moved alike, of its ``(H, W)`` class mask."""
         number, view = key
+        height, width = image.shape[-2:]
+        size = self.size or (height, width)
         if view == 0:
-            return image, mask
+            return _resized(image, mask, size)
         rng = torch.Generator().manual_seed(mix(seed, number, view))
         area, ratio, top, left, mirror, *colours = torch.rand(8, generator=rng).tolist()
-        height, width = image.shape[-2:]
         side = (self.crop[0] + (self.crop[1] - self.crop[0]) * area) ** 0.5
         stretch = (self.ratio[0] * (self.ratio[1] / self.ratio[0]) ** ratio) ** 0.5
         rows = min(height, max(1, round(side * height / stretch)))
         columns = min(width, max(1, round(side * width * stretch)))
         row, column = round(top * (height - rows)), round(left * (width - columns))
         window = (..., slice(row, row + rows), slice(column, column + columns))
-        size = (height, width)
-        image = F.interpolate(
-            image[window][None].float(), size, mode="bicubic", align_corners=False, antialias=True
-        )[0].to(image.dtype)
-        if mask is not None:
-            mask = F.interpolate(mask[window][None, None].float(), size, mode="nearest")[0, 0].to(
-                mask.dtype
-            )
+        image, mask = _resized(image[window], None if mask is None else mask[window], size)
         if mirror < self.flip:
             image, mask = image.flip(-1), None if mask is None else mask.flip(-1)
         return self._coloured(image, colours) if self.colour else image, mask
@@ -87,6 +83,18 @@ class Augment:
         image = mean + (1 + contrast) * (image - mean)
         grey = image.mean(0, keepdim=True)
         return grey + (1 + saturation) * (image - grey)
+
+
+def _resized(
+    image: Tensor, mask: Tensor | None, size: tuple[int, int]
+) -> tuple[Tensor, Tensor | None]:
+    if image.shape[-2:] == size:
+        return image, mask
+    options: dict[str, Any] = {"mode": "bicubic", "align_corners": False, "antialias": True}
+    image = F.interpolate(image[None].float(), size, **options)[0].to(image.dtype)
+    if mask is not None:
+        mask = F.interpolate(mask[None, None].float(), size, mode="nearest")[0, 0].to(mask.dtype)
+    return image, mask
 
 
 def mix(*numbers: int) -> int:
