@@ -190,6 +190,27 @@ def test_gradients_reach_the_student_alone() -> None:
     assert module.train().student.training is False
 
 
+@pytest.mark.parametrize(
+    "name", ["timm-reg4", "hf-dinov2-head", "hf-clip", "hf-vit-mae", "hf-siglip"]
+)
+@pytest.mark.parametrize("variant", ["lowrank_dw", "conv", "ens_dw", "spvit"])
+def test_every_family_and_variant_learns(name: str, variant: str) -> None:
+    family = BY_NAME[name]
+    model = family.build()
+    dwattn.replace(model, plan_for(model), variant=variant, kernel_init="gaussian")
+    module = Distillation(model, targets=Targets(features=1.0, blocks=1.0))
+    batch = {"pixels": family.images(4)}
+    optimizer = torch.optim.AdamW(param_groups(module, lr=2e-3))
+    losses = []
+    for _ in range(8):
+        loss = module(batch)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+
+
 def test_a_cached_teacher_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     module = Distillation(converted(), targets=Targets(blocks=1.0), cache=1 << 20)
     pixels = FAMILY.images(5)

@@ -15,15 +15,18 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import dwattn
-from dwattn.errors import CheckpointError, TrainingError
+from dwattn.data import image_folder
+from dwattn.errors import CheckpointError, DataError, TrainingError
 from dwattn.finetune import (
     Augment,
     Callback,
     Distillation,
     Evaluate,
+    Order,
     Recipe,
     Targets,
     Trainer,
@@ -116,6 +119,84 @@ def test_resuming_is_bit_exact(tmp_path: Path, workers: int) -> None:
     again = student()
     assert trainer(again, tmp_path / "run").fit(resume=True).steps == 8
     assert same(weights(whole), weights(again))
+
+
+class Dropping(nn.Module):
+    """A training module whose loss depends on dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.linear = nn.Linear(3 * FAMILY.size[0] * FAMILY.size[1], 2)
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        dropped = nn.functional.dropout(batch["pixels"].flatten(1), 0.5)
+        return {"loss": self.linear(dropped).square().mean()}
+
+
+def test_dropout_resumes_too(tmp_path: Path) -> None:
+    whole, parts = Dropping(), Dropping()
+    trainer(whole, None).fit()
+    trainer(Dropping(), tmp_path, callbacks=[StopAfter(3)]).fit()
+    torch.rand(7)
+    state = torch.get_rng_state()
+    trainer(parts, tmp_path).fit(resume=True)
+    assert same(weights(whole), weights(parts))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_ctrl_c_leaves_a_whole_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between steps the state is written; amid an update the older one stays."""
+
+    class Interrupt(Callback):
+        def on_step(self, trainer: Trainer, step: int, losses: dict[str, float]) -> None:
+            if step == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(student(), tmp_path, callbacks=[Interrupt()]).fit()
+    whole, parts = student(), student()
+    trainer(whole, None).fit()
+    run = trainer(parts, tmp_path)
+
+    def interrupted(step: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.average, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.fit(resume=True)
+    found = state_file.read_progress(tmp_path)
+    assert found is not None
+    assert found.step == 3
+    parts = student()
+    trainer(parts, tmp_path).fit(resume=True)
+    assert same(weights(whole), weights(parts))
+
+
+def test_an_image_that_cannot_be_read_costs_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(6):
+        pixels = torch.randint(0, 255, (60, 60, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    data = Views(image_folder(folder, 56))
+    whole = (folder / "5.png").read_bytes()
+    step = next(i for i, keys in enumerate(Order(6, 2, 0, 2, 8)) if 5 in dict(keys))
+    recipe = RECIPE.but(batch_size=2)
+    module = student()
+    module.cache.limit = 0
+    run = trainer(module, tmp_path / "run", recipe=recipe, data=data)
+    (folder / "5.png").write_bytes(whole[:-40])
+    with pytest.raises(DataError, match=r"5\.png cannot be read"):
+        run.fit()
+    found = state_file.read_progress(tmp_path / "run")
+    assert found is not None
+    assert found.step == step
+    with pytest.raises(TrainingError, match="other images"):
+        trainer(student(), tmp_path / "run", recipe=recipe, data=data).fit(resume=True)
+    (folder / "5.png").write_bytes(whole)
+    assert trainer(student(), tmp_path / "run", recipe=recipe, data=data).fit(resume=True).complete
 
 
 @pytest.mark.parametrize("forgotten", ["optimizer", "average", "order"])

@@ -161,9 +161,8 @@ def finetune(
     ) if as_json else None
     for name, value in measured.items():
         note(f"{name}: {value:.4f}")
-    minutes_taken = result.seconds / 60
     note(
-        f"{result.steps} steps in {minutes_taken:.1f} min, loss {result.losses.get('loss', 0):.4g}."
+        f"{result.steps} steps in {result.seconds / 60:.1f} min, loss {result.losses['loss']:.4g}."
     )
     note(f"Wrote {', '.join(str(path) for path in written)}.")
 

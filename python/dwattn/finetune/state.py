@@ -30,6 +30,7 @@ class Progress(BaseModel):
         step: steps that are done.
         seconds: they took, over all sittings.
         data: fingerprint of the images; images: their number.
+        losses: of the last step.
         scaler: of fp16 training.
     """
 
@@ -42,6 +43,7 @@ class Progress(BaseModel):
     recipe: Recipe
     data: str
     images: int
+    losses: dict[str, float] = {}
     scaler: dict[str, float | int] = {}
 
 
@@ -61,9 +63,6 @@ def save_state(
     tensors |= {f"optimizer.{name}": t for name, t in _moments(module, optimizer)}
     if average is not None:
         tensors |= {f"average.{name}": t for name, t in average.values.items()}
-    tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
     plain = {
         k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()
     }
@@ -103,7 +102,7 @@ def read_progress(folder: Path) -> Progress | None:
 def load_state(
     folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None
 ) -> None:
-    """Put weights, moments, averages and the random state back, to the last bit.
+    """Put weights, moments and averages back, to the last bit. Nothing random has a state.
 
     Raises:
         CheckpointError: the file belongs to another model.
@@ -133,9 +132,6 @@ def load_state(
     if average is not None:
         for name, value in average.values.items():
             value.copy_(stored[f"average.{name}"])
-    torch.set_rng_state(stored["random.cpu"])
-    if "random.cuda" in stored and torch.cuda.is_available():
-        torch.cuda.set_rng_state(stored["random.cuda"])
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dwattn.errors import CheckpointError, DataError, TrainingError
+from dwattn.errors import CheckpointError, DataError, DwattnError, TrainingError
 from dwattn.finetune.cache import TeacherCache
 from dwattn.finetune.ema import Average
 from dwattn.finetune.groups import param_groups
 from dwattn.finetune.log import CsvLog, progress_bar
 from dwattn.finetune.recipe import Recipe
 from dwattn.finetune.state import Progress, load_state, read_progress, remove_leftovers, save_state
-from dwattn.finetune.views import Order, Views, collate
+from dwattn.finetune.views import Order, Views, collate, mix
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -157,9 +157,10 @@ class Trainer:
         self._trained = [p for group in groups for p in group["params"]]
         self.average = None if recipe.ema is None else Average(module, recipe.ema)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
+        self._fingerprint = data.fingerprint()
         self.step = 0
         self.notes: list[str] = []
-        self._seconds, self._stopped = 0.0, False
+        self._seconds, self._stopped, self._updating = 0.0, False, False
         self._losses: dict[str, float] = {}
 
     def stop(self) -> None:
@@ -179,34 +180,23 @@ class Trainer:
 
         Raises:
             TrainingError: a loss that is not finite, or a folder that holds another run.
+            DataError: an image that cannot be read; what was done before it is kept.
             CheckpointError: the final state cannot be written.
             KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
         """
         self._start(resume)
         self._fill_cache()
         distributed = self.accelerator.prepare(self.module) if self.world > 1 else self.module
-        log = CsvLog(self._path("train.csv"), self.step)
         self.module.train()
         for callback in self.callbacks:
             callback.on_start(self)
-        started, saved = time.perf_counter() - self._seconds, time.perf_counter()
-        with progress_bar(self.show_progress and self.main) as bar:
-            task = bar.add_task("training", total=self.recipe.steps, completed=self.step, note="")
+        with torch.random.fork_rng():
             try:
-                for batch in self._batches():
-                    self._losses = self._train_step(distributed, batch)
-                    self._seconds = time.perf_counter() - started
-                    self._try(partial(log.write, self._row()))
-                    bar.update(task, completed=self.step, note=f"loss {self._losses['loss']:.4g}")
-                    for callback in self.callbacks:
-                        callback.on_step(self, self.step, self._losses)
-                    if self._stopped:
-                        break
-                    if time.perf_counter() - saved > 60 * self.save_minutes:
-                        self._try(self._save)
-                        saved = time.perf_counter()
-            except KeyboardInterrupt:
-                self._try(self._save)
+                self._loop(distributed)
+            except (KeyboardInterrupt, DwattnError):
+                # An image that cannot be read, for example, should not cost what was trained before it.
+                if not self._updating:
+                    self._try(self._save)
                 raise
         self._save()
         complete = self.step == self.recipe.steps
@@ -218,12 +208,36 @@ class Trainer:
                 callback.on_end(self)
         return TrainingResult(self.step, self._seconds, self._losses, complete, self.notes)
 
+    def _loop(self, module: nn.Module) -> None:
+        log = CsvLog(self._path("train.csv"), self.step)
+        started, saved = time.perf_counter() - self._seconds, time.perf_counter()
+        with progress_bar(self.show_progress and self.main) as bar:
+            task = bar.add_task("training", total=self.recipe.steps, completed=self.step, note="")
+            for batch in self._batches():
+                self._losses = self._train_step(module, batch)
+                self._seconds = time.perf_counter() - started
+                self._try(partial(log.write, self._row()))
+                bar.update(task, completed=self.step, note=f"loss {self._losses['loss']:.4g}")
+                for callback in self.callbacks:
+                    callback.on_step(self, self.step, self._losses)
+                if self._agreed(self._stopped):
+                    return
+                if time.perf_counter() - saved > 60 * self.save_minutes:
+                    self._try(self._save)
+                    saved = time.perf_counter()
+
+    def _agreed(self, stop: bool) -> bool:
+        """Whether any process wants to stop: all of them do so together."""
+        if self.world == 1:
+            return stop
+        flag = torch.tensor(float(stop), device=self.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
     def _row(self) -> dict[str, float]:
         rate = self.recipe.lr * self.recipe.rate(self.step - 1)
         return {"step": self.step, **self._losses, "lr": rate}
 
     def _start(self, resume: bool) -> None:
-        torch.manual_seed(self.recipe.seed)
         if self.folder is None:
             return
         try:
@@ -246,7 +260,7 @@ class Trainer:
             raise TrainingError(
                 f"{self.folder} holds a run with {different}; resume it with its own recipe."
             )
-        if (found.data, found.images) != (self.data.fingerprint(), len(self.data)):
+        if (found.data, found.images) != (self._fingerprint, len(self.data)):
             raise TrainingError(
                 f"{self.folder} was trained on {found.images} other images than these {len(self.data)}; resume with "
                 f"the same ones, or start in an empty folder."
@@ -254,7 +268,7 @@ class Trainer:
         load_state(self.folder, self.module, self.optimizer, self.average)
         if found.scaler:
             self.scaler.load_state_dict(dict(found.scaler))
-        self.step, self._seconds = found.step, found.seconds
+        self.step, self._seconds, self._losses = found.step, found.seconds, found.losses
 
     def _order(self, start: int) -> Order:
         recipe = self.recipe
@@ -282,6 +296,8 @@ class Trainer:
             cache.fill(items, teach, self.device, lambda count: bar.advance(task, count))
 
     def _train_step(self, module: nn.Module, batch: dict[str, Any]) -> dict[str, float]:
+        # Dropout too depends on the step alone.
+        torch.manual_seed(mix(self.recipe.seed, self.step, self.accelerator.process_index))
         rate = self.recipe.rate(self.step)
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * rate
@@ -298,6 +314,7 @@ class Trainer:
                 total[name] = total.get(name, torch.zeros_like(value)) + value.detach() * share
         means = self._reduced(total)
         self._check(means)
+        self._updating = True
         self.scaler.unscale_(self.optimizer)
         if self.recipe.clip is not None:
             nn.utils.clip_grad_norm_(self._trained, self.recipe.clip)
@@ -306,6 +323,7 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.step)
         self.step += 1
+        self._updating = False
         return means
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -332,7 +350,8 @@ class Trainer:
         scaler = {k: v for k, v in self.scaler.state_dict().items() if isinstance(v, (int, float))}
         progress = Progress(
             step=self.step, seconds=round(self._seconds, 3), recipe=self.recipe,
-            data=self.data.fingerprint(), images=len(self.data), scaler=scaler,
+            data=self._fingerprint, images=len(self.data), losses=self._losses,
+            scaler=scaler,
         )  # fmt: skip
         path = save_state(self.folder, progress, self.module, self.optimizer, self.average)
         for callback in self.callbacks:
