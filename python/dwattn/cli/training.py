@@ -167,6 +167,61 @@ def finetune(
     note(f"Wrote {', '.join(str(path) for path in written)}.")
 
 
+@command
+def study(
+    model: ModelArgument,
+    grid: Annotated[Path, typer.Argument(metavar="GRID", help="JSON file: what is compared.")],
+    *,
+    task: Annotated[str, typer.Option(help="classify or segment.")],
+    images: Annotated[
+        Path, typer.Option(metavar="DIR", help="Training images; for classify a folder a class.")
+    ],
+    test_images: Annotated[Path, typer.Option(metavar="DIR", help="Images to measure on.")],
+    masks: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="segment: masks of the same names (.png).")
+    ] = None,
+    test_masks: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="segment: masks of --test-images.")
+    ] = None,
+    classes: Annotated[int | None, typer.Option(min=2, help="segment: number of classes.")] = None,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of the runs; the same one goes on.")
+    ] = Path("study"),
+    colour: Annotated[float, typer.Option(help="Colour jitter, 0 to 1.")] = 0.0,
+    size: SizeOption = None,
+    weights: WeightsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: what is there.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare variants, selections and recipes on a task, over several seeds, as a grid file says."""
+    from dwattn.finetune import Augment, Grid, Task, run_study
+    from dwattn.models import load_model
+
+    if task not in TASKS[1:]:
+        raise typer.BadParameter(f"--task {task} must be classify or segment.")
+    _check_usage(task, None, masks, classes, test_images, test_masks, None, None, None)
+    wanted = Grid.load(grid)
+    first = load_model(model, weights)
+    pixels, norm = image_size(first, size), normalisation(first, model, mean, std)
+    folder = _Folders(task, pixels, norm.mean, norm.std, classes, 0)
+    data = folder.read(images, masks, Augment(colour=colour))
+    test = folder.read(test_images, test_masks, None)
+
+    def make(seed: int) -> Task:
+        made = _module(task, load_model(model, weights), None, None, 0, folder, seed)
+        assert isinstance(made, Task)
+        return made
+
+    options = {"device": device, "workers": workers, "progress": progress}
+    result = run_study(wanted, make, data, test, out, trainer_options=options, note=note)
+    emit(result if as_json else result.table(), as_json)
+    note(f"Wrote {out / 'results.json'} and {out / 'results.csv'}.")
+
+
 def _check_usage(
     task: str,
     student: Path | None,

@@ -21,6 +21,7 @@ from dwattn.finetune.heads import Head, LinearHead, SegmentationDecoder, SplitHe
 from dwattn.finetune.labelled import LabelledViews, MaskedViews, MaskFolder, labelled_folder
 from dwattn.finetune.recipe import Recipe, steps_for
 from dwattn.finetune.stages import StagedResult, second_stage, train_in_stages
+from dwattn.finetune.study import Grid, StudyResult, run_study
 from dwattn.finetune.tasks import Task, classifier, evaluate, segmenter
 from dwattn.finetune.trainer import Callback, Evaluate, Trainer, TrainingResult
 from dwattn.finetune.views import Augment, Order, Views
@@ -34,6 +35,7 @@ __all__ = [
     "Evaluate",
     "FeatureReader",
     "Features",
+    "Grid",
     "Head",
     "LabelledViews",
     "LinearHead",
@@ -44,6 +46,7 @@ __all__ = [
     "SegmentationDecoder",
     "SplitHead",
     "StagedResult",
+    "StudyResult",
     "SubsetGate",
     "Targets",
     "Task",
@@ -59,6 +62,7 @@ __all__ = [
     "labelled_folder",
     "learned_plan",
     "param_groups",
+    "run_study",
     "second_stage",
     "segmenter",
     "settle",

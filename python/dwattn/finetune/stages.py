@@ -50,6 +50,7 @@ def train_in_stages(
     kernel_init: KernelInit = "calibrated",
     calibrate: Any = None,
     folder: str | Path | None = None,
+    first_folder: str | Path | None = None,
     trainer_options: dict[str, Any] | None = None,
     **replace_options: Any,
 ) -> StagedResult:
@@ -69,6 +70,7 @@ def train_in_stages(
         calibrate: images for calibration.
         folder: gets a folder for each stage; a call that is repeated there resumes. Replacing is done again then,
             so calibration images must be the same.
+        first_folder: of the first stage, where several calls share it.
         trainer_options: of :class:`dwattn.finetune.Trainer`.
         replace_options: of :func:`dwattn.replace`.
 
@@ -83,6 +85,8 @@ def train_in_stages(
 
     def fit(name: str, with_recipe: Recipe, groups: Any = None) -> TrainingResult:
         place = None if root is None else root / name
+        if name == "first" and first_folder is not None:
+            place = Path(first_folder)
         trainer = Trainer(task, data, with_recipe, folder=place, groups=groups, **settings)
         return trainer.fit(resume=True)
 
