@@ -207,6 +207,7 @@ def run_study(
     test: Views,
     folder: str | Path,
     *,
+    first_stages: str | Path | None = None,
     trainer_options: dict[str, Any] | None = None,
     note: Callable[[str], None] = lambda text: None,
     **replace_options: Any,
@@ -217,6 +218,7 @@ def run_study(
         make: a fresh task for a seed, with the pretrained backbone, not converted.
         data, test: labelled images to train on and to measure on.
         folder: everything is kept here; give the same one to go on.
+        first_stages: where first stages are kept, if several studies of the same task share them.
         trainer_options: of :class:`dwattn.finetune.Trainer`.
         note: is told about each cell.
         replace_options: of :func:`dwattn.replace`.
@@ -225,6 +227,7 @@ def run_study(
         TrainingError: the folder belongs to another study.
     """
     root = Path(folder)
+    firsts = root if first_stages is None else Path(first_stages)
     (root / "cells").mkdir(parents=True, exist_ok=True)
     _claim(root, grid, data, test)
     rows, cells = [], list(grid.cells())
@@ -232,7 +235,8 @@ def run_study(
         path = root / "cells" / f"{cell.name}.json"
         if not path.exists():
             note(f"{number} of {len(cells)}: {cell.name}")
-            row = _run(cell, grid, make, data, test, root, trainer_options or {}, replace_options)
+            place = (root / "runs" / cell.name, firsts / f"first-seed{cell.seed}")
+            row = _run(cell, grid, make, data, test, place, trainer_options or {}, replace_options)
             _write(path, json.dumps(row, indent=1))
         rows.append(json.loads(path.read_text(encoding="utf-8")))
     result = StudyResult(rows)
@@ -247,12 +251,12 @@ def _run(
     make: Callable[[int], Task],
     data: Views,
     test: Views,
-    root: Path,
+    place: tuple[Path, Path],
     trainer_options: dict[str, Any],
     replace_options: dict[str, Any],
 ) -> dict[str, Any]:
     recipe = grid.recipe.but(seed=cell.seed)
-    task, first = make(cell.seed), root / f"first-seed{cell.seed}"
+    task, (folder, first) = make(cell.seed), place
     replaced: list[str] = []
     if cell.kind is None:
         Trainer(task, data, recipe, folder=first, **trainer_options).fit(resume=True)
@@ -266,7 +270,7 @@ def _run(
             options["calibrate"] = _plain(data, grid.calibration_images)
         result = train_in_stages(
             task, data, lambda backbone: _plan(cell, grid, task, backbone, data, trainer_options),
-            recipe, stages=cell.stages, kernel_init=cell.kernel_init, folder=root / "runs" / cell.name,
+            recipe, stages=cell.stages, kernel_init=cell.kernel_init, folder=folder,
             first_folder=first, trainer_options=trainer_options, progress=False, **options,
         )  # fmt: skip
         replaced = result.replaced.replaced
