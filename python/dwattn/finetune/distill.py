@@ -148,7 +148,7 @@ class Distillation(nn.Module):
 
     Args:
         student: the converted model; only it is part of the module's parameters and state.
-        teacher: the original; by default :func:`dwattn.finetune.teacher` of the student, taken now.
+        teacher: the original, which is frozen; by default :func:`dwattn.finetune.teacher` of the student, taken now.
         targets: see :class:`Targets`.
         output: gets a tensor out of the model's result where ``targets.output`` is used.
         cache: bytes of memory for the teacher's features of views that come again; 0 for none.
@@ -164,6 +164,8 @@ class Distillation(nn.Module):
         cache: int = 0,
     ) -> None:
         super().__init__()
+        if teacher is student:
+            raise TrainingError("The teacher is the student itself; pass the original model.")
         self.targets = targets or Targets()
         self.student = student
         original = feature_access.teacher(student) if teacher is None else teacher.eval()
