@@ -342,6 +342,13 @@ def test_the_command_trains_tasks(place: Path) -> None:
         model, "--task", "segment", "--images", images, "--masks", masks, "--classes", 2, "--out",
         place / "s", "--test-images", images, "--test-masks", masks, *options,
     )  # fmt: skip
+    invoke(
+        model, place / "student.safetensors", "--task", "classify", "--images", images, "--out",
+        place / "split", "--split", *options,
+    )  # fmt: skip
+    kept = dwattn.load(hub_vit(num_register_tokens=4), place / "split" / "student.safetensors")
+    start = dwattn.load(hub_vit(num_register_tokens=4), place / "student.safetensors")
+    assert all(torch.equal(kept.get_parameter(n), p) for n, p in start.named_parameters())
     assert {p.name for p in (place / "s").iterdir()} == {
         "state.safetensors", "train.csv", "head.safetensors", "backbone.safetensors"
     }  # fmt: skip
@@ -358,6 +365,10 @@ def test_the_command_says_what_is_wrong(place: Path) -> None:
         (model, student, "--images", images, "--masks", images),
     ):
         invoke(*arguments, code=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        bad = invoke(model, student, "--images", images, "--size", 56, "--minutes", 1, code=1)
+    assert "give --steps or --epochs" in bad.output
     bad = invoke(model, student, "--images", place / "none", "--out", place / "o", code=1)
     assert "Error: There is no folder" in bad.output
     bad = invoke(model, student, "--images", images, "--lr", -1, "--size", 56, code=1)

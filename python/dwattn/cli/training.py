@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -26,7 +27,7 @@ from dwattn.errors import CheckpointError, TrainingError
 if TYPE_CHECKING:
     from torch import nn
 
-    from dwattn.finetune import Recipe, Views
+    from dwattn.finetune import Recipe, Task, Views
 
 TASKS = ("distill", "classify", "segment")
 
@@ -65,6 +66,13 @@ def finetune(
     test_masks: Annotated[
         Path | None, typer.Option(metavar="DIR", help="segment: masks of --test-images.")
     ] = None,
+    pool: Annotated[str, typer.Option(help="classify: mean of the patch tokens, or cls.")] = "mean",
+    split: Annotated[
+        bool,
+        typer.Option(
+            "--split", help="Tasks: ViT-Split heads beside a backbone that stays as it is."
+        ),
+    ] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Times each image is seen, instead.")] = None,
     minutes: Annotated[
@@ -116,9 +124,11 @@ def finetune(
     as_json: JsonOption = False,
 ) -> None:
     """Recover accuracy by training: from the original without labels, or for a task."""
-    from dwattn.finetune import Augment, Recipe, Targets, Trainer, estimate
+    from dwattn.finetune import Augment, Distillation, Recipe, Targets, Trainer, estimate
 
     _check_usage(task, student, masks, classes, test_images, test_masks, steps, epochs, minutes)
+    if split and task == "distill":
+        raise typer.BadParameter("--split is for tasks; distill has no head.")
     targets = None
     if task == "distill":
         targets = Targets(
@@ -131,7 +141,10 @@ def finetune(
     folder = _Folders(task, pixels, norm.mean, norm.std, classes, seed)
     data = folder.read(images, masks, Augment(colour=colour))
     tested = None if test_images is None else folder.read(test_images, test_masks, None)
-    module = _module(task, trained, original, targets, cache, folder, seed)
+    if task == "distill":
+        module: nn.Module = Distillation(trained, original, targets=targets, cache=cache * 2**20)
+    else:
+        module = _task(task, trained, folder, pool, split, seed)
     recipe = _resumed(out) if resume else None
     if recipe is None:
         decay = weight_decay if weight_decay is not None else (0.0 if task == "distill" else 0.05)
@@ -198,7 +211,7 @@ def study(
     as_json: JsonOption = False,
 ) -> None:
     """Compare variants, selections and recipes on a task, over several seeds, as a grid file says."""
-    from dwattn.finetune import Augment, Grid, Task, run_study
+    from dwattn.finetune import Augment, Grid, run_study
     from dwattn.models import load_model
 
     if task not in TASKS[1:]:
@@ -212,9 +225,7 @@ def study(
     test = folder.read(test_images, test_masks, None)
 
     def make(seed: int) -> Task:
-        made = _module(task, load_model(model, weights), None, None, 0, folder, seed)
-        assert isinstance(made, Task)
-        return made
+        return _task(task, load_model(model, weights), folder, "mean", False, seed)
 
     options = {"device": device, "workers": workers, "progress": progress}
     result = run_study(wanted, make, data, test, out, trainer_options=options, note=note)
@@ -298,22 +309,15 @@ class _Folders:
         return data
 
 
-def _module(
-    task: str,
-    trained: nn.Module,
-    original: nn.Module | None,
-    targets: Any,
-    cache: int,
-    folder: _Folders,
-    seed: int,
-) -> nn.Module:
-    from dwattn.finetune import Distillation, classifier, segmenter
+def _task(
+    task: str, trained: nn.Module, folder: _Folders, pool: str, split: bool, seed: int
+) -> Task:
+    from dwattn.finetune import classifier, segmenter
 
-    if task == "distill":
-        return Distillation(trained, original, targets=targets, cache=cache * 2**20)
     assert folder.classes is not None
-    make = classifier if task == "classify" else segmenter
-    return make(trained, folder.classes, seed=seed)
+    if task == "classify":
+        return classifier(trained, folder.classes, pool=pool, split=split, seed=seed)
+    return segmenter(trained, folder.classes, split=split, seed=seed)
 
 
 def _resumed(out: Path) -> Recipe | None:
@@ -338,6 +342,10 @@ def _steps(
     if minutes is not None:
         if minutes <= 0:
             raise TrainingError(f"--minutes {minutes} must be above 0.")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise TrainingError(
+                "--minutes is measured by each process on its own; with several give --steps or --epochs."
+            )
         return max(1, int(60 * minutes / estimate(module, data, recipe).seconds_per_step))
     return steps_for(10 if epochs is None else epochs, len(data), recipe.batch_size)
 

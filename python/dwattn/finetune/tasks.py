@@ -15,7 +15,7 @@ from dwattn.adapters import describe
 from dwattn.data import Batch
 from dwattn.errors import TrainingError
 from dwattn.finetune.features import FeatureReader, token_width
-from dwattn.finetune.heads import Head, LinearHead, SegmentationDecoder
+from dwattn.finetune.heads import Head, LinearHead, SegmentationDecoder, SplitHead
 from dwattn.finetune.labelled import IGNORE
 from dwattn.finetune.views import Views, collate
 from dwattn.geometry import Geometry
@@ -94,18 +94,26 @@ def evaluate(task: Task, data: Views, *, batch_size: int = 16) -> dict[str, floa
     return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 
-def classifier(backbone: nn.Module, classes: int, *, pool: str = "mean", seed: int = 0) -> Task:
-    """A backbone with one linear layer, drawn from ``seed``."""
+def classifier(
+    backbone: nn.Module, classes: int, *, pool: str = "mean", split: bool = False, seed: int = 0
+) -> Task:
+    """A backbone with one linear layer, drawn from ``seed``; ``split``: frozen, behind :class:`SplitHead`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Task(backbone, LinearHead(token_width(backbone), classes, pool))
+        return _task(backbone, LinearHead(token_width(backbone), classes, pool), split)
 
 
-def segmenter(backbone: nn.Module, classes: int, *, seed: int = 0) -> Task:
-    """A backbone with the paper's decoder."""
+def segmenter(backbone: nn.Module, classes: int, *, split: bool = False, seed: int = 0) -> Task:
+    """A backbone with the paper's decoder, drawn from ``seed``; ``split``: frozen, behind :class:`SplitHead`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Task(backbone, SegmentationDecoder(token_width(backbone), classes))
+        return _task(backbone, SegmentationDecoder(token_width(backbone), classes), split)
+
+
+def _task(backbone: nn.Module, head: Head, split: bool) -> Task:
+    if not split:
+        return Task(backbone, head)
+    return Task(backbone, SplitHead(backbone, head), frozen=True)
 
 
 def _plain_batches(data: Views, size: int) -> Iterator[dict[str, Any]]:
