@@ -97,7 +97,7 @@ class Bench:
 
     def held_out(self) -> HeldOut:
         """Held-out photos, and what the original makes of them."""
-        return HeldOut.of(self.model, *photos.load(self.kept))
+        return HeldOut.of(self.model, *photos.load(self.kept[: self.options.held_out]))
 
     def start(self, case: Case) -> tuple[SaliencyModel, float]:
         """The converted model, made once, and the seconds that took."""
@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help=f"of {', '.join(c.name for c in CASES)}")
     parser.add_argument("--criterion", default="residual", help="by which blocks are chosen")
     parser.add_argument("--photos", type=int, default=CALIBRATION, help="to calibrate and train on")
+    parser.add_argument("--held-out", type=int, default=HELD_OUT, help="photos to measure on")
     parser.add_argument("--views", type=int, default=2, help="of a photo in calibration")
     parser.add_argument(
         "--repeat", type=int, default=12, help="different crops of a photo in training"
@@ -222,7 +223,7 @@ def main() -> None:
             "model": DESCRIPTION,
             "photos": {
                 "training": len(bench.fitting[: options.photos]),
-                "held_out": len(bench.kept),
+                "held_out": len(held_out.pixels),
             },
             "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
             "cases": rows,
