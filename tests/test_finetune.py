@@ -249,6 +249,10 @@ def test_every_image_comes_once_an_epoch() -> None:
         assert len(first) == len(second)
     assert Order(5, 4, 1, 2, 5).distinct() == [(i, v) for i in range(5) for v in range(2)]
     assert Order(5, 4, 1, None, 5).distinct() == []
+    for steps in range(1, 12):
+        keys = [key for keys in Order(5, 3, 2, 2, steps) for key in keys]
+        expected = sorted({key for key in keys if keys.count(key) > 1})
+        assert Order(5, 3, 2, 2, steps).distinct() == expected
 
 
 def test_views_depend_on_their_number_alone() -> None:

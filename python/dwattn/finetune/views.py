@@ -200,18 +200,26 @@ class Order:
             for place in range(step * self.batch_size, (step + 1) * self.batch_size):
                 if place // self.images != epoch:
                     epoch = place // self.images
-                    rng = torch.Generator().manual_seed(mix(self.seed, epoch))
-                    order = torch.randperm(self.images, generator=rng).tolist()
+                    order = self._permutation(epoch)
                 view = epoch if self.views is None else epoch % self.views
                 keys.append((order[place % self.images], view))
             yield keys[self.rank :: self.world]
 
+    def _permutation(self, epoch: int) -> list[int]:
+        rng = torch.Generator().manual_seed(mix(self.seed, epoch))
+        order: list[int] = torch.randperm(self.images, generator=rng).tolist()
+        return order
+
     def distinct(self) -> list[Key]:
-        """All views that come at least twice, in a fixed order; what a cache is worth keeping of."""
-        seen: dict[Key, int] = {}
+        """All views that come at least twice, in a fixed order: what is worth keeping in a cache."""
         if self.views is None:
             return []
-        for keys in Order(self.images, self.batch_size, self.seed, self.views, self.steps):
-            for key in keys:
-                seen[key] = seen.get(key, 0) + 1
-        return sorted(key for key, count in seen.items() if count > 1)
+        epochs, rest = divmod(self.steps * self.batch_size, self.images)
+        last = set(self._permutation(epochs)[:rest])
+        times = [(epochs - view + self.views - 1) // self.views for view in range(self.views)]
+        return [
+            (image, view)
+            for image in range(self.images)
+            for view in range(self.views)
+            if times[view] + (view == epochs % self.views and image in last) > 1
+        ]
