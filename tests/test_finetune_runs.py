@@ -235,6 +235,11 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
         trainer(student(), tmp_path).fit()
     with pytest.raises(TrainingError, match=r"lr=0\.001 instead of 0\.002"):
         trainer(student(), tmp_path, recipe=RECIPE.but(lr=2e-3)).fit(resume=True)
+    other = Distillation(
+        student().student, hub_vit(num_register_tokens=4), targets=Targets(cosine=2.0)
+    )
+    with pytest.raises(TrainingError, match=r"'cosine': 1\.0.*'cosine': 2\.0"):
+        trainer(other, tmp_path).fit(resume=True)
     with pytest.raises(TrainingError, match="6 other images"):
         trainer(student(), tmp_path, data=views(5)).fit(resume=True)
     (tmp_path / "state.safetensors").write_bytes(b"x" * 50)
@@ -308,6 +313,8 @@ def test_the_estimate_changes_nothing_and_adds_up() -> None:
     assert found.gradients == found.average == 4 * parameters
     assert found.optimizer == 8 * parameters
     assert found.checkpoint >= 16 * parameters
+    teacher = sum(p.numel() for p in hub_vit(num_register_tokens=4).parameters())
+    assert found.held == (1 << 20) + 4 * teacher
     assert found.seconds == found.steps * found.seconds_per_step > 0
     replaced = estimate(module, views(), RECIPE.but(train="replaced", ema=None))
     assert replaced.trained < found.trained / 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -171,7 +171,7 @@ class Distillation(nn.Module):
         original = feature_access.teacher(student) if teacher is None else teacher.eval()
         parameter = next(student.parameters())
         original = original.requires_grad_(False).to(parameter.device)
-        blocks = self._blocks(student)
+        self._indices = blocks = self._blocks(student)
         wanted = output if self.targets.output else None
         self._read = FeatureReader(student, blocks, wanted)
         # In a tuple, so that the teacher is neither in the state nor among the parameters.
@@ -196,6 +196,16 @@ class Distillation(nn.Module):
     def prepare(self, device: torch.device) -> None:
         """Move the teacher beside the student."""
         self._teacher[0].to(device)
+
+    def settings(self) -> dict[str, Any]:
+        """What a run that is resumed must have in common with its beginning."""
+        return {"targets": {**asdict(self.targets), "block_indices": list(self._indices)}}
+
+    def held_bytes(self) -> int:
+        """Memory beside the student's: the teacher's weights, and the cache when it is full."""
+        return self.cache.limit + sum(
+            t.numel() * t.element_size() for t in self._teacher[0].state_dict().values()
+        )
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Losses of ``{"pixels": (B, 3, H, W), "keys": B (image, view) pairs}``."""

@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from dwattn.finetune.distill import Distillation
 from dwattn.finetune.recipe import Recipe
 from dwattn.finetune.trainer import micro_batches, move, recipe_groups
 from dwattn.finetune.views import Order, Views, collate
@@ -26,6 +27,7 @@ class Estimate:
         steps: of the recipe; seconds_per_step: measured, reading the images included.
         trained: parameters that are trained; parameters: all of them.
         weights, gradients, optimizer, average, activations: bytes; activations of one micro-batch.
+        held: bytes of a teacher and its cache.
         checkpoint: bytes of a checkpoint file.
     """
 
@@ -38,6 +40,7 @@ class Estimate:
     optimizer: int
     average: int
     activations: int
+    held: int
     checkpoint: int
 
     @property
@@ -47,8 +50,9 @@ class Estimate:
 
     @property
     def memory(self) -> int:
-        """Bytes in all, without what torch itself, the images and a cache need."""
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+        """Bytes in all, without what torch itself and the images need."""
+        trained = self.gradients + self.optimizer + self.average
+        return self.weights + trained + self.activations + self.held
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -66,6 +70,7 @@ class Estimate:
             ("  gradients", f"{self.gradients / MIB:.0f} MiB"),
             ("  optimizer", f"{(self.optimizer + self.average) / MIB:.0f} MiB"),
             ("  activations", f"{self.activations / MIB:.0f} MiB"),
+            ("  teacher and cache", f"{self.held / MIB:.0f} MiB"),
             ("checkpoint on disk", f"{self.checkpoint / MIB:.0f} MiB"),
         ]
         for row in rows:
@@ -112,6 +117,7 @@ def estimate(module: nn.Module, data: Views, recipe: Recipe, *, repeats: int = 2
         optimizer=2 * size,
         average=average,
         activations=activations,
+        held=module.held_bytes() if isinstance(module, Distillation) else 0,
         checkpoint=weights + 2 * size + average,
     )
 

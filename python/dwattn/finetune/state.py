@@ -30,7 +30,7 @@ class Progress(BaseModel):
         step: steps that are done.
         seconds: they took, over all sittings.
         data: fingerprint of the images; images: their number.
-        losses: of the last step.
+        losses: of the last step; settings: of the training module.
         scaler: of fp16 training.
     """
 
@@ -44,6 +44,7 @@ class Progress(BaseModel):
     data: str
     images: int
     losses: dict[str, float] = {}
+    settings: dict[str, Any] = {}
     scaler: dict[str, float | int] = {}
 
 

@@ -158,6 +158,9 @@ class Trainer:
         self.average = None if recipe.ema is None else Average(module, recipe.ema)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
         self._fingerprint = data.fingerprint()
+        self._settings = (
+            settings() if callable(settings := getattr(module, "settings", None)) else {}
+        )
         self.step = 0
         self.notes: list[str] = []
         self._seconds, self._stopped, self._updating = 0.0, False, False
@@ -260,6 +263,11 @@ class Trainer:
             raise TrainingError(
                 f"{self.folder} holds a run with {different}; resume it with its own recipe."
             )
+        if found.settings != self._settings:
+            raise TrainingError(
+                f"{self.folder} holds a run with the settings {found.settings}, now they are {self._settings}; resume it "
+                f"with its own."
+            )
         if (found.data, found.images) != (self._fingerprint, len(self.data)):
             raise TrainingError(
                 f"{self.folder} was trained on {found.images} other images than these {len(self.data)}; resume with "
@@ -350,7 +358,7 @@ class Trainer:
         scaler = {k: v for k, v in self.scaler.state_dict().items() if isinstance(v, (int, float))}
         progress = Progress(
             step=self.step, seconds=round(self._seconds, 3), recipe=self.recipe,
-            data=self._fingerprint, images=len(self.data), losses=self._losses,
+            data=self._fingerprint, images=len(self.data), losses=self._losses, settings=self._settings,
             scaler=scaler,
         )  # fmt: skip
         path = save_state(self.folder, progress, self.module, self.optimizer, self.average)
