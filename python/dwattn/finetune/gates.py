@@ -46,8 +46,9 @@ class SubsetGate(nn.Module):
     """A relaxed subset of ``size`` out of ``count``: gates in [0, 1], ``size`` of them 1 at the end.
 
     While it is ``learning`` (from the first to the last step of a run with :class:`Annealing`), the Gumbel top-k
-    relaxation of the scores at the current temperature; else the ``size`` largest scores. The noise is a function of seed and step, so all layers, micro-batches and processes of a step
-    see the same gates, and a resumed run the same ones again.
+    relaxation of the scores at the current temperature; else the ``size`` largest scores. The noise is a function of
+    seed and step, so all layers, micro-batches and processes of a step see the same gates, and a resumed run the same
+    ones again.
 
     Args:
         start, end: temperatures; the fall is exponential over the share ``anneal`` of the steps.
@@ -232,6 +233,10 @@ def add_gates(
     layout = describe(model)
     grid = check_grid(layout, grid, False)
     sites = [site for site in layout.blocks if refusal(site.attention) is None]
+    if not sites:
+        raise TrainingError(
+            f"No attention layer of {layout.family} can be replaced, so there is nothing to choose."
+        )
     weights = [_adapter(site).weights(site.attention) for site in sites]
     counts = [1 if granularity == "blocks" else w.num_heads for w in weights]
     gate = SubsetGate(sum(counts), size, **options).to(weights[0].wv.device)

@@ -40,7 +40,8 @@ def param_groups(
     Args:
         model: a converted model, or a part of one.
         lr: learning rate; kernel_lr, head_lr: factors on it, see :class:`dwattn.finetune.Recipe`.
-        train: ``all``, ``blocks`` (transformer blocks with replaced layers), ``replaced`` (these layers alone) or ``head``.
+        train: ``all``, ``blocks`` (transformer blocks with replaced layers), ``replaced`` (these layers
+            alone) or ``head``.
         head: a part of ``model`` (or a module beside it) that is always trained.
 
     Returns:

@@ -218,7 +218,8 @@ def _check_range(values: Tensor, classes: int, what: str, ignore: int | None = N
     if len(wrong):
         also = "" if ignore is None else f", or {ignore} for pixels without a class"
         raise DataError(
-            f"{what} have class ids {wrong[:_LISTED].tolist()}; with {classes} classes they are 0 to {classes - 1}{also}."
+            f"{what} have class ids {wrong[:_LISTED].tolist()}; with {classes} classes they are 0 to "
+            f"{classes - 1}{also}."
         )
 
 

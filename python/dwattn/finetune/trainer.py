@@ -265,8 +265,8 @@ class Trainer:
             )
         if found.settings != self._settings:
             raise TrainingError(
-                f"{self.folder} holds a run with the settings {found.settings}, now they are {self._settings}; resume it "
-                f"with its own."
+                f"{self.folder} holds a run with the settings {found.settings}, now they are {self._settings}; "
+                f"resume it with its own."
             )
         if (found.data, found.images) != (self._fingerprint, len(self.data)):
             raise TrainingError(
@@ -395,7 +395,8 @@ def recipe_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     head = getattr(module, "head", None)
     return param_groups(
         module, lr=recipe.lr, kernel_lr=recipe.kernel_lr, weight_decay=recipe.weight_decay,
-        train="head" if getattr(module, "frozen", False) else recipe.train, head=head if isinstance(head, nn.Module) else None, head_lr=recipe.head_lr,
+        train="head" if getattr(module, "frozen", False) else recipe.train,
+        head=head if isinstance(head, nn.Module) else None, head_lr=recipe.head_lr,
     )  # fmt: skip
 
 
