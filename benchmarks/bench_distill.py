@@ -198,7 +198,7 @@ def main() -> None:
         "--repeat", type=int, default=12, help="different crops of a photo in training"
     )
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--kernel-lr", type=float, default=10.0)
     parser.add_argument("--ema", type=float)
     parser.add_argument("--cosine", type=float, default=1.0)

@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("studies", nargs="+", help="variants, selection, recipes, more")
     parser.add_argument("--steps", type=int, default=400, help="of the first stage")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=3e-5)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train-images", type=int, default=800)
     parser.add_argument("--test-images", type=int, default=200)

@@ -79,7 +79,7 @@ def finetune(
         float | None,
         typer.Option(help="As many steps as this machine makes in this time, instead."),
     ] = None,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-5,
     kernel_lr: Annotated[float, typer.Option(help="Factor on it for kernels.")] = 10.0,
     weight_decay: Annotated[
         float | None, typer.Option(help="Default: 0 for distill, 0.05 for tasks.")

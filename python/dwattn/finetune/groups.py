@@ -25,7 +25,7 @@ _POSITIONS = (
 def param_groups(
     model: nn.Module,
     *,
-    lr: float = 1e-4,
+    lr: float = 2e-5,
     kernel_lr: float = 10.0,
     weight_decay: float = 0.05,
     train: Scope = "all",

@@ -43,7 +43,7 @@ class Recipe(BaseModel):
     steps: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)] = 8
     micro_batch: Annotated[int, Field(ge=1)] | None = None
-    lr: Positive = 1e-4
+    lr: Positive = 2e-5
     kernel_lr: Positive = 10.0
     head_lr: Positive = 10.0
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.05
