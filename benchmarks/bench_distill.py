@@ -133,7 +133,7 @@ class Bench:
             return found.recipe
         o = self.options
         recipe = Recipe.of(
-            steps=1, batch_size=o.batch_size, lr=o.lr, kernel_lr=o.kernel_lr, weight_decay=0.0,
+            steps=1, batch_size=o.batch_size, lr=o.lr, kernel_lr=o.kernel_lr, weight_decay=0.0, warmup=o.warmup,
             views=o.repeat, seed=o.seed, ema=o.ema,
         )  # fmt: skip
         step = estimate(module, data, recipe).seconds_per_step
@@ -200,6 +200,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--kernel-lr", type=float, default=10.0)
+    parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
     parser.add_argument("--ema", type=float)
     parser.add_argument("--cosine", type=float, default=1.0)
     parser.add_argument("--features", type=float, default=0.0)
