@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-EXTRAS := timm,hf,onnx,triton,demo,dev
+EXTRAS := timm,hf,onnx,triton,train,demo,dev
 OUT    ?= demo-output
 # Test processes; the tests' tensors are small, so each gets one thread.
 JOBS   ?= 2
@@ -17,7 +17,7 @@ TRT_VARIABLES := DWATTN_TENSORRT_INCLUDE=$(TRT)/include DWATTN_TENSORRT_RTX=$(TR
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc plugins python -type f \
              -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 
-.PHONY: demo test test-kernels lint bench clean gpu-check gpu-build gpu-test gpu-sanitize gpu-bench
+.PHONY: demo test test-kernels lint bench bench-distill clean gpu-check gpu-build gpu-test gpu-sanitize gpu-bench
 
 demo: $(VENV)/.installed $(VENV)/.demo-data
 	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/dwattn demo --out $(OUT)
@@ -99,6 +99,11 @@ $(VENV)/.tensorrt: $(VENV)/.torch
 $(VENV)/.demo-data: | $(VENV)/.installed
 	-$(BIN)/python -m dwattn.demo.debian $(VENV)/demo-data
 	touch $@
+
+# Distillation against the acceptance numbers: an hour on two quiet cores; it goes on where it was stopped.
+bench-distill: $(VENV)/.installed $(VENV)/.demo-data
+	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/python benchmarks/bench_distill.py --work $(VENV)/distill-runs \
+	  --json benchmarks/results/distill.json
 
 clean:
 	rm -rf $(VENV) build dist $(OUT)

@@ -247,7 +247,17 @@ def test_help_imports_no_torch() -> None:
     started = process("--help")
     output, _ = started.communicate(timeout=60)
     assert started.returncode == 0
-    for name in ("demo", "doctor", "score", "select", "replace", "export", "report"):
+    for name in (
+        "demo",
+        "doctor",
+        "score",
+        "select",
+        "replace",
+        "finetune",
+        "study",
+        "export",
+        "report",
+    ):
         assert name in output
 
 

@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dwattn import adapters, variance
+    from dwattn import adapters, finetune, variance
     from dwattn.attention import (
         ConvAttention,
         EnsembleDWAttention,
@@ -63,7 +63,7 @@ _WHERE = {
     "replace": "surgery",
     "restore": "surgery",
 }
-_MODULES = ("adapters", "variance")
+_MODULES = ("adapters", "finetune", "variance")
 
 __all__ = [
     "ConvAttention",
@@ -79,6 +79,7 @@ __all__ = [
     "SelfAttention",
     "adapters",
     "export",
+    "finetune",
     "flops",
     "load",
     "params",

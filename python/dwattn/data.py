@@ -353,25 +353,42 @@ class ImageFolder:
         Raises:
             DataError: the file cannot be decoded; names it.
         """
-        from PIL import Image, ImageOps  # imported here: `import dwattn` stays light
+        from PIL import Image  # imported here: `import dwattn` stays light
 
         height, width = self.size
-        try:
-            with Image.open(path) as opened:
-                image = ImageOps.exif_transpose(opened).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(
-                f"{path} cannot be read as an image: {error}. Remove or replace the file."
-            ) from error
-        scale = max(height / image.height, width / image.width)
-        resized = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-        image = image.resize(resized, Image.Resampling.BICUBIC)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
+        image = fit(open_image(path).convert("RGB"), self.size, Image.Resampling.BICUBIC)
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(
             height, width, 3
         )
         return (pixels.permute(2, 0, 1).float() / 255 - self.mean) / self.std
+
+
+def open_image(path: Path) -> Any:
+    """The PIL image of a file, decoded and turned upright.
+
+    Raises:
+        DataError: the file cannot be decoded; names it.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            return ImageOps.exif_transpose(opened)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{path} cannot be read as an image: {error}. Remove or replace the file."
+        ) from error
+
+
+def fit(image: Any, size: tuple[int, int], resample: Any) -> Any:
+    """A PIL image resized to cover ``size = (height, width)``, and its centre of that size."""
+    height, width = size
+    scale = max(height / image.height, width / image.width)
+    resized = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    image = image.resize(resized, resample)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def image_folder(

@@ -39,6 +39,10 @@ class DataError(DwattnError):
     """Images that cannot be read or do not fit the model."""
 
 
+class TrainingError(DwattnError):
+    """Training that cannot start as it was asked for, or cannot go on."""
+
+
 class BackendError(DwattnError):
     """A backend that was asked for by name and cannot run the call."""
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dwattn.cli import deployment, pipeline, tools
+from dwattn.cli import deployment, pipeline, tools, training
 
 __all__ = ["app"]
 
@@ -50,6 +50,8 @@ app.command("doctor")(tools.doctor)
 app.command("score")(pipeline.score)
 app.command("select")(pipeline.select)
 app.command("replace")(pipeline.replace)
+app.command("finetune")(training.finetune)
+app.command("study")(training.study)
 app.command("export")(pipeline.export)
 deployment.add_to(app)
 app.command("report")(tools.report)

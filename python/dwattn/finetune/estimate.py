@@ -1,0 +1,145 @@
+"""What a run will take, measured on one batch before anything is trained."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from dwattn.finetune.distill import Distillation
+from dwattn.finetune.recipe import Recipe
+from dwattn.finetune.trainer import micro_batches, move, recipe_groups
+from dwattn.finetune.views import Order, Views, collate
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a run in one process on this machine.
+
+    Args:
+        steps: of the recipe; seconds_per_step: measured, reading the images included.
+        trained: parameters that are trained; parameters: all of them.
+        weights, gradients, optimizer, average, activations: bytes; activations of one micro-batch.
+        held: bytes of a teacher and its cache.
+        checkpoint: bytes of a checkpoint file.
+    """
+
+    steps: int
+    seconds_per_step: float
+    trained: int
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+    held: int
+    checkpoint: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return self.steps * self.seconds_per_step
+
+    @property
+    def memory(self) -> int:
+        """Bytes in all, without what torch itself and the images need."""
+        trained = self.gradients + self.optimizer + self.average
+        return self.weights + trained + self.activations + self.held
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**asdict(self), "seconds": self.seconds, "memory": self.memory}
+
+    def table(self) -> Table:
+        """For people."""
+        table = Table(title="A run would take", title_justify="left", show_header=False)
+        minutes = self.seconds / 60
+        rows = [
+            ("time", f"{minutes:.1f} min: {self.steps} steps of {self.seconds_per_step:.2f} s"),
+            ("trained parameters", f"{self.trained:,} of {self.parameters:,}"),
+            ("memory", f"{self.memory / MIB:.0f} MiB"),
+            ("  weights", f"{self.weights / MIB:.0f} MiB"),
+            ("  gradients", f"{self.gradients / MIB:.0f} MiB"),
+            ("  optimizer", f"{(self.optimizer + self.average) / MIB:.0f} MiB"),
+            ("  activations", f"{self.activations / MIB:.0f} MiB"),
+            ("  teacher and cache", f"{self.held / MIB:.0f} MiB"),
+            ("checkpoint on disk", f"{self.checkpoint / MIB:.0f} MiB"),
+        ]
+        for row in rows:
+            table.add_row(*row)
+        return table
+
+
+def estimate(module: nn.Module, data: Views, recipe: Recipe, *, repeats: int = 2) -> Estimate:
+    """Measure forward and backward passes of a private copy; the module and the random state stay as they are.
+
+    The optimiser's own step, which is short beside them, is not run.
+
+    Args:
+        module: a training module; data, recipe: as for :class:`dwattn.finetune.Trainer`.
+        repeats: timed steps behind one that is not timed.
+    """
+    with torch.random.fork_rng():
+        copied = copy.deepcopy(module)
+        device = next(copied.parameters()).device
+        groups = recipe_groups(copied, recipe)
+        copied.train()
+        order = Order(len(data), recipe.batch_size, recipe.seed, recipe.views, repeats + 1)
+        times, activations = [], 0
+        for keys in order:
+            start = time.perf_counter()
+            batch = collate([data[key] for key in keys])
+            for part, share in micro_batches(batch, recipe.micro_batch):
+                with _Saved(copied) as saved:
+                    loss = copied(move(part, device))["loss"]
+                    activations = max(activations, saved.bytes)
+                (loss * share).backward()
+            times.append(time.perf_counter() - start)
+    trained = [p for group in groups for p in group["params"]]
+    size = sum(p.numel() * p.element_size() for p in trained)
+    weights = sum(t.numel() * t.element_size() for t in [*copied.parameters(), *copied.buffers()])
+    average = size if recipe.ema is not None else 0
+    return Estimate(
+        steps=recipe.steps,
+        seconds_per_step=min(times[1:] or times),
+        trained=sum(p.numel() for p in trained),
+        parameters=sum(p.numel() for p in copied.parameters()),
+        weights=weights,
+        gradients=size,
+        optimizer=2 * size,
+        average=average,
+        activations=activations,
+        held=module.held_bytes() if isinstance(module, Distillation) else 0,
+        checkpoint=weights + 2 * size + average,
+    )
+
+
+class _Saved:
+    """Bytes that autograd keeps for the backward pass, parameters not counted."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._seen = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self.bytes = 0
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> _Saved:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self._hooks.__exit__(*reason)

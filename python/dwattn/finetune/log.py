@@ -1,0 +1,88 @@
+"""What a run tells while it goes on: CSV files for plots, a progress bar with the time left for people."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bar
+
+from dwattn.errors import CheckpointError
+from dwattn.files import write_atomically
+
+
+class CsvLog:
+    """A CSV file with one row a step; columns are those of the first row.
+
+    Args:
+        path: of the file, or None to write nothing.
+        done: steps that count: later rows, of a run that was killed behind its last checkpoint, are dropped.
+    """
+
+    def __init__(self, path: Path | None, done: int = 0) -> None:
+        self.path = path
+        self._columns: list[str] | None = None
+        if path is None or not path.exists():
+            return
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            # A row that was cut short by a kill is not there yet.
+            rows = [row for row in reader if _step(row) <= done and None not in row.values()]
+            columns = list(reader.fieldnames or [])
+        with write_atomically(path, CheckpointError) as temporary:
+            temporary.write_text(
+                "".join(_line(r) for r in [columns, *(list(r.values()) for r in rows)])
+            )
+        self._columns = columns or None
+
+    def write(self, row: Mapping[str, float | int | str]) -> None:
+        """Append a row that begins with ``step``.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        if self.path is None:
+            return
+        lines = []
+        if self._columns is None:
+            self._columns = list(row)
+            lines.append(self._columns)
+        lines.append([_text(row.get(column, "")) for column in self._columns])
+        try:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                file.write("".join(_line(line) for line in lines))
+        except OSError as error:
+            raise CheckpointError(f"Cannot write {str(self.path)!r}: {error.strerror}.") from error
+
+
+def _step(row: Mapping[str, str]) -> int:
+    text = row.get("step") or ""
+    return int(text) if text.isdigit() else 1 << 62
+
+
+def _text(value: float | int | str) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _line(row: list[str]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(row)
+    return line.getvalue()
+
+
+def progress_bar(show: bool) -> Bar:
+    """Steps with elapsed and remaining time and the loss, on stderr."""
+    return Bar(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True), disable=not show,
+    )  # fmt: skip

@@ -1,0 +1,96 @@
+"""How a model is trained: a validated, recorded set of numbers, and the learning rate they give at each step."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dwattn.errors import TrainingError
+from dwattn.plan import problems
+
+Scope = Literal["all", "blocks", "replaced", "head"]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Recipe(BaseModel):
+    """AdamW with linear warm-up and cosine decay; everything random follows from ``seed``.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: images a step, over all processes and micro-batches together.
+        micro_batch: images that go through the model at once in one process; None for all of its share.
+        lr: peak learning rate of the weights.
+        kernel_lr: factor on ``lr`` for kernels, context terms and gates, which are few and start near a solution.
+        head_lr: factor on ``lr`` for a task's head, which starts from nothing.
+        weight_decay: of matrices; never of kernels, context terms, biases, norms, tokens and positions.
+        betas: of AdamW.
+        warmup: share of the steps over which the rate rises from 0.
+        final_lr: share of the peak rate that is left at the end.
+        clip: gradient norm, or None.
+        ema: decay of the averaged weights that the run ends with, or None.
+        amp: autocast dtype.
+        train: ``all`` parameters, the ``blocks`` that hold replaced layers, or the ``replaced`` layers alone
+            (frozen backbone); a task's ``head`` is trained in any case.
+        views: distinct augmented views of each image, after which they repeat; None never repeats.
+        seed: of order, augmentation, initial heads and gates.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
+    lr: Positive = 2e-5
+    kernel_lr: Positive = 10.0
+    head_lr: Positive = 10.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.05
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
+    clip: Positive | None = 1.0
+    ema: Share | None = None
+    amp: Literal["no", "bf16", "fp16"] = "no"
+    train: Scope = "all"
+    views: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @classmethod
+    def of(cls, **fields: Any) -> Recipe:
+        """A recipe, with one sentence instead of pydantic's report if a field is wrong.
+
+        Raises:
+            TrainingError: names every wrong field and its value.
+        """
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise TrainingError(f"The recipe is wrong: {problems(error)}.") from None
+
+    def but(self, **changes: Any) -> Recipe:
+        """A copy with other values, validated like :meth:`of`."""
+        return self.of(**{**self.model_dump(), **changes})
+
+    def rate(self, step: int) -> float:
+        """Share of the peak learning rate at ``step``, the first being 0."""
+        rising = round(self.warmup * self.steps)
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        progress = (step - rising) / max(1, self.steps - rising)
+        return self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+    def differences(self, other: Recipe) -> str:
+        """Fields in which two recipes differ, as text; empty where they agree."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        return ", ".join(
+            f"{name}={theirs[name]!r} instead of {value!r}"
+            for name, value in mine.items()
+            if theirs[name] != value
+        )
+
+
+def steps_for(epochs: float, images: int, batch_size: int) -> int:
+    """Steps in which ``images`` are seen ``epochs`` times."""
+    return max(1, math.ceil(epochs * images / batch_size))

@@ -1,0 +1,124 @@
+"""The paper's recipes for a task: fine-tune, replace, fine-tune again; or replace first; or train little."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from dwattn.errors import TrainingError
+from dwattn.finetune.groups import param_groups
+from dwattn.finetune.recipe import Recipe
+from dwattn.finetune.tasks import Task
+from dwattn.finetune.trainer import Trainer, TrainingResult
+from dwattn.finetune.views import Views
+from dwattn.plan import Plan
+from dwattn.surgery import replace
+from dwattn.surgery_report import ReplacementReport
+
+Stages = Literal["two-stage", "one-stage", "frozen"]
+KernelInit = Literal["calibrated", "mean-attention", "gaussian"]
+
+
+@dataclass(frozen=True)
+class StagedResult:
+    """Results of the stages in order, and what was replaced between them."""
+
+    stages: list[TrainingResult]
+    replaced: ReplacementReport
+
+
+def second_stage(recipe: Recipe) -> Recipe:
+    """Half the epochs at half the batch size, with the other numbers of the first stage: as many steps."""
+    if recipe.batch_size % 2:
+        raise TrainingError(
+            f"batch_size={recipe.batch_size} cannot be halved for the second stage."
+        )
+    return recipe.but(batch_size=recipe.batch_size // 2)
+
+
+def train_in_stages(
+    task: Task,
+    data: Views,
+    plan: Plan | Callable[[nn.Module], Plan],
+    recipe: Recipe,
+    *,
+    stages: Stages = "two-stage",
+    kernel_init: KernelInit = "calibrated",
+    calibrate: Any = None,
+    folder: str | Path | None = None,
+    first_folder: str | Path | None = None,
+    trainer_options: dict[str, Any] | None = None,
+    **replace_options: Any,
+) -> StagedResult:
+    """Train a task and replace attention layers of its backbone, as the paper does.
+
+    ``two-stage`` fine-tunes, replaces, and fine-tunes half as long (:func:`second_stage`); ``one-stage`` replaces
+    layers of the pretrained backbone and fine-tunes once; ``frozen`` is ``two-stage`` with only the replaced layers
+    trained in the second stage.
+
+    Args:
+        task: with an unconverted backbone; it is changed in place.
+        plan: what to replace, or a function that selects it from the backbone when it is time to: the paper
+            measures after the first stage.
+        recipe: of the first (or only) stage.
+        kernel_init: ``calibrated`` in closed form on ``calibrate``, ``mean-attention`` (from the plan's maps), or
+            ``gaussian`` (the paper's).
+        calibrate: images for calibration.
+        folder: gets a folder for each stage; a call that is repeated there resumes. Replacing is done again then,
+            so calibration images must be the same.
+        first_folder: of the first stage, where several calls share it.
+        trainer_options: of :class:`dwattn.finetune.Trainer`.
+        replace_options: of :func:`dwattn.replace`.
+
+    Raises:
+        TrainingError: unknown names, or ``calibrated`` without images.
+    """
+    if stages not in ("two-stage", "one-stage", "frozen"):
+        raise TrainingError(f"stages={stages!r} must be two-stage, one-stage or frozen.")
+    options = {**replace_options, **_init_options(kernel_init, calibrate)}
+    settings = dict(trainer_options or {})
+    root = None if folder is None else Path(folder)
+
+    def fit(name: str, with_recipe: Recipe, groups: Any = None) -> TrainingResult:
+        place = None if root is None else root / name
+        if name == "first" and first_folder is not None:
+            place = Path(first_folder)
+        trainer = Trainer(task, data, with_recipe, folder=place, groups=groups, **settings)
+        return trainer.fit(resume=True)
+
+    results = []
+    if stages != "one-stage":
+        results.append(fit("first", recipe))
+    chosen = plan if isinstance(plan, Plan) else plan(task.backbone)
+    # Training moves the weights on from those the plan was made for; that is what it is for.
+    report = replace(task.backbone, chosen, allow_stale=True, seed=recipe.seed, **options)
+    task.rebuild()
+    if stages == "one-stage":
+        results.append(fit("only", recipe))
+    elif stages == "two-stage":
+        results.append(fit("second", second_stage(recipe)))
+    else:
+        second = second_stage(recipe).but(train="replaced")
+        groups = param_groups(
+            task, lr=second.lr, kernel_lr=second.kernel_lr, weight_decay=second.weight_decay, train="replaced"
+        )  # fmt: skip
+        results.append(fit("second", second, groups))
+    return StagedResult(results, report)
+
+
+def _init_options(kernel_init: str, calibrate: Any) -> dict[str, Any]:
+    if kernel_init == "calibrated":
+        if calibrate is None:
+            raise TrainingError("kernel_init='calibrated' needs images: pass calibrate=images.")
+        return {"calibrate": calibrate}
+    if kernel_init == "mean-attention":
+        return {"kernel_init": "mean"}
+    if kernel_init == "gaussian":
+        return {"kernel_init": "gaussian"}
+    raise TrainingError(
+        f"kernel_init={kernel_init!r} must be calibrated, mean-attention or gaussian."
+    )

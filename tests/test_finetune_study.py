@@ -1,0 +1,136 @@
+"""Studies: every cell is run once, in any number of sittings, and the table is what the runs say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dwattn.cli import app
+from dwattn.errors import TrainingError
+from dwattn.finetune import Augment, Grid, LabelledViews, Recipe, StudyResult, classifier, run_study
+from dwattn.finetune import study as study_module
+from support.models import BY_NAME
+from test_cli import FACTORY
+from test_finetune_tasks import coloured, save_image
+
+pytest.importorskip("accelerate", reason="training needs the train extra")
+pytest.importorskip("torchmetrics", reason="evaluation needs the train extra")
+
+FAMILY = BY_NAME["hub-reg4"]
+RECIPE = Recipe(steps=4, batch_size=4, lr=1e-3)
+GRID = Grid(
+    kinds=({"variant": "dw"}, {"variant": "lowrank_dw", "rank": 16}),
+    criteria=("variance", "dsp", "highest-variance"),
+    blocks=(2,),
+    kernel_inits=("gaussian",),
+    seeds=(0, 1),
+    score_images=8,
+    recipe=RECIPE,
+)
+OPTIONS = {"device": "cpu", "progress": False}
+
+
+def run(folder: Path, grid: Grid = GRID, images: int = 12) -> StudyResult:
+    data = LabelledViews(*coloured(images), 3, Augment())
+    test = LabelledViews(*coloured(9), 3)
+    return run_study(
+        grid, lambda seed: classifier(FAMILY.build(), 3, seed=seed), data, test, folder,
+        trainer_options=OPTIONS,
+    )  # fmt: skip
+
+
+def test_a_study_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(tmp_path / "whole")
+    assert len(whole.rows) == 2 * (1 + 3 * 2)
+    train, calls = study_module.train_in_stages, [0]
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise KeyboardInterrupt
+        return train(*args, **options)
+
+    monkeypatch.setattr(study_module, "train_in_stages", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts")
+    parts = run(tmp_path / "parts")
+    assert calls[0] == 13
+    assert parts.rows == whole.rows
+    run(tmp_path / "parts")
+    assert calls[0] == 13
+    low, high = ({r["cell"]: r["replaced"] for r in whole.rows}[f"dw-{c}-2-two-stage-gaussian-seed0"]
+                 for c in ("variance", "highest-variance"))  # fmt: skip
+    assert sorted(low + high) == [f"blocks.{i}.attn" for i in range(4)]
+    table = (tmp_path / "parts" / "results.csv").read_text().splitlines()
+    assert table[0] == "attention,criterion,blocks,stages,init,seed,replaced,top1"
+    assert len(table) == 15
+    with pytest.raises(TrainingError, match="another grid"):
+        run(tmp_path / "parts", GRID.model_copy(update={"blocks": (1,)}))
+    with pytest.raises(TrainingError, match="another images"):
+        run(tmp_path / "parts", images=9)
+
+
+def test_the_summary_is_paired_by_seed() -> None:
+    rows = [
+        {"label": list(label), "seed": seed, "replaced": [], "cell": "", "metrics": {"top1": value}}
+        for label, values in (
+            (("mhsa", "", "", "", ""), (0.8, 0.6, 0.7)),
+            (("dw", "variance", "2", "two-stage", "gaussian"), (0.79, 0.58, 0.68)),
+        )
+        for seed, value in enumerate(values)
+    ]
+    base, dw = StudyResult(rows).summary()
+    assert base["mean"] == pytest.approx(0.7)
+    assert base["interval"] == pytest.approx(4.303 * 0.1 / 3**0.5)
+    assert dw["difference"] == pytest.approx(-0.05 / 3)
+    deviation = torch.tensor([-0.01, -0.02, -0.02]).std().item()
+    assert dw["difference_interval"] == pytest.approx(4.303 * deviation / 3**0.5, rel=1e-4)
+
+
+def test_a_grid_file_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "grid.json"
+    with pytest.raises(TrainingError, match="No such file"):
+        Grid.load(path)
+    for text, match in (
+        ("{", "malformed"),
+        ('{"blocks": [2]}', "recipe: Field required"),
+        ('{"blocks": [0], "recipe": {"steps": 2}}', r"blocks\.0"),
+        ('{"blocks": [2], "recipe": {"steps": 2}, "colour": 1}', "colour"),
+        ('{"blocks": [2], "recipe": {"steps": 2}, "schema_version": 2}', "schema_version"),
+    ):
+        path.write_text(text)
+        with pytest.raises(TrainingError, match=match):
+            Grid.load(path)
+    path.write_text(GRID.model_dump_json())
+    assert Grid.load(path) == GRID
+
+
+def test_the_command(tmp_path: Path) -> None:
+    (tmp_path / "factory.py").write_text(FACTORY)
+    for index in range(8):
+        save_image(tmp_path / "images" / "ab"[index % 2] / f"{index}.png", (60, 64), seed=index)
+    grid = GRID.model_copy(update={"seeds": (0,), "criteria": ("variance",)})
+    (tmp_path / "grid.json").write_text(grid.model_dump_json())
+    arguments = [
+        "study", f"{tmp_path / 'factory.py'}:make", tmp_path / "grid.json", "--task", "classify",
+        "--images", tmp_path / "images", "--test-images", tmp_path / "images", "--size", 56,
+        "--out", tmp_path / "out", "--device", "cpu", "--no-progress",
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    found = json.loads(result.stdout)
+    assert [row["cell"] for row in found["runs"]] == [
+        "mhsa-seed0",
+        "dw-variance-2-two-stage-gaussian-seed0",
+        "lowrank_dw-r16-variance-2-two-stage-gaussian-seed0",
+    ]
+    table = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert table.exit_code == 0
+    assert "lowrank_dw" in table.output
+    wrong = CliRunner().invoke(app, [*map(str, arguments), "--task", "distill"])
+    assert wrong.exit_code == 2
