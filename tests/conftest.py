@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from support import torchvision_shim
+from support import fuzzing, torchvision_shim
 
 torchvision_shim.install()
 
@@ -19,3 +19,12 @@ def _seed() -> None:
 def fresh_dynamo() -> None:
     """No compiled graphs of earlier tests."""
     torch._dynamo.reset()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many cases the fuzz tests ran (in this process: ``make fuzz`` uses one)."""
+    if fuzzing.COUNTS:
+        terminalreporter.section("fuzzed cases")
+        for name, count in sorted(fuzzing.COUNTS.items()):
+            terminalreporter.line(f"{count:8d}  {name}")
+        terminalreporter.line(f"{fuzzing.COUNTS.total():8d}  in all")

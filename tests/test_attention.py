@@ -352,3 +352,10 @@ def test_a_layer_that_knows_no_grid_says_so() -> None:
 def test_scattered_heads_must_be_some_distinct_heads(heads: list[int]) -> None:
     with pytest.raises(DwattnError, match="heads"):
         dwattn.ScatteredDWAttention(DIM, HEADS, heads=heads, grid=GRID)
+
+
+def test_shapes_on_the_meta_device() -> None:
+    module = dwattn.FusedDWAttention(DIM, HEADS, grid=GRID, num_prefix=1, device="meta")
+    out = module(torch.empty(2, 13, DIM, device="meta"))
+    assert out.is_meta
+    assert out.shape == (2, 13, DIM)
