@@ -223,7 +223,9 @@ def _check_fake(
         ),
     )
     shapes = ((channels, 3, 3), (num_prefix, channels), (channels,), (channels,))
-    for label, one, shape in zip(("kernel", "kappa", "mu", "beta"), coefficients, shapes, strict=True):
+    for label, one, shape in zip(
+        ("kernel", "kappa", "mu", "beta"), coefficients, shapes, strict=True
+    ):
         _check_fake_like(label, one, shape, t)
 
 
