@@ -13,7 +13,7 @@ HF457  := $(VENV)/transformers-4.57
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f \
              -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 
-.PHONY: demo test test-kernels lint bench clean gpu-check gpu-build gpu-test gpu-sanitize gpu-bench
+.PHONY: demo test test-kernels fuzz soak lint bench docs clean gpu-check gpu-build gpu-test gpu-sanitize gpu-bench
 
 demo: $(VENV)/.installed $(VENV)/.demo-data
 	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/dwattn demo --out $(OUT)
@@ -25,6 +25,14 @@ test: $(VENV)/.installed $(VENV)/.transformers-4.57 lint
 test-kernels: $(VENV)/.installed $(VENV)/.kernel-tools
 	PATH=$(CURDIR)/$(VENV)/cuda-tools/nvidia/cu13/bin:$$PATH DWATTN_NVRTC_126=$(CURDIR)/$(VENV)/nvrtc-12.6 \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m thorough -n $(JOBS)
+
+# Ten thousand drawn cases and more, new ones at each run (a failure prints what repeats it); counts at the end.
+fuzz: $(VENV)/.installed
+	DWATTN_FUZZ=12 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_fuzz_operators.py tests/test_fuzz_layers.py tests/test_fuzz_files.py
+
+# Every command, stopped at random moments; then no file may be half-written.
+soak: $(VENV)/.installed
+	$(BIN)/python tests/soak_cli.py --trials 200
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
