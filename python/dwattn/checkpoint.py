@@ -289,7 +289,7 @@ def _shim(
     heads = choices.pop("heads", None)
     try:
         return build_shim(site, printed, layout.num_prefix, layer.variant, heads, choices)
-    except (DwattnError, TypeError, ValueError) as error:
+    except (DwattnError, TypeError, ValueError, LookupError, RuntimeError) as error:
         raise CheckpointError(f"{path!r}: {layer.name} cannot be rebuilt: {error}") from error
 
 
