@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-EXTRAS := timm,hf,onnx,triton,demo,dev
+EXTRAS := timm,hf,onnx,triton,demo,dev,docs
 OUT    ?= demo-output
 # Test processes; the tests' tensors are small, so each gets one thread.
 JOBS   ?= 2
@@ -33,6 +33,9 @@ fuzz: $(VENV)/.installed
 # Every command, stopped at random moments; then no file may be half-written.
 soak: $(VENV)/.installed
 	$(BIN)/python tests/soak_cli.py --trials 200
+
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -94,4 +97,4 @@ $(VENV)/.demo-data: | $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist $(OUT)
+	rm -rf $(VENV) build dist site $(OUT)
