@@ -13,7 +13,7 @@ HF457  := $(VENV)/transformers-4.57
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f \
              -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 
-.PHONY: demo test test-kernels fuzz soak lint bench docs clean gpu-check gpu-build gpu-test gpu-sanitize gpu-bench
+.PHONY: demo test test-kernels fuzz soak lint bench bench-full docs clean gpu-check gpu-build gpu-test gpu-sanitize gpu-bench
 
 demo: $(VENV)/.installed $(VENV)/.demo-data
 	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/dwattn demo --out $(OUT)
@@ -43,11 +43,22 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
+# Ten minutes on two cores; then the README follows the results. bench-full adds what takes hours.
+RESULTS := benchmarks/results
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/bench_cpu_dw.py --json benchmarks/results/cpu-dw.json
-	$(BIN)/python benchmarks/bench_cpu_layer.py --json benchmarks/results/cpu-layer.json
-	$(BIN)/python benchmarks/bench_scoring.py --json benchmarks/results/cpu-scoring.json
-	$(BIN)/python benchmarks/bench_fidelity.py --json benchmarks/results/fidelity.json
+	$(BIN)/python benchmarks/bench_table1.py --json $(RESULTS)/table1.json
+	$(BIN)/python benchmarks/bench_ops.py --json $(RESULTS)/ops.json
+	$(BIN)/python benchmarks/bench_growth.py --json $(RESULTS)/growth.json
+	$(BIN)/python benchmarks/bench_cpu_dw.py --seconds 1.5 --json $(RESULTS)/cpu-dw.json
+	$(BIN)/python benchmarks/bench_cpu_layer.py --no-compile --seconds 1 --json $(RESULTS)/cpu-layer.json
+	$(BIN)/python benchmarks/bench_scoring.py --json $(RESULTS)/cpu-scoring.json
+	$(BIN)/python benchmarks/render.py
+
+bench-full: bench
+	$(BIN)/python benchmarks/bench_cpu_layer.py --json $(RESULTS)/cpu-layer.json
+	$(BIN)/python benchmarks/bench_ops.py --all --compile --json $(RESULTS)/ops-all.json
+	$(BIN)/python benchmarks/bench_fidelity.py --json $(RESULTS)/fidelity.json
+	$(BIN)/python benchmarks/render.py
 
 # On a machine with a GPU, in an environment that has torch with CUDA and the dev extra; no network is used. The
 # parts can run alone, in this order.

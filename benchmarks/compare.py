@@ -19,6 +19,9 @@ import rounds
 from rich.console import Console
 from rich.table import Table
 
+from dwattn.errors import DataError
+
+VERDICTS = ("slower", "faster", "same")
 #: What must agree for times to be comparable.
 SAME = ("CPU", "threads", "system")
 
@@ -101,7 +104,11 @@ def main() -> int:
     parser.add_argument("--force", action="store_true", help="compare different machines anyway")
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
     options = parser.parse_args()
-    before, after = rounds.read(options.before), rounds.read(options.after)
+    try:
+        before, after = rounds.read(options.before), rounds.read(options.after)
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return 2
     different = differences(before, after)
     if different and not options.force:
         print(f"Not comparable: {'; '.join(different)}. --force compares anyway.", file=sys.stderr)
@@ -125,13 +132,5 @@ def main() -> int:
     return 1 if count["slower"] else 0
 
 
-VERDICTS = ("slower", "faster", "same")
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-            sys.exit(2)
-        raise
+    sys.exit(main())

@@ -16,16 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from dwattn import library
 from dwattn.demo.machine import environment, now
 from dwattn.errors import DataError
 from dwattn.files import write_atomically
 
 KIND, SCHEMA_VERSION = "dwattn-bench", 1
-Calls = Mapping[str, Callable[[], Tensor]]
+Calls = Mapping[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -87,6 +83,10 @@ def summarise(
 
 def machine() -> dict[str, Any]:
     """What the numbers depend on."""
+    import torch  # not above: comparing two files needs no torch
+
+    from dwattn import library
+
     native = library.native
     return {
         "created": now(),
@@ -133,12 +133,16 @@ def write(path: Path, benchmark: str, results: list[Measured], **more: Any) -> N
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A file of :func:`write`; exits with the reason if it is none."""
+    """A file of :func:`write`.
+
+    Raises:
+        DataError: it cannot be read, or is none.
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SystemExit(f"Cannot read {path}: {error}.") from None
+        raise DataError(f"Cannot read {path}: {error}.") from None
     known = isinstance(document, dict) and document.get("kind") == KIND
     if not known or document.get("schema_version") != SCHEMA_VERSION:
-        raise SystemExit(f"{path} is no result file of this version of the benchmarks.")
+        raise DataError(f"{path} is no result file of this version of the benchmarks.")
     return document
