@@ -18,7 +18,7 @@ from support.fuzzing import LAYOUTS, SEEDS, Draw, fuzz
 from support.layers import expected_output
 
 GEOMETRIES = st.builds(
-    Geometry, st.integers(1, 6), st.integers(1, 6), st.sampled_from([0, 1, 2, 5])
+    Geometry, st.integers(1, 6), st.integers(1, 6), st.sampled_from([1, 5, 0, 2])
 )
 
 
