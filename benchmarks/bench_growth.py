@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import dwattn
+from dwattn.demo._torchvision import make_importable
 
 TOKENS, BATCHES, WIDTHS = (
     (64, 144, 256, 576, 1024, 2304, 4096),
@@ -130,6 +131,7 @@ def times(
 
 def whole_models(seconds: float) -> list[rounds.Measured]:
     """A ViT of DINOv2-S's size at 336 px with more and more blocks replaced, in one set of rounds."""
+    make_importable()
     import timm
 
     size = 336

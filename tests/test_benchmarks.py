@@ -195,3 +195,19 @@ def test_the_benchmark_of_layers_runs(tmp_path: Path) -> None:
     expected = {"mhsa sdpa", "dw nchw", "dw torch", "ens_dw torch", "spvit torch"}
     assert expected <= {row["candidate"] for row in results}
     assert all(0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in results)
+
+
+@pytest.mark.parametrize("benchmark", ["growth", "ops"])
+def test_results_are_drawn(benchmark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    import plot
+
+    times = {"mhsa": [4.0, 5, 6], "dw": [1.0, 2, 3]}
+    found = [row for n in (64, 256) for row in rounds.summarise(f"tokens={n}", times, "mhsa")]
+    rounds.write(tmp_path / "in.json", benchmark, found)
+    out = tmp_path / "out.svg"
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "in.json"), str(out)])
+    plot.main()
+    drawn = out.read_text("utf-8")
+    assert drawn.lstrip().startswith("<?xml")
+    assert "<!-- mhsa -->" in drawn
