@@ -38,12 +38,14 @@ def growth(results: list[dict[str, Any]]) -> Any:
             low, high = ([row[key] for row in rows] for key in ("p20_ms", "p80_ms"))
             axis.fill_between(sizes, low, high, alpha=0.2)
         axis.set(xscale="log", yscale="log", xlabel=along, ylabel="ms")
+        axis.set_xticks(sizes, map(str, sizes))
+        axis.minorticks_off()
         axis.legend()
     return figure
 
 
 def bars(results: list[dict[str, Any]]) -> Any:
-    """Time over that of the floor, by case."""
+    """Time over that of the floor, by case; logarithmic."""
     cases = list(dict.fromkeys(row["case"] for row in results))
     figure, axes = plt.subplots(
         len(cases), 1, figsize=(7, 0.3 * len(results) + len(cases)), squeeze=False
@@ -53,7 +55,7 @@ def bars(results: list[dict[str, Any]]) -> Any:
         axis.barh([row["candidate"] for row in rows], [row["over_floor"] for row in rows])
         axis.axvline(1, color="black", linewidth=0.8)
         axis.invert_yaxis()
-        axis.set(title=case, xlabel="time over that of the floor")
+        axis.set(title=case, xlabel="time over that of the floor", xscale="log")
     return figure
 
 
