@@ -55,12 +55,17 @@ def run(arguments: tuple[str, ...], said: str = os.devnull) -> int:
 
 def forked(arguments: tuple[str, ...]) -> int:
     """Start the command in a child process of its own; its process id."""
+    # Held back until the child can catch them: it must never run on in the parent's code.
+    stops = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stops)
     child = os.fork()
     if child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
         return child
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
         os._exit(run(arguments))
     except KeyboardInterrupt:
         # Before the command's own handling or after it: Python would print a traceback and end so.
