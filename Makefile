@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-EXTRAS := timm,hf,onnx,triton,train,demo,dev
+EXTRAS := timm,hf,onnx,triton,train,demo,dev,docs
 OUT    ?= demo-output
 # Test processes; the tests' tensors are small, so each gets one thread.
 JOBS   ?= 2
@@ -17,7 +17,8 @@ TRT_VARIABLES := DWATTN_TENSORRT_INCLUDE=$(TRT)/include DWATTN_TENSORRT_RTX=$(TR
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc plugins python -type f \
              -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 
-.PHONY: demo test test-kernels lint bench bench-distill clean gpu-check gpu-build gpu-test gpu-sanitize gpu-bench
+.PHONY: demo test test-kernels plugin fuzz soak lint docs bench bench-full bench-distill clean gpu-check gpu-build gpu-test \
+  gpu-sanitize gpu-bench
 
 demo: $(VENV)/.installed $(VENV)/.demo-data
 	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/dwattn demo --out $(OUT)
@@ -30,17 +31,50 @@ test-kernels: $(VENV)/.installed $(VENV)/.kernel-tools $(VENV)/.tensorrt
 	PATH=$(CURDIR)/$(VENV)/cuda-tools/nvidia/cu13/bin:$$PATH DWATTN_NVRTC_126=$(CURDIR)/$(VENV)/nvrtc-12.6 \
 	  DWATTN_CUDA_AARCH64=$(CURDIR)/$(VENV)/cuda-aarch64/nvidia/cu13 $(TRT_VARIABLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m thorough -n $(JOBS)
 
+# The TensorRT plugin library, with the headers of an installed TensorRT or those that the tests use.
+plugin: $(VENV)/.installed $(VENV)/.tensorrt
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake -S plugins/tensorrt -B build/tensorrt -G Ninja \
+	  -DTENSORRT_INCLUDE_DIR=$${TENSORRT_INCLUDE_DIR:-$(TRT)/include/kernel_lens/include/tensorrt}
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake --build build/tensorrt
+
+# Ten thousand drawn cases and more, new ones at each run (a failure prints what repeats it); counts at the end.
+fuzz: $(VENV)/.installed
+	DWATTN_FUZZ=12 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_fuzz_operators.py tests/test_fuzz_layers.py tests/test_fuzz_files.py
+
+# Every command, stopped at random moments; then no file may be half-written.
+soak: $(VENV)/.installed
+	$(BIN)/python tests/soak_cli.py --trials 200
+
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc plugins tests/cpu tests/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
+# Ten minutes on two cores; then the README follows the results. bench-full adds what takes hours.
+RESULTS := benchmarks/results
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/bench_cpu_dw.py --json benchmarks/results/cpu-dw.json
-	$(BIN)/python benchmarks/bench_cpu_layer.py --json benchmarks/results/cpu-layer.json
-	$(BIN)/python benchmarks/bench_scoring.py --json benchmarks/results/cpu-scoring.json
-	$(BIN)/python benchmarks/bench_fidelity.py --json benchmarks/results/fidelity.json
+	$(BIN)/python benchmarks/bench_table1.py --json $(RESULTS)/table1.json
+	$(BIN)/python benchmarks/bench_ops.py --json $(RESULTS)/ops.json
+	$(BIN)/python benchmarks/bench_growth.py --json $(RESULTS)/growth.json
+	$(BIN)/python benchmarks/bench_cpu_dw.py --seconds 1.5 --json $(RESULTS)/cpu-dw.json
+	$(BIN)/python benchmarks/bench_cpu_layer.py --no-compile --seconds 1 --json $(RESULTS)/cpu-layer.json
+	$(BIN)/python benchmarks/bench_scoring.py --json $(RESULTS)/cpu-scoring.json
+	$(BIN)/python benchmarks/render.py
+
+bench-full: bench
+	$(BIN)/python benchmarks/bench_cpu_layer.py --json $(RESULTS)/cpu-layer.json
+	$(BIN)/python benchmarks/bench_ops.py --all --compile --json $(RESULTS)/ops-all.json
+	$(BIN)/python benchmarks/bench_fidelity.py --json $(RESULTS)/fidelity.json
+	$(BIN)/python benchmarks/render.py
+
+# Distillation against the acceptance numbers: an hour on two quiet cores; it goes on where it was stopped.
+bench-distill: $(VENV)/.installed $(VENV)/.demo-data
+	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/python benchmarks/bench_distill.py --work $(VENV)/distill-runs \
+	  --json benchmarks/results/distill.json
 
 # On a machine with a GPU, in an environment that has torch with CUDA and the dev extra; no network is used. The
 # parts can run alone, in this order.
@@ -100,10 +134,5 @@ $(VENV)/.demo-data: | $(VENV)/.installed
 	-$(BIN)/python -m dwattn.demo.debian $(VENV)/demo-data
 	touch $@
 
-# Distillation against the acceptance numbers: an hour on two quiet cores; it goes on where it was stopped.
-bench-distill: $(VENV)/.installed $(VENV)/.demo-data
-	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/python benchmarks/bench_distill.py --work $(VENV)/distill-runs \
-	  --json benchmarks/results/distill.json
-
 clean:
-	rm -rf $(VENV) build dist $(OUT)
+	rm -rf $(VENV) build dist site $(OUT)

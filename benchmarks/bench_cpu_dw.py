@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rounds import machine, measure, ratio
 from torch import Tensor
 
 from dwattn import functional, library
@@ -91,27 +89,6 @@ def candidates(case: Case) -> dict[str, Callable[[], Tensor]]:
     }
 
 
-def measure(functions: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str, list[float]]:
-    """Times in ms of interleaved rounds, until they have taken ``seconds`` (at least 7 rounds)."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
-        function()
-    start = time.perf_counter()
-    names = list(functions)
-    while time.perf_counter() - start < seconds or len(times[names[0]]) < 7:
-        for name in names:
-            begin = time.perf_counter()
-            functions[name]()
-            times[name].append((time.perf_counter() - begin) * 1e3)
-        names.append(names.pop(0))  # nobody always runs after the same one
-    return times
-
-
-def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
-    """Median over rounds of the time of ``name`` over that of ``base`` in the same round."""
-    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
-
-
 def summarise(times: dict[str, list[float]]) -> dict[str, Any]:
     """Median, p20 and p80 in ms of every candidate, and the two ratios that matter."""
     summary: dict[str, Any] = {}
@@ -130,18 +107,6 @@ def line(name: str, summary: dict[str, Any]) -> str:
         f"{summary[key]['median']:9.3f}" for key in ("linear", "torch", "cpp", "nchw")
     )
     return f"{name:44}{medians}{summary['cpp/torch']:12.3f}{summary['cpp/linear']:12.3f}"
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    native = library.native
-    return {
-        "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "cpu": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "cpu_info": native.cpu_info() if native else None,
-        "build_info": native.build_info() if native else None,
-    }
 
 
 def parse() -> argparse.Namespace:

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_cpu_dw import DTYPES, machine, measure, ratio
+from bench_cpu_dw import DTYPES
+from rounds import machine, measure, ratio
 from torch import Tensor
 
 from dwattn import functional, library

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from support import torchvision_shim
+from support import fuzzing, torchvision_shim
 
 torchvision_shim.install()
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -24,6 +25,24 @@ def _seed() -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny tensors: waking a second thread for them takes longer than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def fresh_dynamo() -> None:
     """No compiled graphs of earlier tests."""
     torch._dynamo.reset()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many cases the fuzz tests ran (in this process: ``make fuzz`` uses one)."""
+    if fuzzing.COUNTS:
+        terminalreporter.section("fuzzed cases")
+        for name, count in sorted(fuzzing.COUNTS.items()):
+            terminalreporter.line(f"{count:8d}  {name}")
+        terminalreporter.line(f"{fuzzing.COUNTS.total():8d}  in all")

@@ -16,6 +16,7 @@ from dwattn.errors import DwattnError, GeometryError
 from dwattn.geometry import Geometry
 from dwattn.projections import AttentionWeights
 from dwattn.variants import REPLACEMENTS, VARIANTS, build_replacement
+from support.layers import expected_patches, expected_prefix
 
 DIM, HEADS, GRID = 24, 3, (3, 4)
 VARIANT_OPTIONS: dict[str, dict[str, Any]] = {name: {} for name in REPLACEMENTS} | {
@@ -43,45 +44,6 @@ def tokens(num_prefix: int, batch: int = 2, dtype: torch.dtype = torch.float64) 
     generator = torch.Generator().manual_seed(3)
     count = num_prefix + GRID[0] * GRID[1]
     return torch.randn(batch, count, DIM, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def expected_patches(m: Any, x: Tensor, geometry: Geometry) -> Tensor:
-    """Patch rows after Wo, straight from the reference."""
-    v, o = m.value, m.proj
-    extra = {"kappa": m.kappa, "mu": m.mu, "beta": m.beta}
-    if m.variant in ("dw", "lowrank_dw"):
-        y = reference.dw_attention(x, v.weight, v.bias, m.kernel, geometry, **extra)
-        return F.linear(y, o.weight, o.bias)
-    if m.variant == "conv":
-        y = reference.conv_attention(x, v.weight, v.bias, m.kernel, geometry)
-        context = reference.context(F.linear(x, v.weight, v.bias), geometry, **extra)
-        return F.linear(y if context is None else y + context, o.weight, o.bias)
-    if m.variant == "ens_dw":
-        return reference.ens_dw_attention(
-            x, v.weight, v.bias, m.kernel, o.weight, o.bias, m.gamma, geometry, **extra
-        )
-    return reference.spvit_attention(x, v.weight, v.bias, o.weight, o.bias, m.logits, geometry)
-
-
-def expected_prefix(m: Any, x: Tensor, geometry: Geometry) -> Tensor:
-    """Prefix rows after Wo, straight from the reference."""
-    value, proj = m.prefix_value or m.value, m.prefix_proj or m.proj
-    if m.prefix == "static":
-        v = F.linear(x, value.weight, value.bias)
-        rows = reference.static_prefix_rows(v, geometry, m.prefix_rows.a, m.prefix_rows.b)
-    else:
-        q, k = m.prefix_rows.query, m.prefix_rows.key
-        rows = reference.exact_prefix_rows(
-            x,
-            geometry.num_prefix,
-            q.weight,
-            k.weight,
-            value.weight,
-            HEADS,
-            bq=q.bias,
-            bv=value.bias,
-        )
-    return F.linear(rows, proj.weight, proj.bias)
 
 
 @pytest.mark.parametrize("num_prefix", [0, 1, 5])
@@ -352,3 +314,10 @@ def test_a_layer_that_knows_no_grid_says_so() -> None:
 def test_scattered_heads_must_be_some_distinct_heads(heads: list[int]) -> None:
     with pytest.raises(DwattnError, match="heads"):
         dwattn.ScatteredDWAttention(DIM, HEADS, heads=heads, grid=GRID)
+
+
+def test_shapes_on_the_meta_device() -> None:
+    module = dwattn.FusedDWAttention(DIM, HEADS, grid=GRID, num_prefix=1, device="meta")
+    out = module(torch.empty(2, 13, DIM, device="meta"))
+    assert out.is_meta
+    assert out.shape == (2, 13, DIM)

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 import dwattn
 from dwattn.cli import app
-from dwattn.cli.common import parse_size
+from dwattn.cli.common import command, parse_size
+from dwattn.errors import DwattnError
 
 TESTS = Path(__file__).parent
 FACTORY = f"""
@@ -261,9 +262,16 @@ def test_help_imports_no_torch() -> None:
         assert name in output
 
 
-@pytest.mark.parametrize("name", ["score", "replace"])
-def test_ctrl_c_leaves_no_half_written_file(
-    name: str, place: Path, scored: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "sent", "code"),
+    [
+        ("score", signal.SIGINT, 130),
+        ("replace", signal.SIGINT, 130),
+        ("score", signal.SIGTERM, 143),
+    ],
+)
+def test_an_interruption_leaves_no_half_written_file(
+    name: str, sent: signal.Signals, code: int, place: Path, scored: Path, tmp_path: Path
 ) -> None:
     marker, out, plan = tmp_path / "running", tmp_path / "out.safetensors", tmp_path / "plan.json"
     out.write_bytes(b"an older file")
@@ -281,11 +289,25 @@ def test_ctrl_c_leaves_no_half_written_file(
     deadline = time.monotonic() + 120
     while not marker.exists() and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(sent)
     stdout, stderr = running.communicate(timeout=120)
-    assert running.returncode == 130, stderr
-    assert "Interrupted" in stderr
+    assert running.returncode == code, stderr
+    assert ("Interrupted" in stderr) == (sent == signal.SIGINT)
     assert "Traceback" not in stderr
     assert stdout == ""
     assert out.read_bytes() == b"an older file"
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_library_that_swallows_the_exit_does_not_change_the_exit_code() -> None:
+    @command
+    def export() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except SystemExit as stop:
+            raise DwattnError("the graph could not be traced") from stop
+
+    with pytest.raises(SystemExit) as ended:
+        export()
+    assert ended.value.code == 143

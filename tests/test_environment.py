@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +38,26 @@ def test_every_backend_is_answered_for(info: dict[str, object]) -> None:
         assert answer["chosen"] in backends.NAMES
         for verdict in answer["verdicts"]:
             assert verdict["can_run"] != bool(verdict["reasons"])
+
+
+def test_what_a_bug_report_needs(info: dict[str, object]) -> None:
+    system = info["system"]
+    assert system["cpu"] in environment.explain(info)
+    assert 1 <= system["usable_cpus"] <= system["cpus"]
+    assert system["memory_bytes"] is None or system["memory_bytes"] > 2**26
+    assert info["location"] == str(Path(environment.__file__).parent)
+    assert {answer["op"] for answer in info["backends"]} == {"dw_attention", "dw_layer"}
+    assert info["torch"]["threads"] == torch.get_num_threads()
+
+
+def test_equal_answers_are_given_once(info: dict[str, object]) -> None:
+    text = environment.explain(info)
+    for device in ("cpu", "cuda"):
+        answers = [a for a in info["backends"] if a["device"] == device]
+        different = {(a["chosen"], str(a["verdicts"])) for a in answers}
+        assert text.count(f" on {device} in ") <= len(answers)
+        if len(different) == 1:
+            assert f"dw_attention, dw_layer on {device} in float32, bfloat16, float16: " in text
 
 
 def test_a_forced_backend_that_cannot_run_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,19 +16,14 @@ from dwattn.errors import DwattnError
 from dwattn.geometry import Geometry
 from support.operators import OperatorCase, assert_as_exact, make_case
 
-pytestmark = pytest.mark.skipif(not library.AVAILABLE, reason=library.load_error())
+pytestmark = [
+    pytest.mark.skipif(not library.AVAILABLE, reason=library.load_error()),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GRIDS = ((1, 1), (1, 7), (5, 1), (3, 5), (13, 11))
 WIDTHS = ((64, 64), (32, 80), (80, 7), (5, 96), (96, 384))  # inner channels, output width
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def output_of(case: OperatorCase, width: int) -> dict[str, Tensor]:

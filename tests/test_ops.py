@@ -18,7 +18,10 @@ from dwattn.errors import DwattnError, GeometryError
 from dwattn.geometry import Geometry
 from support.operators import OperatorCase, assert_as_exact, error, make_case
 
-pytestmark = pytest.mark.skipif(not library.AVAILABLE, reason=library.load_error())
+pytestmark = [
+    pytest.mark.skipif(not library.AVAILABLE, reason=library.load_error()),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GRIDS = ((1, 1), (1, 7), (5, 1), (2, 2), (3, 5), (7, 4), (13, 11))
@@ -31,15 +34,6 @@ def awkward_cases() -> Iterator[tuple[int, ...]]:
     varying = itertools.cycle(itertools.product((0, 1, 5), (1, 3)))
     for (height, width), channels in itertools.product(GRIDS, CHANNELS):
         yield (height, width, channels, *next(varying))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Thousands of tiny tensors: waking a second thread for them takes longer than they do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # Accuracy

@@ -4,7 +4,6 @@ pickle.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import dwattn
 from dwattn.adapters import BackboneLayout, BlockSite, ConvertedAttention, describe
 from dwattn.conversion import Conversion, Transaction, find_conversion
 from dwattn.errors import CheckpointError, DwattnError
-from dwattn.files import write_atomically
+from dwattn.files import parse_json, write_atomically
 from dwattn.fingerprint import Fingerprint, fingerprint, relative_name
 from dwattn.grid_hook import GridHook
 from dwattn.plan import Plan, problems
@@ -225,7 +224,7 @@ def _parse(metadata: dict[str, str] | None, path: str) -> Record:
             f"model with its own library, then call dwattn.replace()."
         )
     try:
-        data = json.loads(metadata[METADATA_KEY])
+        data = parse_json(metadata[METADATA_KEY])
     except ValueError as error:
         raise CheckpointError(f"The conversion in {path!r} is not valid JSON: {error}.") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
@@ -290,7 +289,7 @@ def _shim(
     heads = choices.pop("heads", None)
     try:
         return build_shim(site, printed, layout.num_prefix, layer.variant, heads, choices)
-    except (DwattnError, TypeError, ValueError) as error:
+    except (DwattnError, TypeError, ValueError, LookupError, RuntimeError) as error:
         raise CheckpointError(f"{path!r}: {layer.name} cannot be rebuilt: {error}") from error
 
 

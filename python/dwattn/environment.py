@@ -11,7 +11,10 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 PACKAGES = (
@@ -30,32 +33,43 @@ PACKAGES = (
 )
 #: (operator, device type, dtype) for which the backends are asked.
 QUESTIONS = tuple(
-    ("dw_attention", device, dtype)
+    (op, device, dtype)
     for device in ("cpu", "cuda")
     for dtype in ("float32", "bfloat16", "float16")
+    for op in ("dw_attention", "dw_layer")
 )
+_VARIABLES = ("DWATTN_", "OMP_", "MKL_", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
+#: Programs with which extensions are built and GPUs are looked at.
+TOOLS = ("c++", "cmake", "ninja", "nvcc", "nvidia-smi", "trtexec")
 
 
 def collect() -> dict[str, Any]:
     """Everything ``dwattn doctor`` knows, as JSON-able data.
 
     Returns:
-        ``dwattn`` (version), ``system``, ``packages`` (name -> version or None), ``torch``,
-        ``operators`` and ``native`` (``available``, ``error``), ``build``, ``cpu``, ``backends``
-        (per operator, device and dtype: the one that would run, and the others' reasons) and
-        ``variables`` (environment variables of the package).
+        ``dwattn`` (version), ``location`` of the package, ``system``, ``packages`` (name -> version
+        or None), ``tools`` (programs on PATH), ``torch``, ``operators`` and ``native``
+        (``available``, ``error``), ``build``, ``cpu``, ``backends`` (per operator, device and dtype:
+        the one that would run, and the others' reasons) and ``variables`` (environment variables
+        of the package, and those that set threads and devices).
     """
     info: dict[str, Any] = {
         "dwattn": _version("dwattn"),
+        "location": str(Path(__file__).parent),
         "system": {
             "python": platform.python_version(),
             "executable": sys.executable,
             "platform": platform.platform(),
             "machine": platform.machine(),
+            "libc": " ".join(platform.libc_ver()).strip(),
+            "cpu": cpu_name(),
             "cpus": os.cpu_count(),
+            "usable_cpus": cores(),
+            "memory_bytes": memory_bytes(),
         },
         "packages": {name: _version(name) for name in PACKAGES},
-        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith("DWATTN_")},
+        "tools": [name for name in TOOLS if shutil.which(name)],
+        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
     }
     info["torch"] = _torch()
     info.update(_compiled())
@@ -68,7 +82,8 @@ def explain(info: dict[str, Any]) -> str:
     system, torch, build = info["system"], info["torch"], info["build"]
     lines = [
         f"dwattn {info['dwattn'] or '(not installed, run from its source tree)'}",
-        f"Python {system['python']} on {system['platform']}, {system['cpus']} CPUs",
+        f"Python {system['python']} on {system['platform']}",
+        f"{system['cpu']}, {system['usable_cpus']} of {system['cpus']} CPUs usable",
         _torch_line(torch),
         "",
         "Packages: " + ", ".join(f"{k} {v}" for k, v in info["packages"].items() if v),
@@ -78,11 +93,38 @@ def explain(info: dict[str, Any]) -> str:
         lines.append("Not installed (needed only by the features of that name): " + _join(missing))
     lines += ["", *_compiled_lines(info, build)]
     lines += ["", "Backends, best first:"]
-    lines += [line for answer in info["backends"] for line in _backend_lines(answer)]
+    for answers in _alike(info["backends"]):
+        lines += _backend_lines(answers)
     if info["variables"]:
         lines += ["", "Set in the environment:"]
         lines += [f"  {name}={value}" for name, value in info["variables"].items()]
     return "\n".join(lines)
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_bytes() -> int | None:
+    """Physical memory, where the system tells it."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def _version(package: str) -> str | None:
@@ -101,6 +143,11 @@ def _torch() -> dict[str, Any]:
             "version": torch.__version__,
             "cuda": torch.version.cuda,
             "devices": devices,
+            "capabilities": [
+                ".".join(map(str, torch.cuda.get_device_capability(i))) for i in range(len(devices))
+            ],
+            "cudnn": torch.backends.cudnn.version(),
+            "onednn": torch.backends.mkldnn.is_available(),
             "threads": torch.get_num_threads(),
         }
     except (ImportError, OSError, RuntimeError) as error:
@@ -176,8 +223,20 @@ def _compiled_lines(info: dict[str, Any], build: dict[str, Any] | None) -> list[
     ]
 
 
-def _backend_lines(answer: dict[str, Any]) -> list[str]:
-    where = f"  {answer['op']} on {answer['device']} in {answer['dtype']}: "
+def _alike(answers: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Neighbouring answers on one device that differ in nothing but operator and dtype."""
+
+    def answer(a: dict[str, Any]) -> tuple[Any, ...]:
+        return a["device"], a["chosen"], a["error"], a["verdicts"]
+
+    return [list(group) for _, group in groupby(answers, answer)]
+
+
+def _backend_lines(answers: list[dict[str, Any]]) -> list[str]:
+    """One answer for all of ``answers``, see :func:`_alike`."""
+    answer = answers[0]
+    ops, dtypes = (list(dict.fromkeys(a[key] for a in answers)) for key in ("op", "dtype"))
+    where = f"  {_join(ops)} on {answer['device']} in {_join(dtypes)}: "
     if answer["chosen"] is None:
         return [where + answer["error"]]
     refused = (verdict for verdict in answer["verdicts"] if not verdict["can_run"])

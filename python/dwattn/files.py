@@ -1,12 +1,16 @@
-"""Writing files so that an interruption or a full disk leaves the old one as it was."""
+"""Files: written so that an interruption or a full disk leaves the old one as it was, and JSON read
+from anybody.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dwattn.errors import DwattnError
 
@@ -46,6 +50,18 @@ def write_atomically(path: str | os.PathLike[str], error: type[DwattnError]) -> 
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads`` for text of unknown origin.
+
+    Raises:
+        ValueError: not JSON, also where Python's parser gives up with a ``RecursionError``.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its lists or objects are nested too deeply") from None
 
 
 def _flush(path: Path) -> None:

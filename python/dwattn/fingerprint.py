@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
 from torch import Tensor, nn
 
 from dwattn.adapters import BackboneLayout, BlockSite, ConvertedAttention, adapter_for, describe
@@ -43,7 +43,16 @@ class LayerPrint(BaseModel):
     dim: int
     num_heads: int
     head_dim: int
-    sketch: tuple[float, ...]
+    sketch: tuple[FiniteFloat, ...]
+
+    @model_validator(mode="after")
+    def _sketch_is_whole(self) -> LayerPrint:
+        if len(self.sketch) not in (0, SKETCH_LENGTH + 1):
+            raise ValueError(
+                f"the sketch of {self.name} has {len(self.sketch)} numbers instead of "
+                f"{SKETCH_LENGTH + 1} (or none)"
+            )
+        return self
 
     def shape(self) -> dict[str, Any]:
         """Everything but the weights."""
@@ -178,5 +187,5 @@ def _sketch(weights: AttentionWeights) -> tuple[float, ...]:
 def _distance(first: tuple[float, ...], second: tuple[float, ...]) -> float:
     *a, norm_a = first
     *b, norm_b = second
-    turn = math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) / (SKETCH_LENGTH / 2))
+    turn = math.dist(a, b) / math.sqrt(SKETCH_LENGTH / 2)
     return max(turn, abs(norm_a - norm_b))

@@ -272,10 +272,15 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _autocast_enabled(device: str) -> bool:
+    """torch raises for devices that have no autocast, of which only meta computes shapes here."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Cast as autocast does for a linear layer: every floating dtype but fp64."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not _autocast_enabled(device):
         return x, *others
     dtype = torch.get_autocast_dtype(device)
 
@@ -288,7 +293,7 @@ def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 
 def _autocast_off(device: str) -> contextlib.AbstractContextManager[Any]:
     """Everything has been cast already; entering autocast costs more than a small kernel."""
-    if torch.is_autocast_enabled(device):
+    if _autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 

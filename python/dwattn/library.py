@@ -200,7 +200,7 @@ def _fake_aggregate(
     width: int,
     num_prefix: int,
 ) -> Tensor:
-    _check_fake("v", v, kernel, v.shape[-1], height, width, num_prefix)
+    _check_fake("v", v, v.shape[-1], (kernel, kappa, mu, beta), height, width, num_prefix)
     return v.new_empty(v.shape[0], height * width, v.shape[2])
 
 
@@ -217,11 +217,9 @@ def _fake_attention(
     num_prefix: int,
 ) -> Tensor:
     torch._check(wv.dim() == 2, lambda: f"wv must have shape (C, D), got {tuple(wv.shape)}.")
-    _check_fake("x", x, kernel, wv.shape[0], height, width, num_prefix)
-    torch._check(
-        wv.shape[1] == x.shape[2],
-        lambda: f"wv must have shape (C, {x.shape[2]}), got {tuple(wv.shape)}.",
-    )
+    _check_fake("x", x, wv.shape[0], (kernel, kappa, mu, beta), height, width, num_prefix)
+    _check_fake_like("wv", wv, (wv.shape[0], x.shape[2]), x)
+    _check_fake_like("bv", bv, (wv.shape[0],), x)
     return x.new_empty(x.shape[0], height * width, wv.shape[0])
 
 
@@ -245,6 +243,9 @@ def _fake_layer(
         wo.dim() == 2 and wo.shape[1] == y.shape[2],
         lambda: f"wo must have shape (D, {y.shape[2]}), got {tuple(wo.shape)}.",
     )
+    _check_fake_like("wo", wo, (wo.shape[0], y.shape[2]), x)
+    _check_fake_like("bo", bo, (wo.shape[0],), x)
+    _check_fake_like("prefix_out", prefix_out, (x.shape[0], num_prefix, wo.shape[0]), x)
     rows = y.shape[1] + (0 if prefix_out is None else num_prefix)
     return x.new_empty(x.shape[0], rows, wo.shape[0])
 
@@ -264,7 +265,13 @@ def _fake_variance(
 
 
 def _check_fake(
-    name: str, t: Tensor, kernel: Tensor, channels: int, height: int, width: int, num_prefix: int
+    name: str,
+    t: Tensor,
+    channels: int,
+    coefficients: tuple[Tensor | None, ...],
+    height: int,
+    width: int,
+    num_prefix: int,
 ) -> None:
     torch._check(
         t.dim() == 3, lambda: f"{name} must be (batch, tokens, channels), got {tuple(t.shape)}."
@@ -276,17 +283,23 @@ def _check_fake(
             f"height={height} x width={width} make {num_prefix + height * width}."
         ),
     )
+    shapes = ((channels, 3, 3), (num_prefix, channels), (channels,), (channels,))
+    for label, one, shape in zip(
+        ("kernel", "kappa", "mu", "beta"), coefficients, shapes, strict=True
+    ):
+        _check_fake_like(label, one, shape, t)
+
+
+def _check_fake_like(name: str, t: Tensor | None, shape: tuple[int, ...], tokens: Tensor) -> None:
+    """A fake implementation also answers calls in which only some tensors are on the meta device."""
+    if t is None:
+        return
     torch._check(
-        kernel.device == t.device,
-        lambda: f"kernel is on {kernel.device} but {name} is on {t.device}.",
+        t.device == tokens.device,
+        lambda: f"{name} is on {t.device} but the tokens are on {tokens.device}.",
     )
     torch._check(
-        kernel.dim() == 3 and kernel.shape[1] == 3 and kernel.shape[2] == 3,
-        lambda: f"kernel must have shape (C, 3, 3), got {tuple(kernel.shape)}.",
-    )
-    torch._check(
-        kernel.shape[0] == channels,
-        lambda: f"kernel must have shape ({channels}, 3, 3), got {tuple(kernel.shape)}.",
+        tuple(t.shape) == shape, lambda: f"{name} must have shape {shape}, got {tuple(t.shape)}."
     )
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dwattn.errors import CheckpointError, DwattnError
+from dwattn.files import parse_json
 from dwattn.weights import load_state, mismatch, read_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -185,8 +186,8 @@ def _parse_value(value: str) -> Any:
     if value in constants:
         return constants[value]
     try:
-        return json.loads(value)
-    except json.JSONDecodeError:
+        return parse_json(value)
+    except ValueError:
         return value
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from dwattn.adapters import BackboneLayout, describe
 from dwattn.errors import PlanError
-from dwattn.files import write_atomically
+from dwattn.files import parse_json, write_atomically
 from dwattn.fingerprint import WEIGHT_TOLERANCE, Fingerprint, fingerprint, relative_name
 
 __all__ = ["KernelInit", "LayerPlan", "ModelInfo", "Plan", "fingerprint"]
@@ -141,7 +141,7 @@ class Plan(BaseModel):
         entries = [
             {"name": name, "heads": entry} for name, entry in zip(names, chosen, strict=True)
         ]
-        return cls._validated(
+        return cls.validated(
             {"criterion": criterion, "model": ModelInfo.of(layout), "layers": entries},
             "The list of layers",
         )
@@ -154,7 +154,7 @@ class Plan(BaseModel):
             PlanError: not JSON, another schema version, or fields that are wrong, each named.
         """
         try:
-            data = json.loads(text)
+            data = parse_json(text)
         except ValueError as error:
             raise PlanError(
                 f"{source} is not valid JSON: {error}. Write it again with Plan.save()."
@@ -166,10 +166,15 @@ class Plan(BaseModel):
                 f"{source} has schema_version={data.get('schema_version')!r}, this dwattn reads "
                 "version 1. Select again with dwattn.select(), or use the dwattn that wrote it."
             )
-        return cls._validated(data, source)
+        return cls.validated(data, source)
 
     @classmethod
-    def _validated(cls, data: dict[str, Any], source: str) -> Plan:
+    def validated(cls, data: dict[str, Any], source: str) -> Plan:
+        """A plan of these fields.
+
+        Raises:
+            PlanError: ``source`` and the fields that are wrong.
+        """
         try:
             return cls.model_validate(data)
         except ValidationError as error:

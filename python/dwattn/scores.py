@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dwattn.errors import ScoreError
-from dwattn.files import write_atomically
+from dwattn.files import parse_json, write_atomically
 from dwattn.plan import ModelInfo, problems
 
 if TYPE_CHECKING:
@@ -319,7 +318,7 @@ def _read(path: Path) -> tuple[_Header, Mapping[str, Tensor]]:
             f"{str(path)!r} is not a readable safetensors file ({error}); score the model again."
         ) from None
     try:
-        data = json.loads(text or "")
+        data = parse_json(text or "")
     except ValueError:
         data = None
     if not isinstance(data, dict) or data.get("kind") != "dwattn-scores":
@@ -370,6 +369,11 @@ def _layer(
             raise ScoreError(
                 f"The scores {path!r} are malformed: {key} of {entry.name} is {got}, expected "
                 f"{shape}."
+            )
+        if tensor is not None and not tensor.is_floating_point():
+            raise ScoreError(
+                f"The scores {path!r} are malformed: {key} of {entry.name} holds {tensor.dtype} "
+                "instead of floating-point numbers."
             )
     return LayerScore(
         name=entry.name,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
 from dwattn.errors import PlanError
 from dwattn.latency import LatencyTable, measure_latency
-from dwattn.plan import KernelInit, LayerPlan, Plan
+from dwattn.plan import Plan
 from dwattn.scores import LayerScore, Scores, block_score, check_criterion, head_scores
 
 Head = tuple[int, int]
@@ -211,28 +212,31 @@ def _score_or_none(layer: LayerScore, criterion: str, label: str) -> float | Non
 def _plan(
     scores: Scores, entries: list[tuple[LayerScore, list[int] | None, float | None]], criterion: str
 ) -> Plan:
-    return Plan(
-        criterion=criterion,
-        model=scores.model,
-        layers=[
-            LayerPlan(
-                name=layer.name,
-                heads=heads,
-                score=None if value is None else _short(value),
-                kernel_init=_kernel_init(layer, heads),
-            )
-            for layer, heads, value in entries
-        ],
+    layers = [
+        {
+            "name": layer.name,
+            "heads": heads,
+            "score": None if value is None else _short(value),
+            "kernel_init": _kernel_init(layer, heads),
+        }
+        for layer, heads, value in entries
+    ]
+    # Scores may come from a damaged file, with a NaN among the maps or a layer listed twice.
+    return Plan.validated(
+        {"criterion": criterion, "model": scores.model, "layers": layers}, "A plan of these scores"
     )
 
 
-def _kernel_init(layer: LayerScore, heads: list[int] | None) -> KernelInit:
+def _kernel_init(layer: LayerScore, heads: list[int] | None) -> dict[str, list[Any]]:
+    """The fields of :class:`dwattn.plan.KernelInit`."""
     index = list(range(layer.num_heads)) if heads is None else heads
-    return KernelInit(
-        kernel=[[[_short(x) for x in row] for row in layer.mean_kernel[h].tolist()] for h in index],
-        prefix=[[_short(x) for x in layer.prefix_mass[h].tolist()] for h in index],
-        uniform=[_short(layer.uniform[h].item()) for h in index],
-    )
+    return {
+        "kernel": [
+            [[_short(x) for x in row] for row in layer.mean_kernel[h].tolist()] for h in index
+        ],
+        "prefix": [[_short(x) for x in layer.prefix_mass[h].tolist()] for h in index],
+        "uniform": [_short(layer.uniform[h].item()) for h in index],
+    }
 
 
 def _short(value: float) -> float:

@@ -337,8 +337,19 @@ class AttentionVariance:
         missing = sorted({"mean", "m2", "count", "num_prefix", "patches_only"} - set(state))
         if missing:
             raise ScoreError(f"The state of an AttentionVariance lacks {', '.join(missing)}.")
+        numbers = (state["count"], state["num_prefix"], state["patches_only"])
+        if any(t.numel() != 1 or t.is_floating_point() or t.is_complex() for t in numbers):
+            raise ScoreError(
+                "count, num_prefix and patches_only of the state of an AttentionVariance must be "
+                f"one integer each, got {', '.join(f'{t.dtype} {tuple(t.shape)}' for t in numbers)}."
+            )
+        count, num_prefix, patches_only = (int(t.item()) for t in numbers)
         mean, m2 = state["mean"], state["m2"]
-        count, num_prefix = int(state["count"].item()), int(state["num_prefix"].item())
+        if not (mean.is_floating_point() and m2.dtype == mean.dtype):
+            raise ScoreError(
+                "mean and m2 of the state of an AttentionVariance must be floating point of one "
+                f"dtype, got {mean.dtype} and {m2.dtype}."
+            )
         if mean.dim() != 3 or mean.shape != m2.shape or mean.shape[1] != mean.shape[2] or count < 1:
             raise ScoreError(
                 f"Not a state of an AttentionVariance: mean {tuple(mean.shape)}, m2 "
@@ -346,15 +357,16 @@ class AttentionVariance:
             )
         if not (all_finite(mean) and all_finite(m2)):
             raise ScoreError("The state of an AttentionVariance holds NaN or infinite entries.")
-        entries = "patches" if int(state["patches_only"].item()) else "all"
+        entries = "patches" if patches_only else "all"
         made = cls(num_prefix, entries, dtype=mean.dtype)
         made.count, made._mean, made._m2 = count, mean.clone(), m2.clone()
         if entries == "patches" and num_prefix:
             expected = (mean.shape[0], mean.shape[1], num_prefix)
             prefix = state.get("prefix_mean")
-            if prefix is None or tuple(prefix.shape) != expected:
+            if prefix is None or tuple(prefix.shape) != expected or prefix.dtype != mean.dtype:
                 raise ScoreError(
-                    f"The state of an AttentionVariance lacks prefix_mean of shape {expected}."
+                    f"The state of an AttentionVariance lacks prefix_mean of shape {expected} in "
+                    f"{mean.dtype}."
                 )
             made._prefix = prefix.clone()
         return made

@@ -1,8 +1,8 @@
 """The ``dwattn`` command: thin layers over the library, in the order a person uses them.
 
-Exit codes: 0 done, 1 an error said in one sentence, 2 wrong usage, 130 interrupted. torch and the
-model
-libraries are imported by the commands that need them, so that ``dwattn --help`` answers at once.
+Exit codes: 0 done, 1 an error said in one sentence, 2 wrong usage, 130 interrupted, 143 terminated.
+torch and the model libraries are imported by the commands that need them, so that ``dwattn --help``
+answers at once.
 """
 
 from __future__ import annotations

@@ -8,7 +8,9 @@ import contextlib
 import functools
 import json
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +31,7 @@ R = TypeVar("R")
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 # Built at each call, so that they follow a redirected sys.stdout and sys.stderr.
 
@@ -44,14 +47,14 @@ def err() -> Console:
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn the package's errors into one sentence and exit code 1, Ctrl-C into 130; bugs keep their
-    traceback.
+    """Turn the package's errors into one sentence and exit code 1, Ctrl-C into 130 and SIGTERM into
+    143, both after temporary files are removed; bugs keep their traceback.
     """
 
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            with warnings.catch_warnings():
+            with _stopped_in_order(), warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 return function(*args, **kwargs)
         except DwattnError as error:
@@ -63,6 +66,32 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(EXIT_INTERRUPTED) from interrupt
 
     return guarded
+
+
+@contextlib.contextmanager
+def _stopped_in_order() -> Iterator[None]:
+    """SIGTERM unwinds the stack, as Ctrl-C does, instead of ending the process on the spot."""
+
+    came = False
+
+    def stop(*_: object) -> None:
+        nonlocal came
+        came = True
+        raise SystemExit(EXIT_TERMINATED)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except Exception as error:
+        if came:  # a library has made an error of its own out of the exit
+            raise SystemExit(EXIT_TERMINATED) from error
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -27,6 +27,7 @@ from dwattn.demo.pretrained import (
 from dwattn.demo.terminal import Narrator
 from dwattn.demo.terminal import summary as summary_table
 from dwattn.demo.timing import cpu_threads
+from dwattn.environment import cores
 from dwattn.errors import DataError
 from dwattn.fidelity import mask_iou
 from dwattn.report.results import (
@@ -104,7 +105,7 @@ def travel(settings: Settings, *, summary: bool = True) -> Results:
     Raises:
         DataError: the model or the photos are not installed, or ``out`` cannot be made.
     """
-    threads = machine.cores() if settings.threads is None else settings.threads
+    threads = cores() if settings.threads is None else settings.threads
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

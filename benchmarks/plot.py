@@ -1,0 +1,77 @@
+"""Plots of result files: growth as curves, everything else as bars over the floor.
+
+    python benchmarks/plot.py benchmarks/results/growth.json growth.png
+
+Needs matplotlib (the ``demo`` extra). The format follows the ending: png, svg or pdf.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import rounds
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+ALONG = re.compile(r"(tokens|batch|width)=(\d+)")
+
+
+def growth(results: list[dict[str, Any]]) -> Any:
+    """Medians over size, both axes logarithmic, with the range from the 20th to the 80th percentile."""
+    curves: dict[str, dict[str, list[tuple[int, dict[str, Any]]]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for row in results:
+        if found := ALONG.fullmatch(row["case"]):
+            curves[found[1]][row["candidate"]].append((int(found[2]), row))
+    figure, axes = plt.subplots(1, len(curves), figsize=(4.2 * len(curves), 3.6), squeeze=False)
+    for axis, (along, by_candidate) in zip(axes[0], curves.items(), strict=True):
+        for candidate, points in by_candidate.items():
+            sizes, rows = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+            axis.plot(sizes, [row["median_ms"] for row in rows], marker="o", label=candidate)
+            low, high = ([row[key] for row in rows] for key in ("p20_ms", "p80_ms"))
+            axis.fill_between(sizes, low, high, alpha=0.2)
+        axis.set(xscale="log", yscale="log", xlabel=along, ylabel="ms")
+        axis.set_xticks(sizes, map(str, sizes))
+        axis.minorticks_off()
+        axis.legend()
+    return figure
+
+
+def bars(results: list[dict[str, Any]]) -> Any:
+    """Time over that of the floor, by case; logarithmic."""
+    cases = list(dict.fromkeys(row["case"] for row in results))
+    figure, axes = plt.subplots(
+        len(cases), 1, figsize=(7, 0.3 * len(results) + len(cases)), squeeze=False
+    )
+    for axis, case in zip(axes[:, 0], cases, strict=True):
+        rows = [row for row in results if row["case"] == case and row["over_floor"] is not None]
+        axis.barh([row["candidate"] for row in rows], [row["over_floor"] for row in rows])
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.invert_yaxis()
+        axis.set(title=case, xlabel="time over that of the floor", xscale="log")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    document = rounds.read(options.results)
+    draw = growth if document["benchmark"] == "growth" else bars
+    figure = draw(document["results"])
+    machine = document["machine"]
+    figure.suptitle(f"{machine['CPU']}, {machine['created']}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(options.out, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Write the measured parts of the README from the committed result files.
+
+    python benchmarks/render.py           # after new results
+    python benchmarks/render.py --check   # exit code 1 if README and results differ
+
+Each part stands in the README between ``<!-- from results: NAME -->`` and ``<!-- end of results -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PART = re.compile(r"(<!-- from results: (\w+) -->\n).*?(\n\n<!-- end of results -->)", re.DOTALL)
+
+
+def load(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def link(name: str) -> str:
+    return f"[{name}.json](benchmarks/results/{name}.json)"
+
+
+def day(created: str) -> str:
+    """``2026-11-21`` of ``2026-11-21 20:07 UTC``."""
+    return created.split()[0]
+
+
+def row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def span(values: Iterable[float]) -> str:
+    """``0.57 to 0.96``."""
+    found = sorted(values)
+    return f"{found[0]:.2f} to {found[-1]:.2f}"
+
+
+#: Conversions of fidelity.json in the order of the table, with the name of their layer.
+CONVERSIONS = {
+    "perturbation-4-dw-calibrated": "`dw`",
+    "variance-4-dw-calibrated": "`dw`",
+    "residual-6-dw-calibrated": "`dw`",
+    "perturbation-6-dw-calibrated": "`dw`",
+    "residual-6-lowrank_dw-r96-calibrated": "`lowrank_dw`, width C/4",
+    "residual-6-lowrank_dw-r64-calibrated": "`lowrank_dw`, width d_h",
+    "residual-9-dw-calibrated": "`dw`",
+    "residual-6-dw-gaussian": "`dw`, the paper's Gaussian start",
+    "residual-6-ens_dw-gaussian": "`ens_dw`, Gaussian",
+}
+
+
+def fidelity() -> str:
+    """What conversions keep, with the photos they were measured on."""
+    found = load("fidelity")
+    photos, by_key = found["photos"], {c["key"]: c for c in found["conversions"]}
+    lines = [
+        f"On {photos['held_out']} held-out photos, and on the {photos['with_object']} of them that show one object "
+        f"with a known outline;\n{photos['calibration']} photos to calibrate ({link('fidelity')}, "
+        f"{day(found['created'])}):",
+        "",
+        row("replaced", "layer", "chosen by", "all photos", "with an object"),
+        row(*["---"] * 5),
+    ]
+    for key, label in CONVERSIONS.items():
+        c = by_key[key]
+        f = c["fidelity"]
+        lines.append(
+            row(
+                f"{len(c['blocks'])} of 12", label, f"`{c['criterion']}`",
+                f"{f['cosine']:.3f} / {f['iou']:.3f}", f"{f['object_cosine']:.3f} / {f['object_iou']:.3f}",
+            )
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def latency() -> str:
+    """Times of the demo's backbone, and its export."""
+    found = load("demo")
+    measured = {entry["threads"]: entry["entries"] for entry in found["latency"]}
+    labels = {
+        "original": "none", "dw": "`dw`", "lowrank_dw": "`lowrank_dw`, width C/4",
+        "ens_dw": "`ens_dw`", "removed": "removed altogether: the most that any replacement can reach",
+    }  # fmt: skip
+    lines = [row("replacement", *(f"{t} thread{'s' * (t > 1)}" for t in measured))]
+    lines.append(row("---", *["---:"] * len(measured)))
+    for key, label in labels.items():
+        cells = []
+        for entries in measured.values():
+            ms = {entry["key"]: entry["median_ms"] for entry in entries}
+            saved = 1 - ms[key] / ms["original"]
+            cells.append(f"{ms[key]:.1f} ms" + (f" (-{saved:.0%})" if key != "original" else ""))
+        lines.append(row(label, *cells))
+    difference = f"{found['export']['max_difference']:.1e}".replace("e-0", "e-")
+    lines += ["", f"Exported, ONNX Runtime and PyTorch agree to {difference}."]
+    return (
+        f"Medians, {found['environment']['CPU']} ({link('demo')}, a run of `make demo`, "
+        f"{day(found['created'])}):\n\n" + "\n".join(lines)
+    )
+
+
+def kernels() -> str:
+    """The CPU kernels against plain PyTorch, and scoring against a plain pass."""
+    return "\n".join([_projection(), _layer(), _scoring()])
+
+
+def _projection() -> str:
+    cases = load("cpu-dw")["results"]
+
+    def ratios(dtype: str) -> str:
+        return span(c["cpp/torch"] for c in cases if f" {dtype} " in c["case"])
+
+    return (
+        f"- Value projection and aggregation, compiled over the fastest plain PyTorch form: {ratios('fp32')} in fp32 and "
+        f"{ratios('bf16')}\n  in bf16, at n=256/D=384 and n=576/D=1024, batch 1 and 8, 1 and 2 threads ({link('cpu-dw')}). "
+        "PyTorch emulates bf16\n  products on this CPU; the operator computes them in fp32."
+    )
+
+
+def _layer() -> str:
+    cases = {c["case"]: c["over_products"] for c in load("cpu-layer")["results"]}
+
+    def of(
+        size: str, widths: Iterable[int], runs: Iterable[tuple[int, int]], way: str
+    ) -> list[float]:
+        return [
+            cases[f"{size} r={w} fp32 batch={b} threads={t}"][way] for w in widths for t, b in runs
+        ]
+
+    large, small, narrow = "n=576,D=1024", "n=256,D=384", (64, 128, 256)
+    both, one = ((1, 1), (2, 8)), ((1, 1),)
+    single, double = of(large, [1024], both, "cpp")
+    return (
+        f"- A whole layer over its two products alone, fp32, n=576/D=1024: `dw` {single:.2f} (1 thread, batch 1) and "
+        f"{double:.2f} (2 threads,\n  batch 8); `lowrank_dw` of width 64 to 256 {span(of(large, narrow, both, 'cpp'))}, "
+        f"where plain PyTorch takes {span(of(large, narrow, both, 'torch'))}. At n=256/D=384 and\n  batch 1 the fixed cost "
+        f"of a call shows: `dw` {of(small, [384], one, 'cpp')[0]:.2f}, `lowrank_dw` {span(of(small, narrow, one, 'cpp'))}, "
+        f"against\n  {span(of(small, (384, *narrow), one, 'torch'))} in plain PyTorch ({link('cpu-layer')})."
+    )
+
+
+def _scoring() -> str:
+    found = load("cpu-scoring")
+    sizes = [found["sizes"][size] for size in ("224", "336")]
+
+    def pair(pick: Callable[[Any], float], form: str = ".2f") -> list[str]:
+        return [f"{pick(size):{form}}" for size in sizes]
+
+    ours = pair(lambda s: s["ways"]["score"]["ratio"])
+    hooks = pair(lambda s: s["ways"]["naive hooks"]["ratio"])
+    peak = pair(lambda s: s["ways"]["score"]["extra_bytes"] / 2**20, ".0f")
+    state = pair(lambda s: s["state_bytes"] / 2**20, ".0f")
+    return (
+        f"- Scoring over a plain forward pass of the same images: {ours[0]} (224 px) and {ours[1]} (336 px) with a peak of "
+        f"{peak[0]} and {peak[1]} MiB\n  beyond it, {state[0]} and {state[1]} MiB of which are the result; hooks that "
+        f"materialise the maps: {hooks[0]} and {hooks[1]}\n  ({link('cpu-scoring')}; {found['threads']} threads)."
+    )
+
+
+def table1() -> str:
+    """Ratios of the paper's Table 1 beside this machine's."""
+    found = load("table1")
+    paper = {"mhsa": 3.2, "conv": 3.71, "dw": 1.26, "spvit": 0.641, "ens_dw": 0.215}
+    rows = [r for r in found["results"] if r["case"].startswith("Table 1")]
+    lines = [
+        row("layer", "median", "over `mhsa`", "the paper's"),
+        row("---", "---:", "---:", "---:"),
+    ]
+    for r in rows:
+        theirs = paper.get(r["candidate"])
+        cell = "-" if theirs is None else f"{theirs / paper['mhsa']:.3f}"
+        times = f"{r['median_ms']:.2f} ms", f"{r['over_floor']:.3f}"
+        lines.append(row(f"`{r['candidate']}`", *times, cell))
+    return "\n".join(lines)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "fidelity": fidelity,
+    "latency": latency,
+    "kernels": kernels,
+    "table1": table1,
+}
+
+
+def render(text: str) -> str:
+    """The README with every part written anew from the results."""
+    return PART.sub(lambda found: found[1] + PARTS[found[2]]() + found[3], text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, only compare")
+    options = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    written = render(text)
+    if options.check and written != text:
+        print("README.md differs from benchmarks/results: run python benchmarks/render.py")
+        return 1
+    if written != text:
+        readme.write_text(written, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""The benchmarks' own arithmetic, and that the README says what the result files say."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dwattn
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import bench_growth  # noqa: E402
+import bench_table1  # noqa: E402
+import compare  # noqa: E402
+import render  # noqa: E402
+import rounds  # noqa: E402
+
+
+def test_the_readme_says_what_the_results_say() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(render.PART.findall(text)) >= 3
+    assert render.render(text) == text, "run python benchmarks/render.py"
+
+
+@pytest.mark.parametrize("name", ["fidelity", "demo", "cpu-dw", "cpu-layer", "cpu-scoring"])
+def test_other_results_would_be_noticed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = shutil.copytree(render.RESULTS, tmp_path / "results")
+    path = results / f"{name}.json"
+    path.write_text(json.dumps(doubled(json.loads(path.read_text("utf-8")))))
+    monkeypatch.setattr(render, "RESULTS", results)
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert render.render(text) != text
+
+
+def doubled(value: Any) -> Any:
+    """The same document with all its fractions doubled."""
+    if isinstance(value, dict):
+        return {key: doubled(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [doubled(item) for item in value]
+    return 2 * value if isinstance(value, float) else value
+
+
+def document(*rows: tuple[str, float, float, float], cpu: str = "x") -> dict[str, Any]:
+    results = [
+        {"case": case, "candidate": "dw", "median_ms": m, "p20_ms": low, "p80_ms": high}
+        for case, low, m, high in rows
+    ]
+    machine = {"CPU": cpu, "threads": "1", "system": "s"}
+    return {
+        "kind": rounds.KIND, "schema_version": 1, "benchmark": "b", "machine": machine, "results": results
+    }  # fmt: skip
+
+
+BEFORE = document(("a", 9, 10, 11), ("b", 9, 10, 11), ("c", 9, 10, 11), ("d", 9.9, 10, 10.1))
+
+
+def test_only_changes_beyond_the_noise_count() -> None:
+    after = document(
+        ("a", 12, 13, 14), ("b", 10, 13, 14), ("c", 7, 8, 8.5), ("d", 10.2, 10.3, 10.4)
+    )
+    changes = compare.compare(BEFORE, after, 0.05)
+    # b: the ranges overlap; d: they do not, but 3% is below the threshold.
+    assert [change.verdict for change in changes] == ["slower", "same", "faster", "same"]
+    assert changes[0].ratio == pytest.approx(1.3)
+
+
+@pytest.mark.parametrize(
+    ("after", "code", "words"),
+    [
+        (BEFORE, 0, "0 slower"),
+        (document(("a", 12, 13, 14)), 1, "1 slower"),
+        (document(("a", 9, 10, 11), cpu="y"), 2, "Not comparable: CPU"),
+        (document(("z", 9, 10, 11)), 2, "no case in common"),
+        ({"kind": "else"}, 2, "no result file"),
+    ],
+)
+def test_the_command_compares(
+    after: Any,
+    code: int,
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    paths = [tmp_path / "before.json", tmp_path / "after.json"]
+    for path, content in zip(paths, (BEFORE, after), strict=True):
+        path.write_text(json.dumps(content))
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, paths)])
+    assert compare.main() == code
+    printed = capsys.readouterr()
+    assert words in printed.out + printed.err
+
+
+def test_costs_are_the_digits_of_the_paper() -> None:
+    assert bench_table1.mismatches() == []
+    assert bench_table1.agrees(2.434, "2.43")
+    assert not bench_table1.agrees(2.46, "2.43")
+
+
+def test_exponents_of_known_growth() -> None:
+    assert bench_growth.exponent({n: 3e-6 * n**2 for n in (64, 256, 1024, 4096)}) == pytest.approx(
+        2
+    )
+    fixed = {n: 5 + 1e-3 * n for n in (64, 256, 1024, 4096)}
+    assert 0 < bench_growth.exponent(fixed) < 1
+
+
+@pytest.mark.parametrize("variant", bench_growth.VARIANTS)
+def test_the_prediction_counts_the_operations_of_the_layer(variant: str) -> None:
+    sizes = {"tokens": 576, "dim": 1024, "num_heads": 16}
+    counted = dwattn.flops(variant, rank=256 if variant == "lowrank_dw" else None, **sizes)
+    modelled = sum(kernel.flops for kernel in bench_growth.kernels(variant, 576, 1024, 256))
+    assert modelled == pytest.approx(counted, rel=0.02)
+
+
+def test_predictions_keep_to_the_limits_of_the_device() -> None:
+    device = bench_growth.ORIN_NANO
+    for variant in bench_growth.VARIANTS:
+        ms = bench_growth.predict(variant, 576, 1024)
+        parts = bench_growth.kernels(variant, 576, 1024, 256)
+        assert ms >= 1e3 * sum(part.flops for part in parts) / device.rate
+        assert ms >= 1e3 * sum(part.moved for part in parts) / device.bandwidth
+        assert bench_growth.predict(variant, 1369, 1024) > ms
+
+
+def test_rounds_are_interleaved_and_summarised(tmp_path: Path) -> None:
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in ("a", "b", "c")}
+    times = rounds.measure(calls, 0.0, minimum=6)
+    assert {len(values) for values in times.values()} == {6}
+    after_warm_up = [order[i : i + 3] for i in range(3, len(order), 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in after_warm_up)
+    assert len({turn[0] for turn in after_warm_up}) == 3
+
+    found = rounds.summarise("case", {"a": [1.0, 2, 3], "b": [2.0, 4, 6]}, "a")
+    assert [row.over_floor for row in found] == [1, 2]
+    rounds.write(tmp_path / "out.json", "b", found, note="kept")
+    read = rounds.read(tmp_path / "out.json")
+    assert read["results"][1]["median_ms"] == 4
+    assert read["note"] == "kept"
+    assert {"CPU", "commit", "created", "torch"} <= set(read["machine"])
+    with (tmp_path / "out.csv").open() as file:
+        assert [line["candidate"] for line in csv.DictReader(file)] == ["a", "b"]
+
+
+def test_a_block_is_timed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tuple(
+        bench_table1.Row(v, "", "", ms) for v, ms in (("mhsa", 2.0), ("dw", 1.0), ("ens_dw", 0.5))
+    )
+    block = bench_table1.Block("small", 3, 2, rows)
+    found = bench_table1.run(block, 0.0)
+    assert [row.candidate for row in found] == ["mhsa", "dw", "ens_dw", "lowrank_dw"]
+    assert found[0].over_floor == 1
+    bench_table1.show(block, found)
+    assert "0.500" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_layers_runs(tmp_path: Path) -> None:
+    path = tmp_path / "ops.json"
+    chosen = [
+        "--model",
+        "ViT-S",
+        "--size",
+        "224",
+        "--variant",
+        "dw",
+        "ens_dw",
+        "spvit",
+        "--runtime",
+    ]
+    command = [sys.executable, str(BENCHMARKS / "bench_ops.py"), *chosen, "--seconds", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(dwattn.__file__).parents[1])}
+    subprocess.run(
+        [*command, "--json", str(path)],
+        check=True,
+        capture_output=True,
+        env=environment,
+        timeout=300,
+    )
+    results = rounds.read(path)["results"]
+    expected = {"mhsa sdpa", "dw nchw", "dw torch", "ens_dw torch", "spvit torch"}
+    assert expected <= {row["candidate"] for row in results}
+    assert all(0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in results)
+
+
+@pytest.mark.parametrize("benchmark", ["growth", "ops"])
+def test_results_are_drawn(benchmark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    import plot
+
+    times = {"mhsa": [4.0, 5, 6], "dw": [1.0, 2, 3]}
+    found = [row for n in (64, 256) for row in rounds.summarise(f"tokens={n}", times, "mhsa")]
+    rounds.write(tmp_path / "in.json", benchmark, found)
+    out = tmp_path / "out.svg"
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "in.json"), str(out)])
+    plot.main()
+    drawn = out.read_text("utf-8")
+    assert drawn.lstrip().startswith("<?xml")
+    assert "<!-- mhsa -->" in drawn

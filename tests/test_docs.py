@@ -1,0 +1,53 @@
+"""The documentation: its code runs, and its site builds without a warning."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+#: Code that runs is marked ``python``; ``py`` looks the same to a reader and needs what a test has not.
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def pages() -> list[str]:
+    found = sorted(DOCS.rglob("*.md"))
+    return [str(page.relative_to(DOCS)) for page in found if BLOCK.search(page.read_text("utf-8"))]
+
+
+def test_there_are_tutorials() -> None:
+    assert {page for page in pages() if page.startswith("tutorials/")} >= {
+        f"tutorials/{name}.md" for name in ("first", "plans", "layers", "export")
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", pages())
+def test_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page == "tutorials/export.md":
+        pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "__main__"}
+    text = (DOCS / page).read_text("utf-8")
+    for block in BLOCK.finditer(text):
+        # As many empty lines as come before the block: a traceback then names the line of the page.
+        line = text.count("\n", 0, block.start(1))
+        exec(compile("\n" * line + block[1], str(DOCS / page), "exec"), names)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("mkdocstrings") is None,
+    reason="mkdocs is not installed; make docs builds the site.",
+)
+def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "api" / "layers" / "index.html").is_file()
