@@ -9,10 +9,12 @@ OUT    ?= demo-output
 JOBS   ?= 2
 # transformers 4.57 cannot share a venv with 5.x: it lives in a folder of its own for one subprocess test.
 HF457  := $(VENV)/transformers-4.57
-# TensorRT's headers and registries, outside of the environment under test; each is used by some tests.
+# What tests of the deployment use, outside of the environment under test: TensorRT's headers and registries, CUDA 12.6's
+# run-time compiler (JetPack 6), CUDA for AArch64.
 TRT    := $(CURDIR)/$(VENV)/tensorrt
-TRT_VARIABLES := DWATTN_TENSORRT_INCLUDE=$(TRT)/include DWATTN_TENSORRT_RTX=$(TRT)/rtx DWATTN_TENSORRT_LEAN=$(TRT)/lean \
-  DWATTN_TENSORRT_BINDINGS=$(TRT)/bindings
+DEPLOY_VARIABLES := DWATTN_TENSORRT_INCLUDE=$(TRT)/include DWATTN_TENSORRT_RTX=$(TRT)/rtx DWATTN_TENSORRT_LEAN=$(TRT)/lean \
+  DWATTN_TENSORRT_BINDINGS=$(TRT)/bindings DWATTN_NVRTC_126=$(CURDIR)/$(VENV)/nvrtc-12.6 \
+  DWATTN_CUDA_AARCH64=$(CURDIR)/$(VENV)/cuda-aarch64/nvidia/cu13
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc plugins python -type f \
              -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
@@ -23,16 +25,16 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc plugins python 
 demo: $(VENV)/.installed $(VENV)/.demo-data
 	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/dwattn demo --out $(OUT)
 
-test: $(VENV)/.installed $(VENV)/.transformers-4.57 $(VENV)/.tensorrt lint
-	DWATTN_TRANSFORMERS_457=$(HF457) $(TRT_VARIABLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+test: $(VENV)/.installed $(VENV)/.transformers-4.57 $(VENV)/.deploy-tools lint
+	DWATTN_TRANSFORMERS_457=$(HF457) $(DEPLOY_VARIABLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 # The long checks of GPU kernels on a machine without a GPU: planted bugs, all architectures, Triton's compiler.
-test-kernels: $(VENV)/.installed $(VENV)/.kernel-tools $(VENV)/.tensorrt
-	PATH=$(CURDIR)/$(VENV)/cuda-tools/nvidia/cu13/bin:$$PATH DWATTN_NVRTC_126=$(CURDIR)/$(VENV)/nvrtc-12.6 \
-	  DWATTN_CUDA_AARCH64=$(CURDIR)/$(VENV)/cuda-aarch64/nvidia/cu13 $(TRT_VARIABLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m thorough -n $(JOBS)
+test-kernels: $(VENV)/.installed $(VENV)/.kernel-tools $(VENV)/.deploy-tools
+	PATH=$(CURDIR)/$(VENV)/cuda-tools/nvidia/cu13/bin:$$PATH $(DEPLOY_VARIABLES) OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -m thorough -n $(JOBS)
 
 # The TensorRT plugin library, with the headers of an installed TensorRT or those that the tests use.
-plugin: $(VENV)/.installed $(VENV)/.tensorrt
+plugin: $(VENV)/.installed $(VENV)/.deploy-tools
 	PATH=$(CURDIR)/$(BIN):$$PATH cmake -S plugins/tensorrt -B build/tensorrt -G Ninja \
 	  -DTENSORRT_INCLUDE_DIR=$${TENSORRT_INCLUDE_DIR:-$(TRT)/include/kernel_lens/include/tensorrt}
 	PATH=$(CURDIR)/$(BIN):$$PATH cmake --build build/tensorrt
@@ -115,18 +117,19 @@ $(VENV)/.transformers-4.57: $(VENV)/.torch
 
 $(VENV)/.kernel-tools: $(VENV)/.torch
 	$(PIP) install --quiet --target $(VENV)/cuda-tools nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
-	$(PIP) install --quiet --target $(VENV)/nvrtc-12.6 "nvidia-cuda-nvrtc-cu12==12.6.*" "nvidia-cuda-runtime-cu12==12.6.*"
-	$(PIP) install --quiet --target $(VENV)/cuda-aarch64 --platform manylinux2014_aarch64 --only-binary=:all: --no-deps \
-	  nvidia-cuda-runtime==13.0.96
 	touch $@
 
-# TensorRT itself cannot be installed from a package index; these can: its headers, and two plugin registries.
-$(VENV)/.tensorrt: $(VENV)/.torch
+# TensorRT itself cannot be installed from a package index; these can: its headers, and two plugin registries. Tests of
+# what cannot be installed are skipped with the reason.
+$(VENV)/.deploy-tools: $(VENV)/.torch
 	-$(PIP) install --quiet --no-deps --target $(TRT)/include kernel-lens==2.0.1
 	-$(PIP) install --quiet --no-deps --target $(TRT)/rtx tensorrt_rtx_cu13_libs==1.7.1.116 tensorrt_rtx_cu13_bindings==1.7.1.116
 	-$(PIP) install --quiet --no-deps --target $(TRT)/lean tensorrt_lean_cu13_libs==11.4.0.106 tensorrt_lean_cu13_bindings==11.4.0.106
 	-for version in 10.3.0 11.4.0.106; do $(PIP) install --quiet --no-deps --target $(TRT)/bindings/$$version \
 	  tensorrt_cu12_bindings==$$version; done
+	-$(PIP) install --quiet --target $(VENV)/nvrtc-12.6 "nvidia-cuda-nvrtc-cu12==12.6.*" "nvidia-cuda-runtime-cu12==12.6.*"
+	-$(PIP) install --quiet --target $(VENV)/cuda-aarch64 --platform manylinux2014_aarch64 --only-binary=:all: --no-deps \
+	  nvidia-cuda-runtime==13.0.96
 	touch $@
 
 # More photos than the pip packages carry, where Debian's package tools exist; no root needed, best effort.

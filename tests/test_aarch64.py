@@ -14,7 +14,7 @@ import pytest
 
 from support import cuda_sources, tensorrt, tensorrt_build, tensorrt_cases
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.slow
 
 ROOT = cuda_sources.ROOT
 TOOLCHAIN = f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'cmake' / 'aarch64-linux-gnu.cmake'}"
