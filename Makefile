@@ -123,7 +123,8 @@ $(VENV)/.kernel-tools: $(VENV)/.torch
 # what cannot be installed are skipped with the reason.
 $(VENV)/.deploy-tools: $(VENV)/.torch
 	-$(PIP) install --quiet --no-deps --target $(TRT)/include kernel-lens==2.0.1
-	-$(PIP) install --quiet --no-deps --target $(TRT)/rtx tensorrt_rtx_cu13_libs==1.7.1.116 tensorrt_rtx_cu13_bindings==1.7.1.116
+	-$(PIP) install --quiet --no-deps --target $(TRT)/rtx tensorrt_rtx_cu13==1.7.1.116 \
+	  tensorrt_rtx_cu13_libs==1.7.1.116 tensorrt_rtx_cu13_bindings==1.7.1.116
 	-$(PIP) install --quiet --no-deps --target $(TRT)/lean tensorrt_lean_cu13_libs==11.4.0.106 tensorrt_lean_cu13_bindings==11.4.0.106
 	-for version in 10.3.0 11.4.0.106; do $(PIP) install --quiet --no-deps --target $(TRT)/bindings/$$version \
 	  tensorrt_cu12_bindings==$$version; done

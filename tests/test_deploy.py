@@ -32,6 +32,7 @@ from dwattn.deploy.sidecar import record_of, sha256
 from dwattn.deploy.verification import VerifyResult, differences
 
 PACKAGE = Path(deploy.__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_it_works_where_nothing_else_can_be_imported(model: Path, tmp_path: Path
 def test_the_wheel_of_the_kit_alone(model: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("hatchling") is None:
         pytest.skip("hatchling, which builds the wheel, is not installed.")
-    source = PACKAGE.parents[1] / "packaging" / "deploy"
+    source = ROOT / "packaging" / "deploy"
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / "dist"],
         cwd=source, check=True, capture_output=True, timeout=60,
@@ -132,7 +133,7 @@ def test_the_main_command_has_the_same_commands(name: str) -> None:
 
 
 def test_the_guide_types_commands_that_exist() -> None:
-    guide = PACKAGE.parents[1] / "docs" / "jetson.md"
+    guide = ROOT / "docs" / "jetson.md"
     found = re.findall(r"^dwattn(?:-deploy)? (.+)$", guide.read_text(), re.M)
     commands = [line.split("#")[0].split() for line in found if "[" not in line]
     ours = [words for words in commands if words[0] in SUMMARIES]
