@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--criterion", default="residual", help="by which blocks are chosen")
     parser.add_argument("--photos", type=int, default=CALIBRATION, help="to calibrate and train on")
     parser.add_argument("--held-out", type=int, default=HELD_OUT, help="photos to measure on")
-    parser.add_argument("--views", type=int, default=2, help="of a photo in calibration")
+    parser.add_argument("--views", type=int, default=3, help="of a photo in calibration")
     parser.add_argument(
         "--repeat", type=int, default=12, help="different crops of a photo in training"
     )

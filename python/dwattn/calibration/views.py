@@ -84,8 +84,8 @@ def _mosaic(image: Tensor, others: deque[Tensor], rng: torch.Generator) -> Tenso
     """``(3, H, W)`` in fp32: parts of the image and of three others around one corner, in another light."""
     height, width = image.shape[-2:]
     low, high = CORNER
-    row, column, *_ = (low + (high - low) * torch.rand(2, generator=rng)).tolist()
-    row, column = round(row * height), round(column * width)
+    down, along = (low + (high - low) * torch.rand(2, generator=rng)).tolist()
+    row, column = round(down * height), round(along * width)
     mosaic = torch.empty_like(image, dtype=torch.float32)
     for top, bottom in ((0, row), (row, height)):
         for left, right in ((0, column), (column, width)):
