@@ -99,6 +99,7 @@ def test_the_wheel_of_the_kit_alone(model: Path, tmp_path: Path) -> None:
         cwd=source, check=True, capture_output=True, timeout=60,
     )  # fmt: skip
     (wheel,) = (tmp_path / "dist").glob("dwattn_deploy-*-py3-none-any.whl")
+    assert wheel.stat().st_size < 64 * 1024  # as the guide says
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = (
