@@ -17,7 +17,7 @@ from dwattn import functional, reference
 from dwattn.errors import DwattnError
 from dwattn.geometry import Geometry
 from dwattn.prefix import PREFIX_MODES, ExactPrefixRows, StaticPrefixRows
-from dwattn.projections import AttentionWeights
+from dwattn.projections import AttentionWeights, is_plain_linear, linear_weights
 from dwattn.token_grid import Grid, TokenGridModule
 
 
@@ -154,17 +154,19 @@ class ReplacementAttention(TokenGridModule):
     def prefix_output(self, x: Tensor) -> Tensor:
         """Prefix rows after the output projection: ``(B, P, D)``."""
         assert self.prefix_rows is not None
-        value, bias = self.value_projection() if self.prefix_value is None else (
-            self.prefix_value.weight, self.prefix_value.bias
-        )  # fmt: skip
-        rows: Tensor = self.prefix_rows(x, value, bias)
+        if self.prefix_value is None:
+            rows: Tensor = self.prefix_rows(x, *self.value_projection())
+        elif is_plain_linear(self.prefix_value):
+            rows = self.prefix_rows(x, self.prefix_value.weight, self.prefix_value.bias)
+        else:
+            rows = self.prefix_rows.of_values(x, self.prefix_value(x))
         proj = self.output_projection if self.prefix_proj is None else self.prefix_proj
         out: Tensor = proj(rows)
         return out
 
     def value_projection(self) -> tuple[Tensor, Tensor | None]:
         """Value weight and bias as the forward pass uses them."""
-        return self.value.weight, self.value.bias
+        return linear_weights(self.value, f"The {self.variant} layer's value projection here")
 
     def output_projection(self, rows: Tensor) -> Tensor:
         """Inner channels to model width, as the forward pass does it."""
@@ -252,15 +254,26 @@ class FusedDWAttention(ReplacementAttention):
 
     def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
         """``(B, N, D) -> (B, N, D)``; ``grid=(H, W)`` overrides the fixed grid for this call."""
-        if not _is_plain_linear(self.proj):
-            return super().forward(x, grid)
         geometry = self.geometry(x, grid)
-        weight, bias = self.value_projection()
+        if not (is_plain_linear(self.value) and is_plain_linear(self.proj)):
+            return self._through_modules(x, geometry)
         return functional.dw_layer(
-            x, weight, bias, self.kernel, self.proj.weight, self.proj.bias, geometry,
+            x, self.value.weight, self.value.bias, self.kernel, self.proj.weight, self.proj.bias, geometry,
             self.kappa, self.mu, self.beta,
             prefix_out=None if self.prefix_rows is None else self.prefix_output(x),
         )  # fmt: skip
+
+    def _through_modules(self, x: Tensor, geometry: Geometry) -> Tensor:
+        """The same layer, calling whatever stands in the place of a projection."""
+        v = self.value(x)
+        y = functional.dw_aggregate(v, self.kernel, geometry, self.kappa, self.mu, self.beta)
+        if self.prefix_rows is None:
+            return self.output_projection(y)
+        own = v if self.prefix_value is None else self.prefix_value(x)
+        rows = self.prefix_rows.of_values(x, own).to(y.dtype)
+        if self.prefix_proj is None:
+            return self.output_projection(torch.cat([rows, y], dim=1))
+        return torch.cat([self.prefix_proj(rows), self.output_projection(y)], dim=1)
 
     def patch_features(self, x: Tensor, geometry: Geometry) -> Tensor:
         weight, bias = self.value_projection()
@@ -366,9 +379,9 @@ class EnsembleDWAttention(ReplacementAttention):
 
     def ensemble(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """``Wve (d_h, D)``, ``bve (d_h)``, ``Woe (D, d_h)`` of Eq. 12."""
-        return reference.ensemble_weights(
-            self.value.weight, self.value.bias, self.proj.weight, self.gamma
-        )
+        weight, bias = self.value_projection()
+        wo, _ = linear_weights(self.proj, "The ens_dw layer's output projection here")
+        return reference.ensemble_weights(weight, bias, wo, self.gamma)
 
     def patch_features(self, x: Tensor, geometry: Geometry) -> Tensor:
         weight, bias, _ = self.ensemble()
@@ -430,30 +443,16 @@ class SPViTAttention(ReplacementAttention):
         return self.num_heads * self.head_dim
 
     def patch_output(self, x: Tensor, geometry: Geometry) -> Tensor:
-        out = reference.spvit_attention(
-            x,
-            self.value.weight,
-            self.value.bias,
-            self.proj.weight,
-            self.proj.bias,
-            self.logits,
-            geometry,
-        )
+        weight, bias = self.value_projection()
+        wo, bo = linear_weights(self.proj, "The spvit layer's output projection here")
+        out = reference.spvit_attention(x, weight, bias, wo, bo, self.logits, geometry)
         if self.beta is None:
             return out
         share = torch.softmax(self.logits, dim=0).mean((1, 2))
-        weight, bias, woe = reference.ensemble_weights(
-            self.value.weight, self.value.bias, self.proj.weight, share.log()
-        )
+        weight, bias, woe = reference.ensemble_weights(weight, bias, wo, share.log())
         ctx = self.thin_context(x, weight, bias)
         assert ctx is not None
         return out + F.linear(ctx, woe)
-
-
-def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether only the weights matter: an adapter (LoRA, a quantised layer) or a hook must be called."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return type(module) is nn.Linear and not hooks
 
 
 def factory_of(like: nn.Linear) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from dwattn.files import parse_json, write_atomically
 from dwattn.fingerprint import Fingerprint, fingerprint, relative_name
 from dwattn.grid_hook import GridHook
 from dwattn.plan import Plan, problems
+from dwattn.projections import require_linear
 from dwattn.shims import build_shim, finish
 from dwattn.surgery import install
 from dwattn.token_grid import Grid, GridSource
@@ -78,6 +79,8 @@ def record_of(model: nn.Module) -> Record:
         )
     _, _, conversion = found
     layout = describe(model)
+    for layer in conversion.layers.values():
+        require_linear(layer.converted, f"Saving {layer.name}")
     replaced = {id(layer.converted) for layer in conversion.layers.values()}
     layers = [
         LayerRecord(

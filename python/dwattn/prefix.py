@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dwattn.projections import is_plain_linear
 from dwattn.reference import merge_heads, split_heads
 
 PREFIX_MODES = ("exact", "static", "drop")
@@ -55,18 +56,27 @@ class ExactPrefixRows(nn.Module):
 
     def forward(self, x: Tensor, value_weight: Tensor, value_bias: Tensor | None) -> Tensor:
         """``x (B, N, D)``, ``value_weight (C, D)``, ``value_bias (C,)`` -> rows ``(B, P, C)`` before Wo."""
-        q = split_heads(self.query(x[:, : self.num_prefix]), self.num_heads)
-        q = (q if self.q_norm is None else self.q_norm(q)) * self.scale
-        pooled = torch.softmax(self._logits(q, x), dim=-1).to(x.dtype)
-        pooled = (pooled.flatten(1, 2) @ x).unflatten(1, (self.num_heads, self.num_prefix))
+        pooled = self.attention(x).flatten(1, 2) @ x
+        pooled = pooled.unflatten(1, (self.num_heads, self.num_prefix))
         value = value_weight.unflatten(0, (self.num_heads, self.head_dim))
         rows = merge_heads(pooled @ value.transpose(1, 2))
         return rows if value_bias is None else rows + value_bias
 
+    def of_values(self, x: Tensor, v: Tensor) -> Tensor:
+        """The same rows from the values ``v (B, N, C)`` of all tokens, where these exist anyway."""
+        return merge_heads(self.attention(x) @ split_heads(v, self.num_heads))
+
+    def attention(self, x: Tensor) -> Tensor:
+        """Softmax weights of the prefix queries on all tokens: ``(B, n_h, P, N)``."""
+        q = split_heads(self.query(x[:, : self.num_prefix]), self.num_heads)
+        q = (q if self.q_norm is None else self.q_norm(q)) * self.scale
+        return torch.softmax(self._logits(q, x), dim=-1).to(x.dtype)
+
     def _logits(self, q: Tensor, x: Tensor) -> Tensor:
         """``(B, n_h, P, N)`` logits of the scaled prefix queries."""
-        if self.k_norm is not None:
-            keys = self.k_norm(split_heads(self.key(x), self.num_heads))
+        if self.k_norm is not None or not is_plain_linear(self.key):
+            keys = split_heads(self.key(x), self.num_heads)
+            keys = keys if self.k_norm is None else self.k_norm(keys)
             return q @ keys.transpose(-2, -1)
         absorbed = q @ self.key.weight.unflatten(0, (self.num_heads, self.head_dim))
         logits = absorbed.flatten(1, 2) @ x.transpose(1, 2)
@@ -101,6 +111,11 @@ class StaticPrefixRows(nn.Module):
         mean = x[:, self.num_prefix :].mean(1, keepdim=True)
         values = F.linear(torch.cat([prefix, mean], 1), value_weight, value_bias)
         return self.a * values[:, : self.num_prefix] + self.b * values[:, self.num_prefix :]
+
+    def of_values(self, x: Tensor, v: Tensor) -> Tensor:
+        """The same rows from the values ``v (B, N, C)`` of all tokens, where these exist anyway."""
+        prefix, patches = v[:, : self.num_prefix], v[:, self.num_prefix :]
+        return self.a * prefix + self.b * patches.mean(1, keepdim=True)
 
     def extra_repr(self) -> str:
         return f"num_prefix={self.num_prefix}, channels={self.a.shape[1]}"

@@ -10,6 +10,39 @@ from torch import Tensor, nn
 from dwattn.errors import UnsupportedAttentionError
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether only the weights matter: an adapter (LoRA), a quantised layer or weight, or a hook must be called."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    if type(module) is not nn.Linear or hooks:
+        return False
+    return not hasattr(type(module.weight), "__tensor_flatten__")
+
+
+def linear_weights(module: nn.Module, use: str) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a projection that is computed from them, not called.
+
+    Raises:
+        UnsupportedAttentionError: something else was put in its place; ``use`` says what needs the weights.
+    """
+    if not isinstance(module, nn.Linear):
+        raise UnsupportedAttentionError(
+            f"{use} needs the weights of a linear layer, but {type(module).__name__} was put in its place: merge "
+            f"the adapter into the weights first (peft: merge_and_unload()), or quantise after this step."
+        )
+    return module.weight, module.bias
+
+
+#: Child modules of the replacements that are projections, wherever they are.
+_PROJECTIONS = frozenset({"query", "key", "value", "proj", "prefix_value", "prefix_proj"})
+
+
+def require_linear(layer: nn.Module, use: str) -> None:
+    """Raise UnsupportedAttentionError if anything but a linear layer stands for a projection of ``layer``."""
+    for name, module in layer.named_modules():
+        if name.rpartition(".")[2] in _PROJECTIONS:
+            linear_weights(module, f"{use}: {name}")
+
+
 @dataclass(frozen=True)
 class AttentionWeights:
     """Projections of a multi-head attention layer, views of the model's own parameters where possible.

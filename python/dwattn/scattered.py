@@ -142,9 +142,7 @@ class ScatteredDWAttention(TokenGridModule):
         kept, replaced = self.value(x).split([self.kept_dim, self.inner_dim], dim=-1)
         y = functional.dw_aggregate(replaced, self.kernel, geometry, self.kappa, self.mu, self.beta)
         if self.prefix_rows is not None:
-            weight = self.value.weight[self.kept_dim :]
-            bias = None if self.value.bias is None else self.value.bias[self.kept_dim :]
-            y = torch.cat([self.prefix_rows(x, weight, bias).to(y.dtype), y], dim=1)
+            y = torch.cat([self.prefix_rows.of_values(x, replaced).to(y.dtype), y], dim=1)
         return torch.cat([self._attend(x, kept), y], dim=-1)
 
     def _attend(self, x: Tensor, value: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ from dwattn.export.parity import (
 )
 from dwattn.export.result import ExportReport
 from dwattn.export.static import check_static, to_opset
-from dwattn.export.target import Target, flatten_outputs, make_target
+from dwattn.export.target import Target, flatten_outputs, make_target, replaced_layers
+from dwattn.projections import require_linear
 
 __all__ = ["DEFAULT_OPSET", "ExportReport", "Parity", "export"]
 
@@ -120,6 +121,8 @@ def export(
     kind = _check_options(form, opset, dtype, check or fold or latency)
     dynamic_batch = _check_shapes(form, dynamic_batch, dynamic_size)
     destination = _check_path(Path(path))
+    for name, layer in replaced_layers(model).items():
+        require_linear(layer, f"Exporting {name or type(layer).__name__}")
     form.check(model)
     target = make_target(model, size, dynamic=dynamic_size, method=method)
     half = kind == "fp16"

@@ -1,0 +1,174 @@
+"""Projections that something was put in the place of: LoRA adapters, quantised layers, parametrised weights, hooks.
+
+Tools that adapt a model swap its linear layers. A replaced layer has to call what it finds, or say
+that it cannot; using the old weights silently would drop the adapter.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+import dwattn
+from dwattn.attention import (
+    ConvAttention,
+    EnsembleDWAttention,
+    FusedDWAttention,
+    LowRankDWAttention,
+    SPViTAttention,
+)
+from dwattn.errors import UnsupportedAttentionError
+from dwattn.scattered import ScatteredDWAttention
+from support.models import timm_vit
+
+GRID = (4, 5)
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer and a low-rank update; ``weight`` is the frozen one, as in adapter libraries."""
+
+    def __init__(self, base: nn.Linear, rank: int = 3) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.down = nn.Parameter(0.3 * torch.randn(rank, base.in_features))
+        self.up = nn.Parameter(0.3 * torch.randn(base.out_features, rank))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base_layer(x) + x @ self.down.T @ self.up.T
+        return out
+
+    def merged(self) -> nn.Linear:
+        linear = copy.deepcopy(self.base_layer)
+        with torch.no_grad():
+            linear.weight += self.up @ self.down
+        return linear
+
+
+def adapt(module: nn.Module, names: list[str]) -> tuple[nn.Module, nn.Module]:
+    """The module with adapters at ``names``, and with the same adapters merged into the weights."""
+    adapted, merged = copy.deepcopy(module), copy.deepcopy(module)
+    for name in names:
+        base = adapted.get_submodule(name)
+        assert isinstance(base, nn.Linear)
+        lora = LoRA(base)
+        adapted.set_submodule(name, lora)
+        merged.set_submodule(name, lora.merged())
+    return adapted, merged
+
+
+def filled(module: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module.eval()
+
+
+LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "dw": (FusedDWAttention, {"num_prefix": 2}),
+    "dw without prefix": (FusedDWAttention, {}),
+    "dw static": (FusedDWAttention, {"num_prefix": 2, "prefix": "static"}),
+    "dw own": (FusedDWAttention, {"num_prefix": 1, "own_prefix_value": True, "own_prefix_proj": True}),
+    "lowrank_dw": (LowRankDWAttention, {"num_prefix": 2, "rank": 16}),
+    "scattered": (ScatteredDWAttention, {"num_prefix": 2, "heads": [0, 2]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_adapted_projection_is_called(name: str) -> None:
+    cls, options = LAYERS[name]
+    module = filled(cls(48, num_heads=3, grid=GRID, **options))
+    x = torch.randn(2, 20 + options.get("num_prefix", 0), 48)
+    linears = [n for n, m in module.named_modules() if isinstance(m, nn.Linear)]
+    for names in [*([one] for one in linears), linears]:
+        adapted, merged = adapt(module, names)
+        with torch.no_grad():
+            expected = merged(x)
+            assert (expected - module(x)).abs().max() > 1e-2, names
+            torch.testing.assert_close(adapted(x), expected, atol=2e-4, rtol=1e-4, msg=str(names))
+        adapted(x).sum().backward()
+        for child in names:
+            down = adapted.get_submodule(child).down
+            assert down.grad is not None, child
+
+
+def test_parametrised_pruned_and_hooked_values() -> None:
+    class Halved(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight / 2
+
+    module = filled(FusedDWAttention(48, num_heads=3, grid=GRID, num_prefix=1))
+    x = torch.randn(2, 21, 48)
+    halved, expected = copy.deepcopy(module), copy.deepcopy(module)
+    parametrize.register_parametrization(halved.value, "weight", Halved())
+    with torch.no_grad():
+        expected.value.weight /= 2
+        torch.testing.assert_close(halved(x), expected(x), atol=1e-4, rtol=1e-4)
+
+    pruned = copy.deepcopy(module)
+    prune.l1_unstructured(pruned.value, "weight", amount=0.5)
+    with torch.no_grad():
+        masked = pruned(x)
+        prune.remove(pruned.value, "weight")  # the masked weight becomes an ordinary one
+        torch.testing.assert_close(masked, pruned(x), atol=1e-4, rtol=1e-4)
+
+    calls: list[int] = []
+    module.value.register_forward_hook(lambda *_: calls.append(1))
+    module(x)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_dynamic_quantisation(name: str) -> None:
+    cls, options = LAYERS[name]
+    module = filled(cls(48, num_heads=3, grid=GRID, **options))
+    x = torch.randn(2, 20 + options.get("num_prefix", 0), 48)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        small = torch.ao.quantization.quantize_dynamic(module, {nn.Linear}, dtype=torch.qint8)
+        expected, out = module(x), small(x)
+    error = ((out - expected).norm() / expected.norm()).item()
+    assert 0 < error < 0.05
+
+
+@pytest.mark.parametrize("cls", [ConvAttention, EnsembleDWAttention, SPViTAttention])
+def test_variants_that_fold_weights_refuse(cls: type[nn.Module]) -> None:
+    module = filled(cls(48, num_heads=3, grid=GRID, num_prefix=1))
+    adapted, merged = adapt(module, ["value"])
+    x = torch.randn(1, 21, 48)
+    merged(x)
+    with pytest.raises(UnsupportedAttentionError, match=r"LoRA.*merge"):
+        adapted(x)
+
+
+def test_saving_and_exporting_an_adapter_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    model = timm_vit()
+    images = torch.randn(6, 3, *model.patch_embed.img_size)
+    plan = dwattn.select(dwattn.score(model, images, num_images=6), blocks=1)
+    dwattn.replace(model, plan)
+    name = next(n for n, m in model.named_modules() if isinstance(m, FusedDWAttention))
+    before = model(images)
+    model.set_submodule(f"{name}.value", LoRA(model.get_submodule(f"{name}.value")))
+    assert (model(images) - before).abs().max() > 1e-3
+    for call in (
+        lambda: dwattn.save(model, tmp_path / "model.safetensors"),
+        lambda: dwattn.export(model, tmp_path / "model.onnx", size=model.patch_embed.img_size),
+    ):
+        with pytest.raises(UnsupportedAttentionError, match=r"value.*LoRA.*merge"):
+            call()
+    assert not list(tmp_path.iterdir())
