@@ -98,6 +98,13 @@ def test_a_build_without_torch_stops_with_the_remedy(
     assert "Install PyTorch first" in " ".join(done.stderr.split())
 
 
+def test_the_sources_need_no_header_text_newer_than_the_oldest_torch() -> None:
+    """Wheels are built with the headers of PyTorch 2.11; those of 2.13 brought another name for this macro."""
+    sources = sorted((ROOT / "csrc" / "torch").iterdir())
+    assert any("TORCH_ERROR_CODE_CHECK" in path.read_text() for path in sources)
+    assert [p.name for p in sources if "STABLE_TORCH_ERROR_CODE_CHECK" in p.read_text()] == []
+
+
 def binary(name: str) -> Path:
     spec = find_spec(f"dwattn.{name}")
     if spec is None or spec.origin is None:

@@ -2,8 +2,6 @@
 // arrays.
 #include <pybind11/pybind11.h>
 
-#include <string>
-
 #include "kernels/cpu/features.h"
 #include "python/numpy_ops.h"
 
@@ -28,18 +26,7 @@ py::dict build_info() {
   info["flags"] = DWATTN_FLAGS;
   info["torch_target"] = DWATTN_TORCH_TARGET;
   info["cpu_isas"] = names_of_isas(dwattn::cpu::isa_compiled);
-  py::list archs;
-  std::string arch;
-  for (const char* c = DWATTN_CUDA_ARCHS;; ++c) {
-    if (*c == ';' || *c == '\0') {
-      if (!arch.empty()) archs.append(arch);
-      arch.clear();
-      if (*c == '\0') break;
-    } else {
-      arch += *c;
-    }
-  }
-  info["cuda_architectures"] = archs;
+  info["cuda_architectures"] = py::str(DWATTN_CUDA_ARCHS).attr("split")();
   info["cuda"] = DWATTN_CUDA_STATE;
   return info;
 }

@@ -17,7 +17,7 @@ inline cuda::Stream current_stream(const Tensor& t) {
   DWATTN_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                "This PyTorch was built without CUDA, so it cannot run the CUDA kernels.");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return static_cast<cuda::Stream>(stream);
 }
 

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <array>
 #include <initializer_list>
@@ -104,9 +105,9 @@ inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType type) {
   }
   const auto shim_type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                         sizes.begin(), strides.data(), shim_type,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                  strides.data(), shim_type,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -116,7 +117,7 @@ inline void linear_out(const Tensor& out, const Tensor& a, const Tensor& weight,
   std::array<StableIValue, 4> stack{
       torch::stable::detail::from(a), torch::stable::detail::from(weight),
       torch::stable::detail::from(bias), torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // releases the returned handle
 }
@@ -126,7 +127,7 @@ inline Tensor linear(const Tensor& a, const Tensor& weight, const OptionalTensor
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a),
                                     torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
