@@ -12,7 +12,16 @@ from typer.testing import CliRunner
 
 from dwattn.cli import app
 from dwattn.errors import TrainingError
-from dwattn.finetune import Augment, Grid, LabelledViews, Recipe, StudyResult, classifier, run_study
+from dwattn.finetune import (
+    Augment,
+    Grid,
+    LabelledViews,
+    Recipe,
+    StudyResult,
+    classifier,
+    paper_grid,
+    run_study,
+)
 from dwattn.finetune import study as study_module
 from support.models import BY_NAME
 from test_cli import FACTORY
@@ -24,11 +33,27 @@ pytest.importorskip("torchmetrics", reason="evaluation needs the train extra")
 FAMILY = BY_NAME["hub-reg4"]
 RECIPE = Recipe(steps=4, batch_size=4, lr=1e-3)
 GRID = Grid(
-    kinds=({"variant": "dw"}, {"variant": "lowrank_dw", "rank": 16}),
-    criteria=("variance", "dsp", "highest-variance"),
-    blocks=(2,),
-    kernel_inits=("gaussian",),
-    seeds=(0, 1),
+    comparisons={
+        "all": {
+            "kinds": ({"variant": "dw"}, {"variant": "lowrank_dw", "rank": 16}),
+            "criteria": ("variance", "dsp", "highest-variance"),
+            "blocks": (2,),
+            "kernel_inits": ("gaussian",),
+        },
+        "stages": {
+            "blocks": (2,),
+            "stages": ("one-stage", "frozen"),
+            "kernel_inits": ("gaussian",),
+        },
+        "gates": {
+            "blocks": (2,),
+            "heads": (3,),
+            "criteria": ("dsp-e2e",),
+            "kernel_inits": ("gaussian",),
+        },
+        "heads": {"heads": (3,), "criteria": ("variance", "dsp"), "kernel_inits": ("gaussian",)},
+    },
+    seeds=(0,),
     score_images=8,
     recipe=RECIPE,
 )
@@ -44,9 +69,12 @@ def run(folder: Path, grid: Grid = GRID, images: int = 12) -> StudyResult:
     )  # fmt: skip
 
 
+def measured(result: StudyResult) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "cpu_seconds"} for row in result.rows]
+
+
 def test_a_study_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(tmp_path / "whole")
-    assert len(whole.rows) == 2 * (1 + 3 * 2)
     train, calls = study_module.train_in_stages, [0]
 
     def interrupted(*args: Any, **options: Any) -> Any:
@@ -59,27 +87,58 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "parts")
     parts = run(tmp_path / "parts")
-    assert calls[0] == 13
-    assert parts.rows == whole.rows
+    assert calls[0] == 11
+    assert measured(parts) == measured(whole)
     run(tmp_path / "parts")
-    assert calls[0] == 13
-    low, high = ({r["cell"]: r["replaced"] for r in whole.rows}[f"dw-{c}-2-two-stage-gaussian-seed0"]
-                 for c in ("variance", "highest-variance"))  # fmt: skip
+    assert calls[0] == 11
+    by_cell = {row["cell"]: row["replaced"] for row in whole.rows}
+    low, high = (by_cell[f"dw-{c}-2-two-stage-gaussian-seed0"] for c in ("variance", "highest-variance"))  # fmt: skip
     assert sorted(low + high) == [f"blocks.{i}.attn" for i in range(4)]
+    # Layers share what the gates learned, and one stage has its own scores.
+    assert by_cell["dw-dsp-2-two-stage-gaussian-seed0"] == by_cell["lowrank_dw-16-dsp-2-two-stage-gaussian-seed0"]  # fmt: skip
+    heads = [name.split(":")[1] for name in by_cell["dw-variance-3-heads-two-stage-gaussian-seed0"] if ":" in name]  # fmt: skip
+    assert heads
+    assert (tmp_path / "parts" / "scores.safetensors").exists()
+    assert not list((tmp_path / "parts" / "runs").rglob("state.safetensors"))
     table = (tmp_path / "parts" / "results.csv").read_text().splitlines()
-    assert table[0] == "attention,criterion,blocks,stages,init,seed,replaced,top1"
-    assert len(table) == 15
+    assert table[0] == "attention,criterion,count,stages,init,seed,replaced,top1"
+    assert len(table) == 1 + 2 + 6 + 2 + 2 + 2
     with pytest.raises(TrainingError, match="another grid"):
-        run(tmp_path / "parts", GRID.model_copy(update={"blocks": (1,)}))
+        run(tmp_path / "parts", GRID.model_copy(update={"recipe": RECIPE.but(lr=1e-4)}))
     with pytest.raises(TrainingError, match="another images"):
         run(tmp_path / "parts", images=9)
+    with pytest.raises(TrainingError, match="no comparison none; there are all, stages"):
+        GRID.cells(["none"])
+
+
+def test_comparisons_share_runs_and_baselines() -> None:
+    cells = GRID.model_copy(update={"seeds": (0, 1)}).cells()
+    assert len(cells) == len(set(cells)) == 2 * (2 + 6 + 2 + 2 + 2)
+    for place, cell in enumerate(cells):
+        assert cell.baseline in cells[: place + 1]
+    assert [c.name for c in GRID.cells(["stages"])] == [
+        "mhsa-one-stage-seed0",
+        "dw-variance-2-one-stage-gaussian-seed0",
+        "mhsa-two-stage-seed0",
+        "dw-variance-2-frozen-gaussian-seed0",
+    ]
+    paper = paper_grid(24, 16, RECIPE)
+    labels = {cell.label for cell in paper.cells()}
+    for wanted in (
+        ("conv", "variance", "12", "two-stage", "calibrated"),
+        ("spvit", "variance", "10", "two-stage", "mean-attention"),
+        ("dw", "dsp", "17", "two-stage", "calibrated"),
+        ("dw", "variance", "192 heads", "two-stage", "calibrated"),
+        ("dw", "highest-variance", "7", "two-stage", "calibrated"),
+    ):
+        assert wanted in labels
 
 
 def test_the_summary_is_paired_by_seed() -> None:
     rows = [
         {"label": list(label), "seed": seed, "replaced": [], "cell": "", "metrics": {"top1": value}}
         for label, values in (
-            (("mhsa", "", "", "", ""), (0.8, 0.6, 0.7)),
+            (("mhsa", "", "", "two-stage", ""), (0.8, 0.6, 0.7)),
             (("dw", "variance", "2", "two-stage", "gaussian"), (0.79, 0.58, 0.68)),
         )
         for seed, value in enumerate(values)
@@ -96,14 +155,21 @@ def test_a_grid_file_is_checked(tmp_path: Path) -> None:
     path = tmp_path / "grid.json"
     with pytest.raises(TrainingError, match="No such file"):
         Grid.load(path)
-    for text, match in (
-        ("{", "malformed"),
-        ('{"blocks": [2]}', "recipe: Field required"),
-        ('{"blocks": [0], "recipe": {"steps": 2}}', r"blocks\.0"),
-        ('{"blocks": [2], "recipe": {"steps": 2}, "colour": 1}', "colour"),
-        ('{"blocks": [2], "recipe": {"steps": 2}, "schema_version": 2}', "schema_version"),
+    path.write_text("{")
+    with pytest.raises(TrainingError, match="malformed"):
+        Grid.load(path)
+    two = {"a": {"blocks": [2]}}
+    for wrong, match in (
+        ({"recipe": {}}, r"recipe\.steps: Field required"),
+        ({"comparisons": {"a": {"blocks": [0]}}}, r"blocks\.0"),
+        ({"comparisons": {"a": {}}}, "give blocks, heads or both"),
+        ({"comparisons": {"a": {"heads": [2], "kinds": [{"variant": "conv"}]}}}, "not conv"),
+        ({"comparisons": {"a": {"blocks": [2], "criteria": ["dsp-e2e"]}}}, "from gaussian"),
+        ({"comparisons": {}}, "comparisons"),
+        ({"colour": 1}, "colour"),
+        ({"schema_version": 2}, "schema_version"),
     ):
-        path.write_text(text)
+        path.write_text(json.dumps({"comparisons": two, "recipe": {"steps": 2}, **wrong}))
         with pytest.raises(TrainingError, match=match):
             Grid.load(path)
     path.write_text(GRID.model_dump_json())
@@ -114,7 +180,9 @@ def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "factory.py").write_text(FACTORY)
     for index in range(8):
         save_image(tmp_path / "images" / "ab"[index % 2] / f"{index}.png", (60, 64), seed=index)
-    grid = GRID.model_copy(update={"seeds": (0,), "criteria": ("variance",)})
+    some = {"some": {"kinds": ({"variant": "dw"}, {"variant": "lowrank_dw", "rank": 16}), "blocks": (2,),
+                     "kernel_inits": ("gaussian",)}}  # fmt: skip
+    grid = Grid(**{**GRID.model_dump(), "comparisons": some})
     (tmp_path / "grid.json").write_text(grid.model_dump_json())
     arguments = [
         "study", f"{tmp_path / 'factory.py'}:make", tmp_path / "grid.json", "--task", "classify",
@@ -125,12 +193,20 @@ def test_the_command(tmp_path: Path) -> None:
     assert result.exit_code == 0, (result.output, result.exception)
     found = json.loads(result.stdout)
     assert [row["cell"] for row in found["runs"]] == [
-        "mhsa-seed0",
+        "mhsa-one-stage-seed0",
+        "mhsa-two-stage-seed0",
         "dw-variance-2-two-stage-gaussian-seed0",
-        "lowrank_dw-r16-variance-2-two-stage-gaussian-seed0",
+        "lowrank_dw-16-variance-2-two-stage-gaussian-seed0",
     ]
     table = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert table.exit_code == 0
     assert "lowrank_dw" in table.output
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "lowrank_dw 16" in page
+    timed = json.loads((tmp_path / "out" / "latency.json").read_text())
+    assert {entry["attention"] for entry in timed} == {"dw", "lowrank_dw 16"}
+    assert all(entry["ms"] > 0 and entry["ratio"] > 0 for entry in timed)
+    left = CliRunner().invoke(app, [*map(str, arguments), "--dry-run"])
+    assert "0 of 4 runs are left" in left.output
     wrong = CliRunner().invoke(app, [*map(str, arguments), "--task", "distill"])
     assert wrong.exit_code == 2

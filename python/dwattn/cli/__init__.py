@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dwattn.cli import deployment, pipeline, tools, training
+from dwattn.cli import deployment, pipeline, study, tools, training
 
 __all__ = ["app"]
 
@@ -51,7 +51,7 @@ app.command("score")(pipeline.score)
 app.command("select")(pipeline.select)
 app.command("replace")(pipeline.replace)
 app.command("finetune")(training.finetune)
-app.command("study")(training.study)
+app.command("study")(study.study)
 app.command("export")(pipeline.export)
 deployment.add_to(app)
 app.command("report")(tools.report)

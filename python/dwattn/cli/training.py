@@ -126,7 +126,7 @@ def finetune(
     """Recover accuracy by training: from the original without labels, or for a task."""
     from dwattn.finetune import Augment, Distillation, Recipe, Targets, Trainer, estimate
 
-    _check_usage(task, student, masks, classes, test_images, test_masks, steps, epochs, minutes)
+    check_usage(task, student, masks, classes, test_images, test_masks, steps, epochs, minutes)
     if split and task == "distill":
         raise typer.BadParameter("--split is for tasks; distill has no head.")
     targets = None
@@ -138,13 +138,13 @@ def finetune(
     pixels = image_size(trained, size)
     norm = normalisation(trained, model, mean, std)
     note(f"Images from {images} at {pixels[0]} x {pixels[1]}, normalised with {norm.source}.")
-    folder = _Folders(task, pixels, norm.mean, norm.std, classes, seed)
+    folder = Folders(task, pixels, norm.mean, norm.std, classes, seed)
     data = folder.read(images, masks, Augment(colour=colour))
     tested = None if test_images is None else folder.read(test_images, test_masks, None)
     if task == "distill":
         module: nn.Module = Distillation(trained, original, targets=targets, cache=cache * 2**20)
     else:
-        module = _task(task, trained, folder, pool, split, seed)
+        module = build_task(task, trained, folder, pool, split, seed)
     recipe = _resumed(out) if resume else None
     if recipe is None:
         decay = weight_decay if weight_decay is not None else (0.0 if task == "distill" else 0.05)
@@ -180,60 +180,7 @@ def finetune(
     note(f"Wrote {', '.join(str(path) for path in written)}.")
 
 
-@command
-def study(
-    model: ModelArgument,
-    grid: Annotated[Path, typer.Argument(metavar="GRID", help="JSON file: what is compared.")],
-    *,
-    task: Annotated[str, typer.Option(help="classify or segment.")],
-    images: Annotated[
-        Path, typer.Option(metavar="DIR", help="Training images; for classify a folder a class.")
-    ],
-    test_images: Annotated[Path, typer.Option(metavar="DIR", help="Images to measure on.")],
-    masks: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="segment: masks of the same names (.png).")
-    ] = None,
-    test_masks: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="segment: masks of --test-images.")
-    ] = None,
-    classes: Annotated[int | None, typer.Option(min=2, help="segment: number of classes.")] = None,
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder of the runs; the same one goes on.")
-    ] = Path("study"),
-    colour: Annotated[float, typer.Option(help="Colour jitter, 0 to 1.")] = 0.0,
-    size: SizeOption = None,
-    weights: WeightsOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: what is there.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
-    progress: Annotated[bool, typer.Option("--progress/--no-progress")] = True,
-    as_json: JsonOption = False,
-) -> None:
-    """Compare variants, selections and recipes on a task, over several seeds, as a grid file says."""
-    from dwattn.finetune import Augment, Grid, run_study
-    from dwattn.models import load_model
-
-    if task not in TASKS[1:]:
-        raise typer.BadParameter(f"--task {task} must be classify or segment.")
-    _check_usage(task, None, masks, classes, test_images, test_masks, None, None, None)
-    wanted = Grid.load(grid)
-    first = load_model(model, weights)
-    pixels, norm = image_size(first, size), normalisation(first, model, mean, std)
-    folder = _Folders(task, pixels, norm.mean, norm.std, classes, 0)
-    data = folder.read(images, masks, Augment(colour=colour))
-    test = folder.read(test_images, test_masks, None)
-
-    def make(seed: int) -> Task:
-        return _task(task, load_model(model, weights), folder, "mean", False, seed)
-
-    options = {"device": device, "workers": workers, "progress": progress}
-    result = run_study(wanted, make, data, test, out, trainer_options=options, note=note)
-    emit(result if as_json else result.table(), as_json)
-    note(f"Wrote {out / 'results.json'} and {out / 'results.csv'}.")
-
-
-def _check_usage(
+def check_usage(
     task: str,
     student: Path | None,
     masks: Path | None,
@@ -275,7 +222,7 @@ def _models(
     return original, dwattn.load(load_model(spec, weights, pretrained=False), student)
 
 
-class _Folders:
+class Folders:
     """Training and test images of a task, read alike."""
 
     def __init__(
@@ -309,8 +256,8 @@ class _Folders:
         return data
 
 
-def _task(
-    task: str, trained: nn.Module, folder: _Folders, pool: str, split: bool, seed: int
+def build_task(
+    task: str, trained: nn.Module, folder: Folders, pool: str, split: bool, seed: int
 ) -> Task:
     from dwattn.finetune import classifier, segmenter
 

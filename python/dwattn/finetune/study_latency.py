@@ -1,0 +1,118 @@
+"""How fast the models of a study are on this machine, each measured in turns with the original."""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dwattn.adapters import ConvertedAttention
+from dwattn.attention import EnsembleDWAttention
+from dwattn.errors import DwattnError
+from dwattn.files import write_atomically
+from dwattn.finetune.study_grid import Cell, Grid
+from dwattn.plan import Plan
+from dwattn.surgery import replace
+
+
+def study_latency(
+    grid: Grid, backbone: nn.Module, pixels: Tensor, folder: str | Path, **options: Any
+) -> list[dict[str, Any]]:
+    """:func:`measure_cells` of all cells of a study's folder that are done; measured once, kept in ``latency.json``.
+
+    Args:
+        backbone, pixels, options: of :func:`measure_cells`.
+    """
+    root, path = Path(folder), Path(folder) / "latency.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    have = {(entry["attention"], entry["count"]) for entry in known}
+    cells = []
+    for cell in grid.cells():
+        done = root / "cells" / f"{cell.name}.json"
+        if done.exists() and (cell.label[0], cell.label[2]) not in have:
+            cells.append((cell, json.loads(done.read_text(encoding="utf-8"))["replaced"]))
+    entries: list[dict[str, Any]] = known + measure_cells(backbone, pixels, cells, **options)
+    with write_atomically(path, DwattnError) as temporary:
+        temporary.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    return entries
+
+
+def measure_cells(
+    backbone: nn.Module,
+    pixels: Tensor,
+    cells: Iterable[tuple[Cell, list[str]]],
+    *,
+    rounds: int = 15,
+    **replace_options: Any,
+) -> list[dict[str, Any]]:
+    """One entry a kind and count: medians in ms, and the median over rounds of the ratio to the original.
+
+    Args:
+        backbone: not converted; it stays as it is.
+        pixels: images of one call.
+        cells: with the layers that were replaced, as a study's rows name them.
+        rounds: timed calls of each model, behind two that are not.
+    """
+    entries, seen = [], set()
+    original = copy.deepcopy(backbone).eval()
+    for cell, replaced in cells:
+        key = cell.label[0], cell.label[2]
+        if cell.kind is None or key in seen:
+            continue
+        seen.add(key)
+        converted = _converted(original, cell, replaced, replace_options)
+        before, after = _times(original, converted, pixels, rounds)
+        entries.append(
+            {
+                "attention": key[0], "count": key[1], "ms": statistics.median(after),
+                "original_ms": statistics.median(before),
+                "ratio": statistics.median(a / b for a, b in zip(after, before, strict=True)),
+            }
+        )  # fmt: skip
+    return entries
+
+
+def _converted(
+    original: nn.Module, cell: Cell, replaced: list[str], options: dict[str, Any]
+) -> nn.Module:
+    """A copy with these layers replaced; weights do not matter, but are folded as for export."""
+    assert cell.kind is not None
+    parts = [name.partition(":") for name in replaced]
+    heads = [[int(head) for head in listed.split(",")] if listed else None for *_, listed in parts]
+    model = copy.deepcopy(original)
+    plan = Plan.for_layers(model, [name for name, *_ in parts], heads)
+    rank = {} if cell.kind.rank is None else {"rank": cell.kind.rank}
+    replace(model, plan, variant=cell.kind.variant, kernel_init="gaussian", **{**rank, **options})
+    for module in model.modules():
+        if isinstance(module, ConvertedAttention) and isinstance(module.layer, EnsembleDWAttention):
+            module.layer = module.layer.fold()
+    return model.eval()
+
+
+@torch.inference_mode()
+def _times(
+    before: nn.Module, after: nn.Module, pixels: Tensor, rounds: int
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of both models, called in turns."""
+    found: tuple[list[float], list[float]] = ([], [])
+    for turn in range(rounds + 2):
+        for model, times in zip((before, after), found, strict=True):
+            _synchronize(pixels)
+            start = time.perf_counter()
+            model(pixels)
+            _synchronize(pixels)
+            if turn >= 2:  # the first rounds warm up
+                times.append((time.perf_counter() - start) * 1e3)
+    return found
+
+
+def _synchronize(pixels: Tensor) -> None:
+    if pixels.is_cuda:
+        torch.cuda.synchronize(pixels.device)
