@@ -28,6 +28,7 @@ from dwattn.demo.pretrained import DEPTH, DESCRIPTION, HEADS, PATCH, timm_backbo
 from dwattn.finetune import (
     Grid,
     Recipe,
+    StudyResult,
     Task,
     Views,
     classifier,
@@ -35,11 +36,14 @@ from dwattn.finetune import (
     run_study,
     segmenter,
 )
+from dwattn.finetune.study_latency import study_latency
+from dwattn.report.study import StudyReport, write_study
 
+COMMAND = shlex.join(["python", "benchmarks/bench_tasks.py", *sys.argv[1:]])
 #: By task: images to train on and to test on, learning rate, factor for the head.
 DEFAULTS = {"classify": (1000, 500, 1e-5, 100.0), "segment": (768, 200, 1e-5, 100.0)}
 #: Options that change nothing about the results.
-HOW_IT_RUNS = ("work", "json", "list", "progress")
+HOW_IT_RUNS = ("comparisons", "work", "json", "report", "list", "progress")
 
 
 def views(options: argparse.Namespace) -> tuple[Views, Views]:
@@ -85,6 +89,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--json", type=Path, help="write the results to this file, and a .csv beside it"
     )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        help="time the models, and write tables and figures to this HTML file",
+    )
     parser.add_argument("--list", action="store_true", help="say which runs are left, and stop")
     parser.add_argument("--progress", action="store_true")
     options = parser.parse_args()
@@ -93,6 +102,25 @@ def parse() -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, value)
     return options
+
+
+def setting(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that the results depend on."""
+    return {k: v for k, v in vars(options).items() if k not in HOW_IT_RUNS}
+
+
+def report(
+    options: argparse.Namespace, study: Grid, result: StudyResult, work: Path, test: Views
+) -> None:
+    """Time what was not timed yet on this machine, and write the page."""
+    where = options.device or "cpu"
+    image = test[0, 0]["pixels"][None].to(where)
+    latency = study_latency(study, timm_backbone(options.size).to(where), image, work)
+    page = StudyReport.of(
+        work, result, command=COMMAND, setting=setting(options), latency=latency,
+        machine=machine.environment(torch.get_num_threads())["CPU"],
+    )  # fmt: skip
+    write_study(page, options.report)
 
 
 def main() -> None:
@@ -112,14 +140,18 @@ def main() -> None:
         note=lambda text: print(text, flush=True),
     )  # fmt: skip
     Console().print(result.table())
+    if options.report:
+        report(options, study, result, work, test)
+    timed = work / "latency.json"
     if options.json:
         document = {
             "created": machine.now(),
-            "command": shlex.join(["python", "benchmarks/bench_tasks.py", *sys.argv[1:]]),
+            "command": COMMAND,
             "environment": machine.environment(torch.get_num_threads()),
             "model": DESCRIPTION,
-            "setting": {k: v for k, v in vars(options).items() if k not in HOW_IT_RUNS},
+            "setting": setting(options),
             "grid": study.model_dump(mode="json"),
+            "latency": json.loads(timed.read_text(encoding="utf-8")) if timed.exists() else None,
             **result.to_dict(),
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Write the measured parts of the README from the committed result files.
+"""Write the measured parts of the README and of docs/study.md from the committed result files.
 
     python benchmarks/render.py           # after new results
-    python benchmarks/render.py --check   # exit code 1 if README and results differ
+    python benchmarks/render.py --check   # exit code 1 if pages and results differ
 
-Each part stands in the README between ``<!-- from results: NAME -->`` and ``<!-- end of results -->``.
+Each part stands between ``<!-- from results: NAME -->`` and ``<!-- end of results -->``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import study_page
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -182,16 +184,78 @@ def table1() -> str:
     return "\n".join(lines)
 
 
+def studies() -> dict[str, Any]:
+    """Results by task, of those that were run."""
+    names = {task: f"study-{task}" for task in study_page.TASKS}
+    return {t: load(name) for t, name in names.items() if (RESULTS / f"{name}.json").exists()}
+
+
+def _lines(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    columns = list(columns)
+    return "\n".join(
+        [row(*columns), row(*["---"] * len(columns)), *(row(*cells) for cells in rows)]
+    )
+
+
+def study_setting() -> str:
+    """What was run, and how."""
+    lines = []
+    for task, found in studies().items():
+        s, recipe = found["setting"], found["grid"]["recipe"]
+        lines.append(
+            f"- {study_page.NAMES[task]} (`benchmarks/results/study-{task}.json` and `.csv`, "
+            f"{day(found['created'])}): {s['train_images']} training and "
+            f"{s['test_images']} test images of {s['size']} x {s['size']} pixels, {recipe['steps']} steps of "
+            f"{recipe['batch_size']} images, then {recipe['steps']} of {recipe['batch_size'] // 2}; "
+            f"{len(found['runs'])} runs; `{found['command']}`."
+        )
+    return "\n".join(lines)
+
+
+def _study(task: str) -> str:
+    found = studies().get(task)
+    if found is None:
+        return "Not run yet."
+    columns = ["layer", "chosen by", "replaced", "stages", "start", "mean", "difference", "seeds"]
+    columns += ["time saved"] if found.get("latency") else []
+    return _lines(columns, study_page.table(found, study_page.TASKS[task]))
+
+
+def study_claims() -> str:
+    """The paper's orderings beside ours."""
+    found = studies()
+    columns = ["first minus second, points", "the paper's", *found, "verdict"]
+    return _lines(columns, study_page.claims(found))
+
+
+def study_limits() -> str:
+    """How many blocks can go."""
+    parts = []
+    for task, found in studies().items():
+        lines = study_page.limits(found, study_page.TASKS[task])
+        parts.append(
+            "\n".join([f"{study_page.NAMES[task]}:", "", *(f"- {line}" for line in lines)])
+        )
+    return "\n\n".join(parts)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "fidelity": fidelity,
     "latency": latency,
     "kernels": kernels,
     "table1": table1,
+    "study_setting": study_setting,
+    "study_classify": lambda: _study("classify"),
+    "study_segment": lambda: _study("segment"),
+    "study_claims": study_claims,
+    "study_limits": study_limits,
 }
+#: Files with measured parts.
+PAGES = ("README.md", "docs/study.md")
 
 
 def render(text: str) -> str:
-    """The README with every part written anew from the results."""
+    """A page with every part written anew from the results."""
     return PART.sub(lambda found: found[1] + PARTS[found[2]]() + found[3], text)
 
 
@@ -199,14 +263,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing, only compare")
     options = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    written = render(text)
-    if options.check and written != text:
-        print("README.md differs from benchmarks/results: run python benchmarks/render.py")
+    differ = []
+    for name in PAGES:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        written = render(text)
+        if written != text:
+            differ.append(name)
+        if written != text and not options.check:
+            (ROOT / name).write_text(written, encoding="utf-8")
+    if options.check and differ:
+        print(f"{', '.join(differ)} differ from benchmarks/results: run benchmarks/render.py")
         return 1
-    if written != text:
-        readme.write_text(written, encoding="utf-8")
     return 0
 
 

@@ -24,12 +24,38 @@ import bench_table1  # noqa: E402
 import compare  # noqa: E402
 import render  # noqa: E402
 import rounds  # noqa: E402
+import study_page  # noqa: E402
 
 
-def test_the_readme_says_what_the_results_say() -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
+@pytest.mark.parametrize("page", render.PAGES)
+def test_pages_say_what_the_results_say(page: str) -> None:
+    text = (ROOT / page).read_text("utf-8")
     assert len(render.PART.findall(text)) >= 3
     assert render.render(text) == text, "run python benchmarks/render.py"
+
+
+def test_orderings_are_judged_by_paired_differences() -> None:
+    runs = [
+        {"label": list(label), "seed": seed, "metrics": {"top1": value}}
+        for label, values in (
+            (study_page.label(), (0.70, 0.60, 0.65)),
+            (study_page.label("conv"), (0.67, 0.57, 0.63)),
+            (study_page.label("ens_dw"), (0.72, 0.50, 0.66)),
+        )
+        for seed, value in enumerate(values)
+    ]
+    found = {"runs": runs}
+    better = study_page.compared(found, "top1", study_page.label(), study_page.label("conv"))
+    assert better is not None
+    assert better[0] == pytest.approx(8 / 3)
+    assert better[1] == pytest.approx(4.303 / 3, rel=1e-3)
+    open_ = study_page.compared(found, "top1", study_page.label(), study_page.label("ens_dw"))
+    missing = study_page.compared(found, "top1", study_page.label(), study_page.label("spvit"))
+    assert missing is None
+    assert study_page.verdict([better], 0.11) == "agrees"
+    assert study_page.verdict([better], -0.43) == "differs"
+    assert study_page.verdict([better, open_], 0.11) == "agrees, open"
+    assert study_page.verdict([(2.0, None, 1)], 1.0) == "open"
 
 
 @pytest.mark.parametrize("name", ["fidelity", "demo", "cpu-dw", "cpu-layer", "cpu-scoring"])

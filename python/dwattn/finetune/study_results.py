@@ -39,8 +39,8 @@ class StudyResult:
                     for row in rows
                     if row["seed"] in base
                 ]
-                mean, half = _interval(values)
-                loss, loss_half = _interval(paired)
+                mean, half = interval(values)
+                loss, loss_half = interval(paired)
                 summary.append(
                     {
                         "label": list(label), "metric": metric, "runs": len(values), "mean": mean,
@@ -86,7 +86,7 @@ class StudyResult:
         return text.getvalue()
 
 
-def _interval(values: list[float]) -> tuple[float | None, float | None]:
+def interval(values: list[float]) -> tuple[float | None, float | None]:
     """Mean (None for no value) and half the width of its 95% interval (None for less than two)."""
     if not values:
         return None, None

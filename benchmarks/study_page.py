@@ -1,0 +1,157 @@
+"""The measured parts of docs/study.md, from the result files of ``bench_tasks.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dwattn.demo.pretrained import DEPTH
+from dwattn.finetune.study_grid import BASELINE, KernelInit
+from dwattn.finetune.study_results import interval, points
+
+TASKS = {"classify": "top1", "segment": "miou"}
+NAMES = {"classify": "Fashion-MNIST, top-1", "segment": "cut-outs on photos, mIoU"}
+Label = tuple[str, str, str, str, str]
+#: Differences below this, in points, are called a draw.
+DRAW = 0.3
+
+
+def scaled(of_24: int) -> str:
+    """The paper's count of 24 blocks for this model."""
+    return str(round(of_24 * DEPTH / 24))
+
+
+def label(
+    attention: str = "dw", criterion: str = "variance", count: str = scaled(12), stages: str = "two-stage",
+    init: KernelInit = "calibrated",
+) -> Label:  # fmt: skip
+    return (attention, criterion, count, stages, init)
+
+
+#: What is compared: text, the two settings, and the paper's difference between them in points, if it has one.
+CLAIMS: tuple[tuple[str, Label, Label, float | None], ...] = (
+    ("`dw` against `conv`, half of the blocks", label(), label("conv"), 0.11),
+    ("`dw`, half, against `spvit`, 10 of 24", label(), label("spvit", count=scaled(10), init="mean-attention"), 0.90),
+    ("`spvit` against `ens_dw`, 10 of 24", label("spvit", count=scaled(10), init="mean-attention"), label("ens_dw", count=scaled(10)), 0.63),
+    ("`dw` against `ens_dw`, half", label(), label("ens_dw"), 2.03),
+    ("`ens_dw`: 10 of 24 against half", label("ens_dw", count=scaled(10)), label("ens_dw"), 0.50),
+    ("lowest against highest Σ, half", label(), label(criterion="highest-variance"), 4.49),
+    ("Σ against DSP-2S, half", label(), label(criterion="dsp"), 1.95),
+    ("Σ against DSP-2S, 17 of 24", label(count=scaled(17)), label(criterion="dsp", count=scaled(17)), -0.43),
+    ("DSP-2S against DSP-e2e, half", label(criterion="dsp"), label(criterion="dsp-e2e", init="gaussian"), -0.15),
+    ("whole blocks against scattered heads, Σ, half", label(), label(count="36 heads"), 0.43),
+    ("two stages against one", label(), label(stages="one-stage"), 0.32),
+    ("all weights against replaced layers only", label(), label(stages="frozen"), 0.83),
+    ("calibrated against Gaussian kernels, `dw`, half", label(), label(init="gaussian"), None),
+    ("calibrated against Gaussian kernels, `ens_dw`, 10 of 24", label("ens_dw", count=scaled(10)), label("ens_dw", count=scaled(10), init="gaussian"), None),
+    ("`residual` against Σ, `dw`, half", label(criterion="residual"), label(), None),
+)  # fmt: skip
+
+
+def table(found: dict[str, Any], metric: str) -> list[list[str]]:
+    """Rows of all settings that were run, the unconverted model first."""
+    times = {(t["attention"], t["count"]): t["ratio"] for t in found.get("latency") or ()}
+    rows = []
+    for entry in sorted(found["summary"], key=lambda entry: entry["label"][0] != BASELINE):
+        if entry["metric"] != metric:
+            continue
+        attention, criterion, count, stages, init = entry["label"]
+        lost = (
+            ""
+            if attention == BASELINE
+            else points(entry["difference"], entry["difference_interval"], sign=True)
+        )
+        row = [
+            f"`{attention}`",
+            criterion,
+            count,
+            stages,
+            init,
+            points(entry["mean"], entry["interval"]),
+            lost,
+        ]
+        row.append(str(entry["runs"]))
+        if times:
+            ratio = times.get((attention, count))
+            row.append("" if ratio is None else f"{100 * (1 - ratio):.1f} %")
+        rows.append(row)
+    return rows  # fmt: skip
+
+
+def compared(
+    found: dict[str, Any], metric: str, first: Label, second: Label
+) -> tuple[float, float | None, int] | None:
+    """Difference in points, half its interval and the number of seeds that have both; None without any."""
+    by_label: dict[tuple[str, ...], dict[int, float]] = {}
+    for run in found["runs"]:
+        by_label.setdefault(tuple(run["label"]), {})[run["seed"]] = run["metrics"][metric]
+    one, other = by_label.get(first, {}), by_label.get(second, {})
+    paired = [100 * (one[seed] - other[seed]) for seed in sorted(one.keys() & other.keys())]
+    mean, half = interval(paired)
+    return None if mean is None else (mean, half, len(paired))
+
+
+def verdict(ours: Sequence[tuple[float, float | None, int]], paper: float) -> str:
+    """Whether ours point where the paper's does; ``open`` where an interval holds both signs."""
+    if not ours:
+        return "not run"
+    words = set()
+    for mean, half, _ in ours:
+        sure = half is not None and abs(mean) > half
+        same = (mean > 0) == (paper > 0) or (abs(mean) < DRAW and abs(paper) < DRAW)
+        words.add(("agrees" if same else "differs") if sure else "open")
+    return ", ".join(sorted(words))
+
+
+def claims(results: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """A row a comparison: the paper's difference, ours by task, the verdict."""
+    rows = []
+    for text, first, second, paper in CLAIMS:
+        ours, cells = [], []
+        for task, found in results.items():
+            pair = compared(found, TASKS[task], first, second)
+            cells.append(
+                ""
+                if pair is None
+                else f"{pair[0]:+.2f}" + ("" if pair[1] is None else f" ± {pair[1]:.2f}")
+            )
+            ours += [] if pair is None else [pair]
+        if ours:
+            rows.append(
+                [
+                    text,
+                    "" if paper is None else f"{paper:+.2f}",
+                    *cells,
+                    "" if paper is None else verdict(ours, paper),
+                ]
+            )
+    return rows  # fmt: skip
+
+
+def limits(found: dict[str, Any], metric: str, allowed: float = 1.0) -> list[str]:
+    """A line a layer: its difference at each number of blocks that was run with ``residual``, and what stays in bounds."""
+    counts: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for entry in found["summary"]:
+        attention, criterion, count, stages, init = entry["label"]
+        if (entry["metric"], criterion, stages, init) == (
+            metric,
+            "residual",
+            "two-stage",
+            "calibrated",
+        ):
+            counts.setdefault(attention, []).append((int(count), entry))
+    lines = []
+    for attention, entries in counts.items():
+        entries.sort(key=lambda pair: pair[0])
+        told = ", ".join(
+            f"{count}: {points(e['difference'], e['difference_interval'], sign=True)}"
+            for count, e in entries
+        )
+        within = [
+            count
+            for count, e in entries
+            if e["difference"] is not None and 100 * e["difference"] >= -allowed
+        ]
+        best = f"{max(within)} of {DEPTH}" if within else "none of these"
+        lines.append(f"`{attention}`: {told}. Mean loss within {allowed:.1f} point: {best}.")
+    return lines  # fmt: skip
