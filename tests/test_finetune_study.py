@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +64,12 @@ GRID = Grid(
 OPTIONS = {"device": "cpu", "progress": False}
 
 
-def run(folder: Path, grid: Grid = GRID, images: int = 12) -> StudyResult:
+def run(folder: Path, grid: Grid = GRID, images: int = 12, **options: Any) -> StudyResult:
     data = LabelledViews(*coloured(images), 3, Augment())
     test = LabelledViews(*coloured(9), 3)
     return run_study(
         grid, lambda seed: classifier(FAMILY.build(), 3, seed=seed), data, test, folder,
-        trainer_options=OPTIONS,
+        trainer_options=OPTIONS, **options,
     )  # fmt: skip
 
 
@@ -109,6 +113,44 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
         run(tmp_path / "parts", images=9)
     with pytest.raises(TrainingError, match="no comparison none; there are all, stages"):
         GRID.cells(["none"])
+
+
+SHORT = Grid(
+    comparisons={"one": {"blocks": (2,), "kernel_inits": ("gaussian",)}},
+    seeds=(0,), score_images=8, recipe=RECIPE.but(steps=12),
+)  # fmt: skip
+RUN = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import torch
+import test_finetune_study as studies
+torch.set_num_threads(1)
+studies.run(Path(sys.argv[1]), studies.SHORT, note=lambda text: print(text, flush=True))
+"""
+
+
+@pytest.mark.slow
+def test_a_study_survives_kill_9(tmp_path: Path) -> None:
+    """Killed while it trains the first run, then while it trains a later one."""
+    command = [sys.executable, "-c", RUN, str(tmp_path / "parts")]
+    for runs in (1, 2):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert all(process.stdout.readline() for _ in range(runs))
+        time.sleep(0.15)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        parts, whole = run(tmp_path / "parts", SHORT), run(tmp_path / "whole", SHORT)
+    finally:
+        torch.set_num_threads(threads)
+    assert measured(parts) == measured(whole)
+    assert len(parts.rows) == 3
+    left = [p.name for p in (tmp_path / "parts").rglob("*") if p.name.endswith(".tmp")]
+    assert not left
 
 
 def test_comparisons_share_runs_and_baselines() -> None:

@@ -122,7 +122,7 @@ class _Study:
             "metrics": evaluate(task, self.test), "cpu_seconds": round(time.process_time() - began, 1),
         }  # fmt: skip
         for state in folder.rglob(STATE_FILE):
-            state.unlink()
+            state.unlink(missing_ok=True)
         return row
 
     def _unconverted(self, cell: Cell, task: Task, recipe: Recipe, folder: Path) -> list[str]:

@@ -67,6 +67,7 @@ def by_count(points: Sequence[Point], metric: str) -> str:
                 ms=5, capsize=2, elinewidth=0.8,
             )  # fmt: skip
         axis.axhline(-1, color=_INK, lw=1, ls=(0, (4, 3)))
+        axis.set_xticks(sorted({count for found in lines.values() for count, _ in found}))
         axis.set_xlabel("replaced blocks")
         axis.set_ylabel(f"{metric}, difference in points")
         axis.grid(visible=True, axis="y")
