@@ -28,7 +28,7 @@ from dwattn.cli.training import TASKS, Folders, build_task, check_usage
 if TYPE_CHECKING:
     from torch import nn
 
-    from dwattn.finetune import Grid, Task
+    from dwattn.finetune import Estimate, Grid, Task
 
 
 @command
@@ -54,6 +54,9 @@ def study(
         Path | None, typer.Option(metavar="DIR", help="segment: masks of --test-images.")
     ] = None,
     classes: Annotated[int | None, typer.Option(min=2, help="segment: number of classes.")] = None,
+    pool: Annotated[
+        str, typer.Option(help="classify: mean of the patch tokens, or cls (Table A.2).")
+    ] = "mean",
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder of the runs; the same one goes on.")
     ] = Path("study"),
@@ -81,7 +84,7 @@ def study(
     as_json: JsonOption = False,
 ) -> None:
     """Compare variants, selections and recipes on a task, over several seeds, as a grid says."""
-    from dwattn.finetune import Augment, Recipe, run_study, steps_for
+    from dwattn.finetune import Augment, Recipe, estimate, run_study, steps_for
     from dwattn.models import load_model
 
     if task not in TASKS[1:]:
@@ -94,26 +97,25 @@ def study(
     test = folder.read(test_images, test_masks, None)
     steps = steps_for(epochs, len(data), batch_size)
     wanted = _grid(grid, first, Recipe.of(steps=steps, batch_size=batch_size, lr=lr), seeds)
-    if dry_run:
-        cells = wanted.cells(only)
-        left = [c.name for c in cells if not (out / "cells" / f"{c.name}.json").exists()]
-        emit({"left": left, "runs": len(cells)}, True) if as_json else print(*left, sep="\n")
-        note(f"{len(left)} of {len(cells)} runs are left.")
-        return
 
     def make(seed: int) -> Task:
-        return build_task(task, load_model(model, weights), folder, "mean", False, seed)
+        return build_task(task, load_model(model, weights), folder, pool, False, seed)
 
+    if dry_run:
+        _plan(wanted, only, out, estimate(make(0), data, wanted.recipe), as_json)
+        return
     options = {"device": device, "workers": workers, "progress": progress}
     result = run_study(wanted, make, data, test, out, only=only, trainer_options=options, note=note)
     emit(result if as_json else result.table(), as_json)
     written = [out / "results.json", out / "results.csv"]
     if report:
+        import torch
+
         from dwattn.finetune.study_latency import study_latency
         from dwattn.report.study import StudyReport, write_study
 
         image = test[0, 0]["pixels"][None]
-        where = "cpu" if device is None else device
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         entries = study_latency(wanted, first.to(where), image.to(where), out)
         page = StudyReport.of(
             out, result, command=shlex.join(["dwattn", *sys.argv[1:]]), latency=entries, machine=where,
@@ -121,6 +123,23 @@ def study(
         )  # fmt: skip
         written.append(write_study(page, out / "report.html"))
     note(f"Wrote {', '.join(str(path) for path in written)}.")
+
+
+def _plan(grid: Grid, only: list[str] | None, out: Path, one: Estimate, as_json: bool) -> None:
+    """Say which runs are left and how long their training takes here."""
+    cells = grid.cells(only)
+    left = [cell for cell in cells if not (out / "cells" / f"{cell.name}.json").exists()]
+    firsts = {cell.seed for cell in left if not (out / f"first-seed{cell.seed}").exists()}
+    # A first stage is shared; a second one sees half as many images.
+    seconds = one.seconds * (len(firsts) + len(left) / 2)
+    names = [cell.name for cell in left]
+    if as_json:
+        emit({"left": names, "runs": len(cells), "seconds": seconds, "memory": one.memory}, True)
+    else:
+        print(*names, sep="\n")
+    note(
+        f"{len(left)} of {len(cells)} runs are left: about {seconds / 3600:.1f} h of training, {one.memory / 2**20:.0f} MiB."
+    )
 
 
 def _grid(name: str, model: nn.Module, recipe: object, seeds: int) -> Grid:
