@@ -73,7 +73,7 @@ bench-full: bench
 	$(BIN)/python benchmarks/bench_fidelity.py --json $(RESULTS)/fidelity.json
 	$(BIN)/python benchmarks/render.py
 
-# Distillation against the acceptance numbers: an hour on two quiet cores; it goes on where it was stopped.
+# Distillation against the acceptance numbers: 40 minutes on two quiet cores; finished cases are kept.
 bench-distill: $(VENV)/.installed $(VENV)/.demo-data
 	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/python benchmarks/bench_distill.py --work $(VENV)/distill-runs \
 	  --json benchmarks/results/distill.json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import dwattn
+from dwattn.demo.conversions import HeldOut
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench_distill  # noqa: E402
 import bench_growth  # noqa: E402
 import bench_table1  # noqa: E402
 import compare  # noqa: E402
@@ -237,3 +241,31 @@ def test_results_are_drawn(benchmark: str, tmp_path: Path, monkeypatch: pytest.M
     drawn = out.read_text("utf-8")
     assert drawn.lstrip().startswith("<?xml")
     assert "<!-- mhsa -->" in drawn
+
+
+def test_a_finished_distillation_is_not_repeated(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    class Counted(bench_distill.Bench):
+        def __init__(self, rounds: int) -> None:
+            self.options = argparse.Namespace(rounds=rounds, progress=False)
+            self.work = tmp_path
+            pixels = torch.rand(2, 3, 4, 4)
+            self.held_out = HeldOut(pixels, [None] * 2, torch.rand(2, 5, 8), torch.rand(2, 1, 4, 4))
+
+        def fitted(self, case: bench_distill.Case) -> Any:
+            done.append(case.name)
+            model = argparse.Namespace(
+                tokens=lambda pixels: torch.rand(len(pixels), 5, 8),
+                decode=lambda tokens: torch.rand(len(tokens), 1, 4, 4),
+            )
+            return model, {"method": "closed form", "images": 8, "minutes": 16.0}
+
+    case = bench_distill.CASES[0]
+    first = Counted(2).row(case)
+    assert not first["in_budget"]
+    assert json.loads(json.dumps(first)) == Counted(2).row(case)
+    assert "dw-6" in bench_distill.line(first)
+    assert done == ["dw-6"]
+    Counted(3).row(case)  # other options: another result
+    assert done == ["dw-6", "dw-6"]

@@ -354,6 +354,20 @@ def test_views_are_not_counted_as_photos() -> None:
     assert report.calibration.to_dict()["photos"] == 10
 
 
+def test_rounds_of_views_keep_a_photo_on_one_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides: list[bool] = []
+    views_of = Views.of
+
+    def noting(self: Views, batch: Batch, held_out: Tensor) -> Any:
+        sides.extend(held_out.tolist())
+        return views_of(self, batch, held_out)
+
+    monkeypatch.setattr(Views, "of", noting)
+    report = replace(tiny_vit(), [1], calibrate=images(30), photos=10, views=1, batch_size=7)
+    assert sides == [photo % 4 == 3 for photo in range(10)] * 3
+    assert report.calibration.photos == 10
+
+
 def test_views_do_not_depend_on_batches() -> None:
     x, held_out = images(6), torch.tensor([False, False, False, True, False, False])
     whole = [view.pixels for view in Views(4, seed=1).of(Batch(x, 6, x), held_out)]
@@ -405,6 +419,8 @@ def test_loader_forms_agree() -> None:
         ({"refit": "everything"}, CalibrationError, "everything"),
         ({"held_out": 1.5}, CalibrationError, "1.5"),
         ({"epochs": 3}, CalibrationError, "epochs"),
+        ({"photos": 0, "views": 1}, CalibrationError, "photos=0"),
+        ({"photos": 8, "views": 3}, CalibrationError, "views=3 must be 1"),
         ({"variant": "spvit"}, CalibrationError, "spvit"),
         ({"calibrate": torch.randn(4, 3, 24, 16)}, DwattnError, "grid"),
         ({"variant": "lowrank_dw", "rank": {"fidelity": 2.0}}, DwattnError, "2.0"),

@@ -270,6 +270,13 @@ def test_views_depend_on_their_number_alone() -> None:
         Augment(crop=(0.5, 1.2))
 
 
+def test_rounds_bring_every_image_once_each() -> None:
+    views = Views(FAMILY.images(3), Augment(), seed=4)
+    expected = [views[image, view]["pixels"] for view in range(2) for image in range(3)]
+    for found, wanted in zip(views.rounds(2), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_larger_images_make_views_of_the_models_size() -> None:
     images = torch.rand(2, 3, 48, 40)
     views = Views(images, Augment(size=(24, 20)))

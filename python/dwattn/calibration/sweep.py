@@ -41,6 +41,8 @@ class CalibrationOptions:
     Args:
         batch_size: images that are moved through a block together.
         num_images: use at most this many images; None for all.
+        photos: how many photos there are, where ``data`` brings rounds of views of them (``views`` is then 1): image
+            ``i`` shows photo ``i % photos``, and all views of a photo stand on one side of the split.
         views: how often each photo is used: itself, as a mirrored random crop, then in mosaics of four photos.
         refit: which linear layers are corrected: ``all`` that write to the residual stream behind the first
             replacement, those of ``replaced`` blocks, only the ``attention`` output of replaced layers, or ``none``.
@@ -53,6 +55,7 @@ class CalibrationOptions:
 
     batch_size: int = 16
     num_images: int | None = None
+    photos: int | None = None
     views: int = 3
     refit: str = "all"
     held_out: float = 0.25
@@ -72,6 +75,11 @@ class CalibrationOptions:
             )
         if self.views < 1:
             raise CalibrationError(f"views={self.views} must be at least 1: the photo itself.")
+        if self.photos is not None and (self.photos < 1 or self.views > 1):
+            raise CalibrationError(
+                f"photos={self.photos} says that the images are views of so many photos already: it must be at least 1, "
+                f"and views={self.views} must be 1."
+            )
         if not 0 < self.held_out < 1:
             raise CalibrationError(f"held_out={self.held_out} must be a share between 0 and 1.")
         if self.fidelity is not None and not 0 < self.fidelity <= 1:
@@ -148,6 +156,8 @@ class _Sweep:
         for batch in batches:
             pixels = batch.pixels
             index = torch.arange(self.result.photos, self.result.photos + batch.size)
+            if self.options.photos is not None:
+                index %= self.options.photos
             held_out = index % every == every - 1
             for view in views.of(batch, held_out):
                 tokens, call = embed(model, self.layout, view.call)
@@ -156,6 +166,8 @@ class _Sweep:
                 parts[1].append(tokens[~held_out])
             self.result.photos += batch.size
         assert call is not None  # iterate() refuses empty data
+        if self.options.photos is not None:
+            self.result.photos = min(self.result.photos, self.options.photos)
         self.geometry = self._geometry(
             None if pixels is None else (pixels.shape[-2], pixels.shape[-1])
         )

