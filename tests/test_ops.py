@@ -456,7 +456,7 @@ def test_fake_tensors_refuse_wrong_shapes() -> None:
         ({"v": np.zeros((1, 15, 4), np.int32)}, ["int32", "bfloat16"]),
         ({"v": np.zeros((15, 4), np.float32)}, ["(15, 4)"]),
         ({"kernel": np.zeros((4, 9), np.float32)}, ["(4, 3, 3)", "(4, 9)"]),
-        ({"mu": np.zeros(3, np.float32)}, ["mu", "(4)", "(3,)"]),
+        ({"mu": np.zeros(3, np.float32)}, ["mu", "(4,)", "(3,)"]),
         ({"isa": "sse9"}, ["sse9", "avx2"]),
     ],
     ids=lambda value: next(iter(value)),

@@ -1,8 +1,9 @@
-// The module dwattn._native: what was built, what this CPU can do, and the kernels over numpy
-// arrays.
+// The module dwattn._native: what was built, what this CPU can do, and the kernels over arrays
+// of others.
 #include <pybind11/pybind11.h>
 
 #include "kernels/cpu/features.h"
+#include "python/cuda_ops.h"
 #include "python/numpy_ops.h"
 
 namespace py = pybind11;
@@ -53,11 +54,13 @@ py::dict cpu_info() {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "Build information and the CPU kernels of dwattn over numpy arrays.";
+  module.doc() =
+      "Build information, and the kernels of dwattn over numpy arrays and arrays in GPU memory.";
   module.def("build_info", &build_info,
              "What was compiled: version, compiler, flags, instruction sets, CUDA architectures.");
   module.def("cpu_info", &cpu_info,
              "What this CPU can do, which instruction set the kernels use, and the dtype in which "
              "products of 16-bit tensors are computed.");
   dwattn::python::bind_numpy_ops(module);
+  dwattn::python::bind_cuda_ops(module);
 }

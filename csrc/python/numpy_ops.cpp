@@ -2,8 +2,8 @@
 
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -12,6 +12,7 @@
 #include "kernels/cpu/dw_aggregate.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/half.h"
+#include "python/checks.h"
 
 namespace py = pybind11;
 
@@ -19,13 +20,6 @@ namespace dwattn::python {
 namespace {
 
 using OptionalArray = std::optional<py::array>;
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw py::value_error(text.str());
-}
 
 // Contiguous chunks of the range on `threads` threads, the caller's among them.
 cpu::ParallelFor thread_for(int& threads) {
@@ -60,26 +54,13 @@ DType dtype_of(const char* name, const py::array& array) {
        py::str(dtype).cast<std::string>(), ".");
 }
 
-std::string shape_text(const py::array& array) {
-  return py::str(array.attr("shape")).cast<std::string>();
-}
-
-void check_shape(const char* name, const py::array& array, const std::vector<int64_t>& shape) {
-  bool same = array.ndim() == static_cast<py::ssize_t>(shape.size());
-  std::ostringstream expected;
-  for (size_t d = 0; d < shape.size(); ++d) {
-    expected << (d ? ", " : "") << shape[d];
-    same = same && array.shape(static_cast<py::ssize_t>(d)) == shape[d];
-  }
-  if (!same) fail(name, " must have shape (", expected.str(), "), got ", shape_text(array), ".");
-}
+Shape shape_of(const py::array& array) { return {array.shape(), array.shape() + array.ndim()}; }
 
 // A dense array in the accumulation dtype, or null.
 struct Coefficient {
-  Coefficient(const char* name, const OptionalArray& given, bool wide,
-              const std::vector<int64_t>& shape) {
+  Coefficient(const char* name, const OptionalArray& given, bool wide, const Shape& shape) {
     if (!given.has_value()) return;
-    check_shape(name, *given, shape);
+    check_shape(name, shape_of(*given), shape);
     constexpr int flags = py::array::c_style | py::array::forcecast;
     values = wide ? py::array(py::array_t<double, flags>::ensure(*given))
                   : py::array(py::array_t<float, flags>::ensure(*given));
@@ -88,26 +69,6 @@ struct Coefficient {
 
   OptionalArray values;
 };
-
-struct Sizes {
-  int64_t height, width, num_prefix;
-};
-
-void check_tokens(const char* name, const py::array& t, const Sizes& s) {
-  if (t.ndim() != 3) {
-    fail(name, " must have the three dimensions (batch, tokens, channels), got ", shape_text(t),
-         ".");
-  }
-  if (s.height < 1 || s.width < 1 || s.num_prefix < 0) {
-    fail("A patch grid needs height >= 1, width >= 1 and num_prefix >= 0, got height=", s.height,
-         ", width=", s.width, ", num_prefix=", s.num_prefix, ".");
-  }
-  if (t.shape(1) != s.num_prefix + s.height * s.width) {
-    fail("The sequence has N=", t.shape(1), " tokens, but num_prefix=", s.num_prefix,
-         " and a grid of height=", s.height, " x width=", s.width, " make ",
-         s.num_prefix + s.height * s.width, ".");
-  }
-}
 
 py::array dense(const py::array& array) {
   return (array.flags() & py::array::c_style) ? array
@@ -149,7 +110,7 @@ py::array dw_aggregate(const py::array& v_given, const py::array& kernel, int64_
                        const OptionalArray& mu, const OptionalArray& beta, int num_threads,
                        const std::string& isa) {
   const Sizes sizes{height, width, num_prefix};
-  check_tokens("v", v_given, sizes);
+  check_tokens("v", shape_of(v_given), sizes);
   const DType dtype = dtype_of("v", v_given);
   const py::array v = dense(v_given);
   const int64_t batch = v.shape(0), channels = v.shape(2);
@@ -173,6 +134,10 @@ py::array dw_aggregate(const py::array& v_given, const py::array& kernel, int64_
   return y;
 }
 
+void check_dtype(const char* name, const py::array& array, DType dtype) {
+  if (dtype_of(name, array) != dtype) fail(name, " and x must have the same dtype.");
+}
+
 template <class Half>
 std::vector<float> widen(const void* values, int64_t count) {
   const Half* half = static_cast<const Half*>(values);
@@ -189,61 +154,158 @@ const void* wide_data(const py::array& array, DType dtype, std::vector<float>& b
 }
 
 // Biases come in the dtype of x, which for bfloat16 is not a number type of numpy.
-OptionalArray wide_bias(const OptionalArray& bv, DType dtype) {
-  if (!bv.has_value() || dtype != DType::kBFloat16) return bv;
-  if (dtype_of("bv", *bv) != DType::kBFloat16) return bv;
-  const py::array bits = dense(*bv);
+OptionalArray wide_bias(const char* name, const OptionalArray& bias, DType dtype) {
+  if (!bias.has_value() || dtype != DType::kBFloat16) return bias;
+  if (dtype_of(name, *bias) != DType::kBFloat16) return bias;
+  const py::array bits = dense(*bias);
   const std::vector<float> values = widen<cpu::BFloat16>(bits.data(), bits.size());
   return py::array_t<float>(bits.size(), values.data());
 }
 
-py::array dw_attention(const py::array& x_given, const py::array& wv_given, const OptionalArray& bv,
+// The checked arguments of value projection and aggregation.
+struct Values {
+  Values(const py::array& x_given, const py::array& wv_given, const OptionalArray& bv,
+         const py::array& kernel, const Sizes& sizes_, const OptionalArray& kappa,
+         const OptionalArray& mu, const OptionalArray& beta)
+      : sizes((check_tokens("x", shape_of(x_given), sizes_), sizes_)),
+        dtype(dtype_of("x", x_given)),
+        acc(dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32),
+        x(dense(x_given)),
+        wv(weight("wv", wv_given, "C", x.shape(2), dtype)),
+        batch(x.shape(0)),
+        tokens(x.shape(1)),
+        dim(x.shape(2)),
+        channels(wv.shape(0)),
+        coefficients(kernel, kappa, mu, beta, wide(), channels, sizes.num_prefix),
+        bias("bv", wide_bias("bv", bv, dtype), wide(), {channels}) {}
+
+  static py::array weight(const char* name, const py::array& given, const char* rows,
+                          int64_t columns, DType dtype) {
+    check_weight(name, shape_of(given), rows, columns);
+    check_dtype(name, given, dtype);
+    return dense(given);
+  }
+
+  bool wide() const { return acc == DType::kFloat64; }
+
+  // y (B, H*W, C) in the dtype of x or in the accumulation dtype; without Python's lock.
+  Status run(void* y, DType y_dtype, const cpu::ParallelFor& parallel, cpu::Isa isa) const {
+    DwAggregateParams p = params_of(coefficients, sizes, batch, channels);
+    p.v_bias = bias.data();
+    p.v_dtype = acc;
+    p.v_stride_token = p.y_stride_token = channels;
+    p.v_stride_batch = tokens * channels;
+    p.y = y;
+    p.y_dtype = y_dtype;
+    p.y_stride_batch = sizes.patches() * channels;
+    std::vector<float> x_buffer, wv_buffer;
+    std::vector<char> v(static_cast<size_t>(batch * tokens * channels * dtype_size(acc)));
+    std::vector<char> workspace(static_cast<size_t>(cpu::dw_aggregate_workspace(p)));
+    p.v = v.data();
+    const cpu::GemmParams gemm{acc,      wide_data(x, dtype, x_buffer),
+                               dim,      wide_data(wv, dtype, wv_buffer),
+                               dim,      v.data(),
+                               channels, batch * tokens,
+                               channels, dim};
+    const Status status = cpu::gemm_nt(gemm, parallel, isa);
+    return status == Status::kOk ? cpu::dw_aggregate(p, workspace.data(), parallel, isa) : status;
+  }
+
+  const Sizes sizes;
+  const DType dtype, acc;
+  const py::array x, wv;
+  const int64_t batch, tokens, dim, channels;
+  const Coefficients coefficients;
+  const Coefficient bias;
+};
+
+py::array dw_attention(const py::array& x, const py::array& wv, const OptionalArray& bv,
                        const py::array& kernel, int64_t height, int64_t width, int64_t num_prefix,
                        const OptionalArray& kappa, const OptionalArray& mu,
                        const OptionalArray& beta, int num_threads, const std::string& isa) {
-  const Sizes sizes{height, width, num_prefix};
-  check_tokens("x", x_given, sizes);
-  const DType dtype = dtype_of("x", x_given);
-  const py::array x = dense(x_given), wv = dense(wv_given);
-  const int64_t batch = x.shape(0), tokens = x.shape(1), dim = x.shape(2);
-  if (wv.ndim() != 2 || wv.shape(1) != dim) {
-    fail("wv must have shape (C, ", dim, "), got ", shape_text(wv), ".");
-  }
-  if (dtype_of("wv", wv) != dtype) fail("wv and x must have the same dtype.");
-  const int64_t channels = wv.shape(0);
-  const bool wide = dtype == DType::kFloat64;
-  const Coefficients k(kernel, kappa, mu, beta, wide, channels, num_prefix);
-  const Coefficient bias("bv", wide_bias(bv, dtype), wide, {channels});
-  py::array y(x.dtype(), std::vector<py::ssize_t>{batch, height * width, channels});
-
-  DwAggregateParams p = params_of(k, sizes, batch, channels);
-  p.v_bias = bias.data();
-  p.v_dtype = wide ? DType::kFloat64 : DType::kFloat32;
-  p.v_stride_token = p.y_stride_token = channels;
-  p.v_stride_batch = tokens * channels;
-  p.y = y.mutable_data();
-  p.y_dtype = dtype;
-  p.y_stride_batch = height * width * channels;
+  const Values values(x, wv, bv, kernel, {height, width, num_prefix}, kappa, mu, beta);
+  py::array y(values.x.dtype(), Shape{values.batch, values.sizes.patches(), values.channels});
+  void* const memory = y.mutable_data();
   const cpu::Isa chosen = isa_of(isa);
   Status status;
   {
     py::gil_scoped_release unlocked;
-    std::vector<float> x_buffer, wv_buffer;
-    std::vector<char> values(
-        static_cast<size_t>(batch * tokens * channels * dtype_size(p.v_dtype)));
-    std::vector<char> workspace(static_cast<size_t>(cpu::dw_aggregate_workspace(p)));
-    const cpu::GemmParams gemm{p.v_dtype, wide_data(x, dtype, x_buffer),
-                               dim,       wide_data(wv, dtype, wv_buffer),
-                               dim,       values.data(),
-                               channels,  batch * tokens,
-                               channels,  dim};
-    const cpu::ParallelFor parallel = thread_for(num_threads);
-    status = cpu::gemm_nt(gemm, parallel, chosen);
-    p.v = values.data();
-    if (status == Status::kOk) status = cpu::dw_aggregate(p, workspace.data(), parallel, chosen);
+    status = values.run(memory, values.dtype, thread_for(num_threads), chosen);
   }
   check(status);
   return y;
+}
+
+// out = rows + bias, rounded to the dtype of `out`.
+template <class Acc, class T>
+void place(const Acc* rows, const Acc* bias, int64_t count, int64_t dim, T* out) {
+  for (int64_t i = 0; i < count * dim; ++i) {
+    cpu::from_float(rows[i] + (bias != nullptr ? bias[i % dim] : Acc(0)), out + i);
+  }
+}
+
+void place(DType dtype, const void* rows, const void* bias, int64_t count, int64_t dim, void* out) {
+  const auto* narrow = static_cast<const float*>(rows);
+  const auto* narrow_bias = static_cast<const float*>(bias);
+  switch (dtype) {
+    case DType::kFloat64:
+      return place(static_cast<const double*>(rows), static_cast<const double*>(bias), count, dim,
+                   static_cast<double*>(out));
+    case DType::kFloat32:
+      return place(narrow, narrow_bias, count, dim, static_cast<float*>(out));
+    case DType::kFloat16:
+      return place(narrow, narrow_bias, count, dim, static_cast<cpu::Float16*>(out));
+    case DType::kBFloat16:
+      return place(narrow, narrow_bias, count, dim, static_cast<cpu::BFloat16*>(out));
+  }
+}
+
+py::array dw_layer(const py::array& x, const py::array& wv, const OptionalArray& bv,
+                   const py::array& kernel, const py::array& wo_given, const OptionalArray& bo,
+                   int64_t height, int64_t width, int64_t num_prefix, const OptionalArray& kappa,
+                   const OptionalArray& mu, const OptionalArray& beta,
+                   const OptionalArray& prefix_out, int num_threads, const std::string& isa) {
+  const Values values(x, wv, bv, kernel, {height, width, num_prefix}, kappa, mu, beta);
+  const int64_t batch = values.batch, channels = values.channels;
+  const py::array wo = Values::weight("wo", wo_given, "D_out", channels, values.dtype);
+  const int64_t dim = wo.shape(0), patches = values.sizes.patches();
+  const Coefficient bias("bo", wide_bias("bo", bo, values.dtype), values.wide(), {dim});
+  const int64_t prefix = prefix_out.has_value() ? num_prefix : 0;
+  OptionalArray finished;
+  if (prefix > 0) {
+    check_shape("prefix_out", shape_of(*prefix_out), {batch, prefix, dim});
+    check_dtype("prefix_out", *prefix_out, values.dtype);
+    finished = dense(*prefix_out);
+  }
+  py::array out(values.x.dtype(), Shape{batch, prefix + patches, dim});
+  char* const memory = static_cast<char*>(out.mutable_data());
+  const cpu::Isa chosen = isa_of(isa);
+  Status status;
+  {
+    py::gil_scoped_release unlocked;
+    const cpu::ParallelFor parallel = thread_for(num_threads);
+    const int64_t size = dtype_size(values.acc), row = dim * dtype_size(values.dtype);
+    std::vector<char> y(static_cast<size_t>(batch * patches * channels * size));
+    std::vector<char> rows(static_cast<size_t>(batch * patches * dim * size));
+    std::vector<float> wo_buffer;
+    const cpu::GemmParams gemm{
+        values.acc, y.data(),    channels, wide_data(wo, values.dtype, wo_buffer),
+        channels,   rows.data(), dim,      batch * patches,
+        dim,        channels};
+    status = values.run(y.data(), values.acc, parallel, chosen);
+    if (status == Status::kOk) status = cpu::gemm_nt(gemm, parallel, chosen);
+    for (int64_t b = 0; b < batch; ++b) {
+      char* const image = memory + b * (prefix + patches) * row;
+      if (prefix > 0) {
+        std::memcpy(image, static_cast<const char*>(finished->data()) + b * prefix * row,
+                    static_cast<size_t>(prefix * row));
+      }
+      place(values.dtype, rows.data() + b * patches * dim * size, bias.data(), patches, dim,
+            image + prefix * row);
+    }
+  }
+  check(status);
+  return out;
 }
 
 }  // namespace
@@ -263,6 +325,14 @@ void bind_numpy_ops(py::module_& module) {
              arg("num_threads") = 1, arg("isa") = "auto",
              "Value projection x wv^T + bv, then dw_aggregate: x (B, N, D) -> (B, H*W, C).\n\n"
              "wv (C, D) and bv (C,) in the dtype of x; the rest as in dw_aggregate.");
+  module.def(
+      "dw_layer", &dw_layer, arg("x"), arg("wv"), arg("bv"), arg("kernel"), arg("wo"), arg("bo"),
+      arg("height"), arg("width"), arg("num_prefix") = 0, arg("kappa") = py::none(),
+      arg("mu") = py::none(), arg("beta") = py::none(), arg("prefix_out") = py::none(),
+      py::kw_only(), arg("num_threads") = 1, arg("isa") = "auto",
+      "A whole dw, lowrank_dw or ens_dw layer: dw_attention, then wo (D_out, C) and bo (D_out,):\n"
+      "x (B, N, D) -> (B, H*W, D_out), behind prefix_out (B, P, D_out) where it is given.\n\n"
+      "Weights, biases and prefix_out have the dtype of x; only the result is rounded to it.");
 }
 
 }  // namespace dwattn::python

@@ -1,0 +1,288 @@
+"""The kernels without torch: whole layers over numpy arrays, and ``__cuda_array_interface__``.
+
+The GPU interface reads descriptions before anything else, so that what it refuses is tested with descriptions of
+memory that does not exist, with or without CUDA kernels in the build.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dwattn import functional, library
+from support.operators import OperatorCase, assert_as_exact, make_case
+
+if library.native is None:
+    pytest.skip(library.native_error(), allow_module_level=True)
+
+native: Any = library.native
+ISAS = native.cpu_info()["usable_isas"]
+HAS_KERNELS = bool(native.build_info()["cuda_architectures"])
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+# numpy
+
+
+def to_numpy(t: Tensor) -> np.ndarray:
+    return t.view(torch.uint16).numpy() if t.dtype == torch.bfloat16 else t.numpy()
+
+
+def output_of(case: OperatorCase, dim: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(dim)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(case.x.dtype)
+
+    channels, batch = case.wv.shape[0], case.x.shape[0]
+    return {
+        "wo": draw(dim, channels) / channels**0.5,
+        "bo": draw(dim),
+        "prefix_out": draw(batch, case.geometry.num_prefix, dim),
+    }
+
+
+def torch_layer(case: OperatorCase, output: dict[str, Any], backend: str) -> Tensor:
+    return functional.dw_layer(
+        case.x, case.wv, case.bv, case.kernel, output["wo"], output["bo"], case.geometry,
+        *case.coefficients, prefix_out=output["prefix_out"], backend=backend,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_layer_over_numpy_agrees_with_the_reference(dtype: torch.dtype, isa: str) -> None:
+    varying = itertools.cycle(itertools.product((0, 1, 5), (1, 3), (True, False)))
+    grids, widths = ((1, 1), (1, 7), (5, 1), (13, 11)), ((64, 64), (5, 96), (96, 384), (80, 7))
+    for (height, width), (channels, dim) in itertools.product(grids, widths):
+        prefix, batch, full = next(varying)
+        case = make_case(
+            height, width, channels,
+            num_prefix=prefix, batch=batch, dtype=dtype, context=full, bias=full,
+        )  # fmt: skip
+        output: dict[str, Any] = output_of(case, dim)
+        if not full:
+            output |= {"bo": None, "prefix_out": None}
+        arrays = [
+            None if t is None else to_numpy(t) for t in (case.x, case.wv, case.bv, output["wo"])
+        ]
+        wide = {name: None if t is None else t.double() for name, t in output.items()}
+        coefficients = (None if t is None else t.double().numpy() for t in case.coefficients)
+        result = native.dw_layer(
+            *arrays[:3], case.kernel.double().numpy(), arrays[3],
+            None if output["bo"] is None else to_numpy(output["bo"]), *case.sizes, *coefficients,
+            None if output["prefix_out"] is None else to_numpy(output["prefix_out"]),
+            isa=isa, num_threads=2,
+        )  # fmt: skip
+        y = torch.from_numpy(result).view(dtype)
+        exact = torch_layer(case.to(torch.float64), wide, "reference")
+        if dtype == torch.float64:  # the judge rounds too, in another order
+            torch.testing.assert_close(y, exact, rtol=0, atol=1e-14 * exact.abs().max().item())
+        else:
+            assert_as_exact(y, torch_layer(case, output, "torch"), exact)
+
+
+def test_strided_and_read_only_numpy_arrays() -> None:
+    case = make_case(4, 6, 32, num_prefix=2)
+    output = output_of(case, 24)
+    x, wo, prefix = (t.numpy() for t in (case.x, output["wo"], output["prefix_out"]))
+    plain = [case.wv.numpy(), case.bv.numpy(), case.kernel.numpy()]
+    rest = (output["bo"].numpy(), *case.sizes, None, None, None)
+    expected = native.dw_layer(x, *plain, wo, *rest, prefix)
+    spread = np.repeat(x, 2, axis=1)[:, ::2]
+    turned, first = np.asfortranarray(wo), np.asfortranarray(prefix)
+    for array in (spread, turned, first):
+        array.flags.writeable = False
+        assert not array.flags.c_contiguous
+    result = native.dw_layer(spread, *plain, turned, *rest, first)
+    np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"wo": np.zeros((5, 3), np.float32)}, ["wo", "(D_out, 4)", "(5, 3)"]),
+        ({"wo": np.zeros((5, 4))}, ["wo and x", "dtype"]),
+        ({"bo": np.zeros(4, np.float32)}, ["bo", "(5,)", "(4,)"]),
+        ({"prefix_out": np.zeros((2, 2, 5), np.float32)}, ["prefix_out", "(2, 1, 5)", "(2, 2, 5)"]),
+        ({"prefix_out": np.zeros((2, 1, 5))}, ["prefix_out and x", "dtype"]),
+        ({"width": 4}, ["N=7", "height=2", "width=4", "9"]),
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_mistakes_in_a_layer_over_numpy(arguments: dict[str, Any], words: list[str]) -> None:
+    shapes = {"x": (2, 7, 6), "wv": (4, 6), "bv": (4,), "kernel": (4, 3, 3), "wo": (5, 4)}
+    good: dict[str, Any] = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    good |= {"bo": np.zeros(5, np.float32), "prefix_out": np.zeros((2, 1, 5), np.float32)}
+    good |= {"height": 2, "width": 3, "num_prefix": 1}
+    native.dw_layer(**good)
+    with pytest.raises(ValueError) as caught:
+        native.dw_layer(**{**good, **arguments})
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+# __cuda_array_interface__: what is refused
+
+ADDRESSES = itertools.count(1 << 40, 1 << 20)
+
+
+def described(*shape: int, typestr: str = "<f4", **entries: Any) -> Any:
+    """An object that claims to be an array in GPU memory."""
+    interface = {
+        "shape": shape,
+        "typestr": typestr,
+        "data": (next(ADDRESSES), False),
+        "version": 3,
+        **entries,
+    }
+    return types.SimpleNamespace(__cuda_array_interface__=interface)
+
+
+def good_layer() -> dict[str, Any]:
+    return {
+        "x": described(2, 7, 6), "wv": described(4, 6), "bv": described(4),
+        "kernel": described(4, 3, 3), "wo": described(5, 4), "bo": described(5),
+        "height": 2, "width": 3, "num_prefix": 1,
+        "kappa": described(1, 4), "mu": described(4), "beta": described(4),
+        "prefix_out": described(2, 1, 5), "out": described(2, 7, 5),
+    }  # fmt: skip
+
+
+def expect(op: Any, arguments: dict[str, Any], kind: type[Exception], words: list[str]) -> None:
+    with pytest.raises(kind) as caught:
+        op(**arguments)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+#: Where the description is good: then there are no kernels, or no memory at that address.
+GOOD = ["Looking up the memory"] if HAS_KERNELS else ["no CUDA kernels"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"x": described(2, 7, 6, strides=(400, 24, 4))},
+        {"x": described(2, 7, 6, data=(64, True)), "wv": described(4, 6, data=(4096, True))},
+        {"x": described(2, 7, 6, version=2, stream=None, strides=None, mask=None)},
+        {"x": described(2, 7, 6, stream=2), "out": described(2, 7, 5, stream=1), "stream": 0},
+        {"bv": None, "kappa": None, "mu": None, "beta": None, "bo": None},
+        {"prefix_out": None, "out": described(2, 6, 5)},
+        # Strides of a size of 1 mean nothing.
+        {"prefix_out": described(2, 1, 5, strides=(20, 12, 4))},
+        *(
+            {name: described(*shape, typestr=typestr)
+             for name, shape in {"x": (2, 7, 6), "wv": (4, 6), "wo": (5, 4), "prefix_out": (2, 1, 5),
+                                 "out": (2, 7, 5)}.items()}
+            for typestr in ("<f2", "<V2", "<u2")
+        ),
+    ],
+)  # fmt: skip
+def test_good_descriptions_get_as_far_as_the_gpu(changes: dict[str, Any]) -> None:
+    expect(native.cuda.dw_layer, good_layer() | changes, RuntimeError, GOOD)
+
+
+MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
+    ({"x": described(2, 7, 6, typestr="<f8")}, ["x is float64", "float32"]),
+    ({"x": described(2, 7, 6, typestr="<i4")}, ["x must be float32", '"<i4"']),
+    ({"x": described(2, 7, 6, typestr=">f4")}, ["x must be float32", '">f4"']),
+    ({"x": described(7, 6)}, ["x", "(batch, tokens, channels)", "(7, 6)"]),
+    ({"width": 4}, ["N=7", "num_prefix=1", "width=4"]),
+    ({"height": 0}, ["height >= 1", "height=0"]),
+    ({"wv": described(4, 5)}, ["wv must have shape (C, 6)", "(4, 5)"]),
+    ({"wv": described(4, 6, typestr="<f2")}, ["wv is float16", "x is float32"]),
+    ({"wo": described(5, 3)}, ["wo must have shape (D_out, 4)", "(5, 3)"]),
+    ({"bv": described(3)}, ["bv must have shape (4,)", "(3,)"]),
+    ({"bo": described(5, typestr="<f2")}, ["bo is float16", "float32"]),
+    ({"kernel": described(4, 9)}, ["kernel must have shape (4, 3, 3)", "(4, 9)"]),
+    ({"kappa": described(2, 4)}, ["kappa must have shape (1, 4)", "(2, 4)"]),
+    ({"prefix_out": described(2, 2, 5)}, ["prefix_out must have shape (2, 1, 5)"]),
+    ({"out": described(2, 6, 5)}, ["out must have shape (2, 7, 5)", "(2, 6, 5)"]),
+    ({"out": described(2, 7, 5, data=(64, True))}, ["out is read-only"]),
+    ({"out": described(2, 7, 5, strides=(200, 20, 4))}, ["out must be contiguous", "(50, 5, 1)"]),
+    ({"x": described(2, 7, 6, strides=(168, 24, 8))}, ["last dimension", "(42, 6, 2)"]),
+    ({"x": described(2, 7, 6, strides=(168, 26, 4))}, ["(168, 26, 4)", "multiples", "4-byte"]),
+    ({"x": described(2, 7, 6, strides=(168, -24, 4))}, ["(168, -24, 4)", "not negative"]),
+    ({"x": described(2, 7, 6, strides=(24, 4))}, ["3 dimensions", "(24, 4)"]),
+    ({"wv": described(4, 6, strides=(48, 4))}, ["wv must be contiguous, got", "copy"]),
+    ({"x": described(2, 7, 6, mask=object())}, ["masked"]),
+    ({"x": described(2, 7, 6, version=1)}, ["version 1"]),
+    ({"x": described(2, 7, 6, data=(0, False))}, ["x has shape (2, 7, 6) but no memory"]),
+    ({"x": described(2, 7, 6, data=None)}, ['["data"]', "None"]),
+    ({"x": described(2, 7, 6, stream=0)}, ["stream 0"]),
+    ({"x": described(2, 7, 6, stream="1")}, ['["stream"]', "'1'"]),
+    ({"x": described("2", 7, 6)}, ['["shape"]', "'2'"]),
+    ({"x": described(-2, 7, 6)}, ["negative size"]),
+    ({"x": types.SimpleNamespace(__cuda_array_interface__=())}, ["not a dict"]),
+    ({"x": types.SimpleNamespace(__cuda_array_interface__={"version": 3})}, ['no entry "typestr"']),
+    ({"x": described(2, 7, 6, data=(1000, False)), "out": described(2, 7, 5, data=(1332, False))},
+     ["out and x share memory"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "words"), MISTAKES)
+def test_mistakes_in_descriptions(changes: dict[str, Any], words: list[str]) -> None:
+    expect(native.cuda.dw_layer, good_layer() | changes, ValueError, words)
+
+
+def test_neighbours_in_memory_are_not_taken_for_overlapping() -> None:
+    changes = {
+        "x": described(2, 7, 6, data=(1000, False)),
+        "out": described(2, 7, 5, data=(1336, False)),
+    }
+    expect(native.cuda.dw_layer, good_layer() | changes, RuntimeError, GOOD)
+
+
+@pytest.mark.parametrize("name", ["x", "wv", "kernel", "wo", "out"])
+def test_an_array_of_the_host_is_a_type_error(name: str) -> None:
+    changes = {name: np.zeros(good_layer()[name].__cuda_array_interface__["shape"], np.float32)}
+    words = [name, "__cuda_array_interface__", "ndarray"]
+    expect(native.cuda.dw_layer, good_layer() | changes, TypeError, words)
+
+
+def test_the_smaller_operators_check_too() -> None:
+    good = good_layer()
+    names = ("kernel", "height", "width", "num_prefix", "kappa", "mu", "beta")
+    common = {name: good[name] for name in names}
+    project = {**common, "x": good["x"], "wv": good["wv"], "bv": good["bv"]}
+    attention, aggregate = native.cuda.dw_attention, native.cuda.dw_aggregate
+    expect(attention, project | {"out": described(2, 6, 4)}, RuntimeError, GOOD)
+    expect(attention, project | {"out": described(2, 6, 5)}, ValueError, ["out", "(2, 6, 4)"])
+    values = {**common, "v": described(2, 7, 4)}
+    expect(aggregate, values | {"out": described(2, 6, 4)}, RuntimeError, GOOD)
+    expect(aggregate, values | {"out": described(2, 7, 4)}, ValueError, ["out", "(2, 6, 4)"])
+
+
+# __cuda_array_interface__: on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not (HAS_KERNELS and torch.cuda.is_available()), reason="no GPU or no kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [32, 520], ids=["narrow", "wide"])
+@pytest.mark.parametrize("on_own_stream", [False, True], ids=["default", "stream"])
+def test_layers_on_the_gpu(dtype: torch.dtype, channels: int, on_own_stream: bool) -> None:
+    case = make_case(7, 5, channels, num_prefix=2, batch=3, dim=64, dtype=dtype)
+    output = output_of(case, 64)
+    wide = {name: t.double() for name, t in output.items()}
+    exact = torch_layer(case.to(torch.float64), wide, "reference")
+    x, wv, wo, prefix = (t.cuda() for t in (case.x, case.wv, output["wo"], output["prefix_out"]))
+    bv, kernel, bo, *coefficients = (
+        t.float().cuda() for t in (case.bv, case.kernel, output["bo"], *case.coefficients)
+    )
+    out = torch.full(exact.shape, float("nan"), dtype=dtype, device="cuda")
+    stream = torch.cuda.Stream() if on_own_stream else torch.cuda.current_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    for _ in range(2):
+        native.cuda.dw_layer(
+            x, wv, bv, kernel, wo, bo, *case.sizes, *coefficients, prefix,
+            out=out, stream=stream.cuda_stream,
+        )  # fmt: skip
+    stream.synchronize()
+    assert_as_exact(out.cpu(), torch_layer(case, output, "torch"), exact)
