@@ -19,8 +19,8 @@ DEPLOY_VARIABLES := DWATTN_TENSORRT_INCLUDE=$(TRT)/include DWATTN_TENSORRT_RTX=$
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc plugins python -type f \
              -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 
-.PHONY: demo test test-kernels plugin fuzz soak lint docs wheel bench bench-full bench-distill clean gpu-check gpu-build gpu-test \
-  gpu-sanitize gpu-bench
+.PHONY: demo test test-kernels plugin fuzz soak lint docs wheel bench bench-full bench-distill clean gpu-check gpu-build \
+  gpu-hopper gpu-test gpu-sanitize gpu-bench
 
 demo: $(VENV)/.installed $(VENV)/.demo-data
 	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/dwattn demo --out $(OUT)
@@ -93,15 +93,20 @@ bench-distill: $(VENV)/.installed $(VENV)/.demo-data
 # On a machine with a GPU, in an environment that has torch with CUDA and the dev extra; no network is used. The
 # parts can run alone, in this order.
 GPU_PYTHON ?= python3
-gpu-check: gpu-build gpu-test gpu-sanitize gpu-bench
+gpu-check: gpu-build gpu-hopper gpu-test gpu-sanitize gpu-bench
 
 gpu-build:
 	$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps --no-index \
 	  -C cmake.define.DWATTN_CUDA=ON -C cmake.define.DWATTN_CUDA_ARCHITECTURES=native .
 	cd benchmarks && $(GPU_PYTHON) -m dwattn.cli doctor
 
+# First, what has never run on a device and is therefore off. A failure is shown and does not end the check; a kernel
+# that hangs is killed with its process.
+gpu-hopper:
+	-timeout -k 10 120 $(GPU_PYTHON) -m pytest -q -m gpu tests/test_cuda_hopper.py
+
 gpu-test:
-	$(GPU_PYTHON) -m pytest -q -m gpu tests
+	$(GPU_PYTHON) -m pytest -q -m gpu tests --ignore tests/test_cuda_hopper.py
 	$(GPU_PYTHON) -m pytest -q tests/test_ops.py tests/test_layer_op.py tests/test_backends.py
 
 gpu-sanitize:

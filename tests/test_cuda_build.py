@@ -33,6 +33,15 @@ TENSOR_KERNELS = {
 }
 
 
+#: Kernels for Hopper, which compile to nothing elsewhere.
+HOPPER_KERNELS = {
+    "dw_attention_sm90.cu": (
+        rf"dw_attention_sm90_kernel{_SIXTEEN_BITS}",
+        {"HGMMA", "UTMALDG", "SYNCS"},
+    ),
+}
+
+
 def need_nvcc() -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
@@ -97,9 +106,24 @@ def test_tensor_kernels_use_the_tensor_cores(
     tool = cuobjdump()
     compile_cubin(source, architecture, tmp_path / "kernel.cubin")
     pattern, expected = TENSOR_KERNELS[source]
+    check_instructions(tmp_path / "kernel.cubin", tool, pattern, expected)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("source", sorted(HOPPER_KERNELS))
+def test_hopper_kernels_use_warpgroup_products(source: str, tmp_path: Path) -> None:
+    need_nvcc()
+    tool = cuobjdump()
+    report = compile_cubin(source, "90a", tmp_path / "kernel.cubin")
+    # ptxas says so where it makes asynchronous products wait for each other.
+    assert not re.search(r"C75\d\d|serialized|is injected", report), report
+    check_instructions(tmp_path / "kernel.cubin", tool, *HOPPER_KERNELS[source])
+
+
+def check_instructions(cubin: Path, tool: str, pattern: str, expected: set[str]) -> None:
     kernels = {
         name: opcodes
-        for name, opcodes in instructions(tmp_path / "kernel.cubin", tool).items()
+        for name, opcodes in instructions(cubin, tool).items()
         if re.search(pattern, name)
     }
     assert kernels, "no kernel has the expected name"

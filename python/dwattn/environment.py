@@ -220,7 +220,16 @@ def _compiled_lines(info: dict[str, Any], build: dict[str, Any] | None) -> list[
         f"Products of 16-bit tensors on this CPU: bf16 in {cpu['bf16_products']}, "
         f"fp16 in {cpu['fp16_products']}",
         f"CUDA kernels: {_join(archs)}" if archs else f"CUDA kernels: none ({build['cuda']})",
+        *([_hopper_line()] if any("90a" in arch for arch in archs) else []),
     ]
+
+
+def _hopper_line() -> str:
+    asked = os.environ.get("DWATTN_CUDA_HOPPER") == "1"
+    state = (
+        "asked for by DWATTN_CUDA_HOPPER=1" if asked else "off; DWATTN_CUDA_HOPPER=1 asks for it"
+    )
+    return f"CUDA kernel for Hopper (90a): {state}; untested on a device"
 
 
 def _alike(answers: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -10,7 +10,8 @@
 //   - shared memory starts as NaN, has exactly the size of the launch and lies between guard zones;
 //   - threads that meet at different barriers, that leave while others wait, or that never meet end
 //     the program with a sentence.
-// Not emulated: wgmma, TMA, clusters, atomics between blocks in flight, static __shared__ arrays.
+// What Hopper adds is in simt_hopper.h. Not emulated: clusters, the proxies of asynchronous
+// accesses, atomics between blocks in flight, static __shared__ arrays.
 #pragma once
 
 #include "simt_machine.h"
@@ -20,11 +21,13 @@
 #undef __host__
 #undef __forceinline__
 #undef __launch_bounds__
+#undef __grid_constant__
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 namespace simt {
 

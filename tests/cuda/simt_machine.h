@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -44,15 +45,25 @@ inline constexpr Order kOrders[] = {Order::kForward, Order::kReverse, Order::kSh
 constexpr size_t kStackBytes = 256 << 10;
 constexpr int kLanes = 32;
 
-enum class State { kReady, kAtBarrier, kAtCollective, kDone };
+enum class State { kReady, kAtBarrier, kAtSharedBarrier, kAtCollective, kDone };
 
 // Something the 32 lanes of a warp do together: the last lane to arrive does it for all.
-enum class Collective { kNone, kSync, kShuffle, kLoadMatrices, kMultiply };
+enum class Collective { kNone, kSync, kShuffle, kLoadMatrices, kMultiply, kEndProducts };
 
 struct AsyncCopy {
   void* to;
   const void* from;  // null: zeros
   size_t bytes;
+};
+
+struct Fiber;
+
+// A product of a warpgroup in flight (simt_hopper.h).
+struct Product {
+  float* sums;
+  uint64_t a, b;
+  bool add;
+  void (*multiply)(Fiber* lanes, size_t index);
 };
 
 struct Fiber {
@@ -61,6 +72,12 @@ struct Fiber {
   int warp = 0, lane = 0, barrier = 0;
   std::vector<AsyncCopy> open;                  // not committed yet
   std::vector<std::vector<AsyncCopy>> flights;  // committed groups, oldest first
+  const void* waits_for = nullptr;              // a barrier in shared memory
+  std::vector<Product> products;                // oldest first
+  std::vector<size_t> product_groups;           // how many of them were committed together
+  float sums[64];                               // of the products in flight
+  size_t products_left = 0;
+  bool products_may_begin = false;
   char* stack = nullptr;
   void* stack_pointer = nullptr;
   void* fake_stack = nullptr;  // of the address sanitizer
@@ -80,6 +97,10 @@ struct Warp {
 
 // The one block that is running.
 struct Machine {
+  struct Barrier {  // in shared memory
+    int count, pending, bytes;
+    unsigned parity;  // of the phase that has not ended
+  };
   Order order = Order::kForward;
   int multiprocessors = 4;  // what kernels are told; steers how they split the work
   dim3 grid, block;
@@ -87,6 +108,8 @@ struct Machine {
   unsigned char* shared = nullptr;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
+  std::map<const void*, Barrier> barriers;
+  std::vector<std::function<void()>> tensor_copies;  // that have not landed
   Fiber* current = nullptr;
   const std::function<void()>* body = nullptr;
   std::mt19937 random{1};
@@ -213,6 +236,9 @@ inline void start(Fiber& fiber, int index) {
   fiber.state = State::kReady;
   fiber.open.clear();
   fiber.flights.clear();
+  fiber.products.clear();
+  fiber.product_groups.clear();
+  fiber.products_may_begin = false;
   // The first switch returns into fiber_main, as if it had been called.
   const uintptr_t top = reinterpret_cast<uintptr_t>(fiber.stack + kStackBytes) & ~uintptr_t{15};
   void** frame = reinterpret_cast<void**>(top) - kFrameWords;
@@ -294,6 +320,9 @@ inline bool run_warp(int warp, std::vector<int>& lanes) {
       if (fiber.state == State::kDone && copies_in_flight(fiber)) {
         die("a thread ended with asynchronous copies in flight");
       }
+      if (fiber.state == State::kDone && !fiber.products.empty()) {
+        die("a thread ended with products in flight");
+      }
     }
     if (machine.order == Order::kShuffled && machine.random() % 4 == 0) break;
   }
@@ -316,6 +345,20 @@ inline bool release_barrier() {
   return true;
 }
 
+// Lets one tensor copy land; whether there was one.
+inline bool land_tensor_copy() {
+  auto& copies = machine.tensor_copies;
+  if (copies.empty()) return false;
+  const size_t last = copies.size() - 1;
+  const size_t i = machine.order == Order::kForward   ? 0
+                   : machine.order == Order::kReverse ? last
+                                                      : machine.random() % copies.size();
+  const std::function<void()> land = std::move(copies[i]);
+  copies.erase(copies.begin() + i);
+  land();
+  return true;
+}
+
 inline void run_block() {
   const int threads = static_cast<int>(machine.fibers.size());
   for (int i = 0; i < threads; ++i) start(machine.fibers[i], i);
@@ -327,8 +370,12 @@ inline void run_block() {
     arrange(warps);
     for (int warp : warps) progress = run_warp(warp, lanes) || progress;
     progress = release_barrier() || progress;
+    const bool early = machine.order == Order::kShuffled && machine.random() % 4 == 0;
+    if (!progress || early) progress = land_tensor_copy() || progress;
     if (!progress) die("deadlock: a barrier or warp collective that not every thread reaches");
   }
+  if (!machine.tensor_copies.empty()) die("a block ended with tensor copies in flight");
+  machine.barriers.clear();
 }
 
 inline void resize_block(size_t threads) {

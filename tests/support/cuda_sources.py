@@ -17,15 +17,17 @@ ROOT = Path(__file__).parent.parent.parent
 KERNELS = "csrc/kernels/cuda"
 PROGRAMS = "tests/cuda"
 
+_DW_ATTENTION = ("dw_attention.cu", "dw_attention_sm90.cu", "dw_context.cu", "tensor_map.cu")
+
 #: The .cu files that a test program links; a program that is not listed includes what it needs.
 LINKED: dict[str, tuple[str, ...]] = {
-    "test_dw_attention": ("dw_attention.cu", "dw_context.cu"),
+    "test_dw_attention": _DW_ATTENTION,
+    "test_dw_attention_sm90": _DW_ATTENTION,
     "test_dw_aggregate": ("dw_aggregate.cu",),
     "test_linear": ("linear.cu",),
     "test_dw_layer": (
         "dw_layer.cu",
-        "dw_attention.cu",
-        "dw_context.cu",
+        *_DW_ATTENTION,
         "lowrank_dw_attention.cu",
         "lowrank_dw_plan.cu",
         "linear.cu",

@@ -7,9 +7,8 @@
 // memory behind the two rows and two tokens that came before it. Then every output whose lower
 // neighbours have arrived is computed from there and written. So V is computed once, except for the
 // borders between rectangles, and the copies for the next tile run under the aggregation.
-#include "kernels/cuda/dw_attention.h"
-#include "kernels/cuda/dw_window.h"
-#include "kernels/cuda/pairs.cuh"
+#include "kernels/cuda/dw_attention_sm90.h"
+#include "kernels/cuda/dw_lines.cuh"
 #include "kernels/cuda/tile_product.cuh"
 
 namespace dwattn::cuda {
@@ -25,10 +24,6 @@ template <class T>
 constexpr int kLineStride = kSlice + (sizeof(T) == 2 ? 8 : 4);
 
 constexpr int kCoefficientRows = 11;  // nine taps, ctx, bv
-
-// Tokens of V kept from earlier tiles: the stencil of the first output that had to wait for this
-// tile reaches back one row and one token, and that output lies one row and one token back itself.
-__host__ __device__ constexpr int history(int window_width) { return 2 * (window_width + 1); }
 
 template <class T>
 constexpr size_t shared_bytes(int window_width) {
@@ -47,47 +42,6 @@ constexpr int widest_window() {
   while (shared_bytes<T>(width + 1) <= kMostShared && history(width + 1) <= kTileRows) ++width;
   return width;
 }
-
-// The part of an image that a block projects (its window) and the part that it writes.
-struct Window {
-  int64_t image;
-  int64_t channel;         // first of the slice
-  int top, left;           // of the window in the grid
-  int height, width;       // of the window
-  int first_row, end_row;  // written, in rows of the window
-  int first_column, end_column;
-
-  DWATTN_DEVICE Window(const DwAttentionParams& p, const DwPlan& plan) {
-    unsigned index = blockIdx.x;
-    channel = static_cast<int64_t>(index % plan.slices) * kSlice;
-    index /= plan.slices;
-    const int column = static_cast<int>(index % plan.columns_count) * plan.columns;
-    index /= plan.columns_count;
-    const int row = static_cast<int>(index % plan.bands) * plan.rows;
-    image = index / plan.bands;
-    cut(row, plan.rows, static_cast<int>(p.height), top, height, first_row, end_row);
-    cut(column, plan.columns, static_cast<int>(p.width), left, width, first_column, end_column);
-  }
-
-  DWATTN_DEVICE int tokens() const { return height * width; }
-
-  // Index in the grid of a token of the window.
-  DWATTN_DEVICE int64_t patch(const DwAttentionParams& p, int row, int column) const {
-    return (top + row) * p.width + left + column;
-  }
-
- private:
-  static DWATTN_DEVICE void cut(int begin, int size, int extent, int& start, int& length,
-                                int& first, int& end) {
-    const int stop = min(begin + size, extent);
-    start = max(begin - 1, 0);
-    length = min(stop + 1, extent) - start;
-    first = begin - start;
-    end = stop - start;
-  }
-};
-
-DWATTN_DEVICE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Fills the stages: the inner dimension of tile 0 chunk by chunk, then that of tile 1, and so on. A
 // thread copies the same chunk of every 32nd row.
@@ -159,98 +113,25 @@ class Loader {
   int token_ = 0;
 };
 
-// V in shared memory: a line of zeros, the history, the tile; a line is 64 channels of a token.
-template <class T>
-struct Lines {
-  T* zeros;
-  int history;  // lines
-
-  DWATTN_DEVICE T* at(int line) const { return zeros + (1 + line) * kLineStride<T>; }
-
-  // At first nothing but zeros: the row above the window is never inside the grid.
-  DWATTN_DEVICE void clear() const {
-    for (int i = threadIdx.x; i < (1 + history) * kLineStride<T>; i += kTileThreads) {
-      zeros[i] = from_float<T>(0.0f);
-    }
-  }
-
-  // The end of the tile becomes the history of the next one. They do not overlap.
-  DWATTN_DEVICE void advance() const {
-    constexpr int kChunks = kLineStride<T> / kChunk<T>;
-    uint4* const to = reinterpret_cast<uint4*>(at(0));
-    const uint4* const from = reinterpret_cast<const uint4*>(at(kTileRows));
-    for (int i = threadIdx.x; i < history * kChunks; i += kTileThreads) to[i] = from[i];
-  }
-};
-
 DWATTN_DEVICE float2 coefficient(const float* coefficients, int row) {
   return *reinterpret_cast<const float2*>(coefficients + row * kSlice + threadIdx.x % kWarp * 2);
 }
 
-// sum + the taps of one column of the stencil.
-DWATTN_DEVICE float2 add_column(const float2 (&taps)[9], int column, const float2 (&v)[3],
-                                float2 sum) {
-#pragma unroll
-  for (int r = 0; r < 3; ++r) sum = fma2(taps[3 * r + column], v[r], sum);
-  return sum;
-}
-
 // Writes the outputs of the window's tokens first..last-1, of which `tile` is the first in the
-// tile: a run of tokens for each warp, a pair of channels for each lane. Every column of V is
-// loaded once and feeds the outputs to its left, at its place and to its right.
+// tile: a run of tokens for each warp, a pair of channels for each lane.
 template <class T, bool kAligned>
-DWATTN_DEVICE void aggregate(const DwAttentionParams& p, const Window& window,
-                             const Lines<T>& lines, const float* coefficients, int tile, int first,
-                             int last) {
+DWATTN_DEVICE void aggregate_runs(const DwAttentionParams& p, const Window& window,
+                                  const Lines<T, kLineStride<T>>& lines, const float* coefficients,
+                                  int tile, int first, int last) {
   constexpr int kWarps = kTileThreads / kWarp;
   const int share = (last - first + kWarps - 1) / kWarps;
   const int begin = first + static_cast<int>(threadIdx.x) / kWarp * share;
-  const int end = min(begin + share, last);
-  if (begin >= end) return;
-  const int pair = threadIdx.x % kWarp * 2;
-  const int valid = static_cast<int>(least(p.channels - window.channel, kSlice)) - pair;
-
-  float2 taps[9];
+  PairCoefficients k;
 #pragma unroll
-  for (int i = 0; i < 9; ++i) taps[i] = coefficient(coefficients, i);
-  const float2 ctx = coefficient(coefficients, 9);
-
-  const int below = window.width * kLineStride<T>;
-  int row = begin / window.width, column = begin - row * window.width;
-  const int start = column > 0 ? begin - 1 : begin;  // the left neighbour only contributes
-  column -= begin - start;
-  const T* v = lines.at(lines.history + start - tile) + pair;
-  T* y = static_cast<T*>(p.y) + window.image * p.y_stride_batch +
-         window.patch(p, row, column) * p.y_stride_token + window.channel + pair;
-  const int64_t next_row = (p.width - window.width) * p.y_stride_token;
-  const auto put = [&](int token, int at, T* to, float2 sum) {
-    if (token >= begin && token < end && at >= window.first_column && at < window.end_column) {
-      store_pair<T, kAligned>(to, sum, valid);
-    }
-  };
-
-  float2 here = ctx, right = ctx;  // sums so far of the outputs at this column and at the next
-  for (int token = start; token <= end; ++token) {
-    if (token == end && column == 0) break;  // the last output had no right neighbour
-    float2 column_v[3];
-    column_v[0] = load_whole_pair(v - below);
-    column_v[1] = load_whole_pair(v);
-    column_v[2] = load_whole_pair(row + 1 < window.height ? v + below : lines.zeros + pair);
-    if (column > 0) {
-      put(token - 1, column - 1, y - p.y_stride_token, add_column(taps, 2, column_v, here));
-    }
-    here = add_column(taps, 1, column_v, right);
-    right = add_column(taps, 0, column_v, ctx);
-    if (++column == window.width) {
-      put(token, column - 1, y, here);
-      right = ctx;
-      column = 0;
-      ++row;
-      y += next_row;
-    }
-    v += kLineStride<T>;
-    y += p.y_stride_token;
-  }
+  for (int i = 0; i < 9; ++i) k.taps[i] = coefficient(coefficients, i);
+  k.ctx = coefficient(coefficients, 9);
+  aggregate<T, kAligned>(p, window, lines, k, threadIdx.x % kWarp * 2, tile, begin,
+                         min(begin + share, last));
 }
 
 DWATTN_DEVICE void load_coefficients(const DwAttentionParams& p, const float* ctx,
@@ -277,9 +158,9 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     dw_attention_kernel(const DwAttentionParams p, const DwPlan plan, const float* ctx) {
   DYN_SHARED(unsigned char, shared);
   float* const coefficients = reinterpret_cast<float*>(shared + kStages<T> * kStageBytes);
-  const Window window(p, plan);
-  const Lines<T> lines{reinterpret_cast<T*>(coefficients + kCoefficientRows * kSlice),
-                       history(window.width)};
+  const Window window(p, plan, blockIdx.x, kSlice);
+  const Lines<T, kLineStride<T>> lines{
+      reinterpret_cast<T*>(coefficients + kCoefficientRows * kSlice), history(window.width)};
 
   const int tokens = window.tokens();
   const int tiles = (tokens + kTileRows - 1) / kTileRows;
@@ -291,7 +172,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     cp_async_commit();
   }
   load_coefficients(p, ctx, window, coefficients);
-  lines.clear();
+  lines.clear(threadIdx.x, kTileThreads);
 
   const int end_output = window.end_row * window.width;
   int written = window.first_row * window.width;  // outputs before this token are done
@@ -321,12 +202,12 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     const int complete = last ? tokens : tile + kTileRows - window.width - 1;
     const int end = min(complete, end_output);
     if (end > written) {
-      aggregate<T, kAligned>(p, window, lines, coefficients, tile, written, end);
+      aggregate_runs<T, kAligned>(p, window, lines, coefficients, tile, written, end);
       written = end;
     }
     if (last) break;
     __syncthreads();  // nobody reads the history any more
-    lines.advance();
+    lines.advance(kTileRows, threadIdx.x, kTileThreads);
   }
 }
 
@@ -386,6 +267,10 @@ Status dw_attention(const DwAttentionParams& p, void* workspace, Stream stream) 
     ctx = static_cast<float*>(workspace);
     const Status status = dw_context(p, ctx, ctx + context_floats(p), stream);
     if (status != Status::kOk) return status;
+  }
+  if (hopper_wanted()) {
+    const Status status = dw_attention_sm90(p, ctx, stream);
+    if (status != Status::kUnsupportedIsa) return status;
   }
   switch (p.dtype) {
     case DType::kFloat32:
