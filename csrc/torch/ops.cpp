@@ -1,6 +1,6 @@
 // Schemas of the torch operators. Shapes and equations: ../kernels/params.h and
-// python/dwattn/library.py, which also registers their fake and autograd implementations.
-// Implementations for a device are registered in the file of that device.
+// python/dwattn/library.py, which also registers their fake implementations; gradients.py registers
+// autograd. Implementations for a device are registered in the files of that device.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(dwattn, m) {
@@ -8,6 +8,12 @@ STABLE_TORCH_LIBRARY(dwattn, m) {
   m.def(
       "dw_aggregate(Tensor v, Tensor kernel, Tensor? kappa, Tensor? mu, Tensor? beta, "
       "SymInt height, SymInt width, int num_prefix) -> Tensor");
+  // Empty tensors stand for what was not asked for: dv without `values`, dkernel, dkappa and dmu
+  // without v. dv has the dtype of grad, the others the accumulation dtype.
+  m.def(
+      "dw_aggregate_backward(Tensor grad, Tensor? v, Tensor kernel, Tensor? kappa, Tensor? mu, "
+      "SymInt height, SymInt width, int num_prefix, bool values) -> (Tensor dv, Tensor dkernel, "
+      "Tensor dkappa, Tensor dmu, Tensor dbeta)");
   m.def(
       "dw_attention(Tensor x, Tensor wv, Tensor? bv, Tensor kernel, Tensor? kappa, Tensor? mu, "
       "Tensor? beta, SymInt height, SymInt width, int num_prefix) -> Tensor");

@@ -1,16 +1,9 @@
-"""Loads the compiled modules and teaches PyTorch about the operators: fake tensors and autograd.
+"""Loads the compiled modules and teaches PyTorch about the operators: fake tensors here, autograd in
+:mod:`dwattn.gradients`.
 
-``torch.ops.dwattn.dw_aggregate``, ``dw_attention``, ``dw_layer`` and ``attention_variance_`` come from
-``_C.so``, which uses LibTorch's stable ABI and holds no Python symbol. The package works without it: :data:`AVAILABLE` is then false,
+``torch.ops.dwattn.dw_aggregate``, its backward, ``dw_attention``, ``dw_layer`` and ``attention_variance_``
+come from ``_C.so``, which uses LibTorch's stable ABI and holds no Python symbol. The package works without it: :data:`AVAILABLE` is then false,
 :func:`load_error` says why, and other backends run. ``DWATTN_DISABLE_NATIVE=1`` simulates that.
-
-Gradients of ``Y = aggregate(V; K, kappa, mu, beta)`` for ``G = dL/dY``, ``S[c] = sum_patches G``:
-
-- ``dV_patches = aggregate(G; K flipped, mu)``: the mean term of the forward pass, ``mu * mean(V)``,
-  hands ``mu * S / (H*W)`` to every patch, which is again a mean term;
-- ``dV[t] = kappa[t] S`` for prefix tokens; ``dkappa[t] = sum_b V[t] S``;
-  ``dmu = sum_b mean(V) S``; ``dbeta = sum_b S``;
-- ``dK`` is the weight gradient of a depthwise convolution.
 """
 
 from __future__ import annotations
@@ -18,20 +11,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from dwattn import gradients
 
 DISABLE_VARIABLE = "DWATTN_DISABLE_NATIVE"
 _BUILD_HINT = (
     "Reinstall dwattn with a C++17 compiler at hand (pip install .) to get the compiled kernels."
 )
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _load_operators() -> str:
@@ -204,6 +194,35 @@ def _fake_aggregate(
     return v.new_empty(v.shape[0], height * width, v.shape[2])
 
 
+def _fake_aggregate_backward(
+    grad: Tensor,
+    v: Tensor | None,
+    kernel: Tensor,
+    kappa: Tensor | None,
+    mu: Tensor | None,
+    height: int,
+    width: int,
+    num_prefix: int,
+    values: bool,
+) -> gradients.Results:
+    channels, wide = grad.shape[2], torch.promote_types(grad.dtype, torch.float32)
+    _check_fake("grad", grad, channels, (kernel, None, mu, None), height, width, 0)
+    _check_fake_like("kappa", kappa, (num_prefix, channels), grad)
+    tokens = (grad.shape[0], num_prefix + height * width, channels)
+    _check_fake_like("v", v, tokens, grad)
+
+    def result(wanted: bool, *shape: int) -> Tensor:
+        return grad.new_empty(shape if wanted else (0,), dtype=wide)
+
+    return (
+        grad.new_empty(tokens if values else (0,)),
+        result(v is not None, channels, 3, 3),
+        result(v is not None and kappa is not None, num_prefix, channels),
+        result(v is not None and mu is not None, channels),
+        result(True, channels),
+    )
+
+
 def _fake_attention(
     x: Tensor,
     wv: Tensor,
@@ -303,132 +322,18 @@ def _check_fake_like(name: str, t: Tensor | None, shape: tuple[int, ...], tokens
     )
 
 
-def _save_aggregate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    v, kernel, kappa, mu, _beta, *ctx.sizes = inputs
-    ctx.save_for_backward(v, kernel, kappa, mu)
-
-
-def _backward_aggregate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    v, kernel, kappa, mu = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:5]
-    return (*_aggregate_gradients(grad, v, kernel, kappa, mu, ctx.sizes, needs), None, None, None)
-
-
-def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, wv, bv, kernel, kappa, mu, _beta, *ctx.sizes = inputs
-    ctx.save_for_backward(x, wv, bv, kernel, kappa, mu)
-
-
-def _backward_attention(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """V is projected again rather than kept: callers that train keep it (functional.py)."""
-    x, wv, bv, kernel, kappa, mu = ctx.saved_tensors
-    needs_x, needs_wv, needs_bv, *needs = ctx.needs_input_grad[:7]
-    needs_v = needs_x or needs_wv or needs_bv
-    v = F.linear(x, wv, bv)
-    dv, *coefficients = _aggregate_gradients(
-        grad, v, kernel, kappa, mu, ctx.sizes, (needs_v, *needs)
-    )
-    dx = dwv = dbv = None
-    if dv is not None:
-        dx = dv @ wv if needs_x else None
-        dwv = dv.flatten(0, 1).t() @ x.flatten(0, 1) if needs_wv else None
-        dbv = dv.sum((0, 1)) if needs_bv else None
-    return (dx, dwv, dbv, *coefficients, None, None, None)
-
-
-def _save_layer(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, wv, bv, kernel, kappa, mu, beta, wo, bo, prefix_out, *ctx.sizes = inputs
-    ctx.has_bias, ctx.has_prefix = bo is not None, prefix_out is not None
-    ctx.save_for_backward(x, wv, bv, kernel, kappa, mu, beta, wo)
-
-
-def _backward_layer(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Through the composite of :func:`dw_attention` and the output projection, formed again."""
-    *inputs, wo = ctx.saved_tensors
-    prefix = ctx.sizes[2] if ctx.has_prefix else 0
-    rows = grad[:, prefix:]
-    needs = ctx.needs_input_grad
-    dwo = dbo = None
-    if needs[7]:
-        y = dw_attention(*inputs, *ctx.sizes)
-        dwo = rows.flatten(0, 1).t() @ y.flatten(0, 1)
-    if ctx.has_bias and needs[8]:
-        dbo = rows.sum((0, 1))
-    kept = _Kept((*inputs[:6],), needs[:7], ctx.sizes)
-    gradients = _backward_attention(kept, rows @ wo)[:7]
-    return (*gradients, dwo, dbo, grad[:, :prefix] if prefix else None, None, None, None)
-
-
-class _Kept(NamedTuple):
-    """What :func:`_backward_attention` reads of its context."""
-
-    saved_tensors: tuple[Tensor | None, ...]
-    needs_input_grad: tuple[bool, ...]
-    sizes: list[int]
-
-
-def _aggregate_gradients(
-    grad: Tensor,
-    v: Tensor,
-    kernel: Tensor,
-    kappa: Tensor | None,
-    mu: Tensor | None,
-    sizes: list[int],
-    needs: Sequence[bool],
-) -> Gradients:
-    """Gradients of v, kernel, kappa, mu and beta, None where not needed; equations on top."""
-    height, width, num_prefix = sizes
-    needs_v, needs_kernel, needs_kappa, needs_mu, needs_beta = needs
-    prefix, patches = v[:, :num_prefix], v[:, num_prefix:]
-    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
-    total = grad.sum(1, dtype=wide)  # S (B, C)
-    dv = dkernel = dkappa = dmu = dbeta = None
-    if needs_v:
-        dv = dw_aggregate(grad, kernel.flip(1, 2), None, mu, None, height, width, 0)
-        if num_prefix:
-            rows = v.new_zeros(prefix.shape) if kappa is None else kappa * total[:, None]
-            dv = torch.cat([rows.to(v.dtype), dv], 1)
-    if needs_kernel:
-        dkernel = _kernel_gradient(grad, patches, height, width).to(kernel.dtype)
-    if needs_kappa and kappa is not None:
-        dkappa = (prefix * total[:, None]).sum(0).to(kappa.dtype)
-    if needs_mu and mu is not None:
-        dmu = (patches.mean(1, dtype=wide) * total).sum(0).to(mu.dtype)
-    if needs_beta:
-        dbeta = total.sum(0)
-    return dv, dkernel, dkappa, dmu, dbeta
-
-
-def _kernel_gradient(grad: Tensor, patches: Tensor, height: int, width: int) -> Tensor:
-    """``dK[c, r, s] = sum G[b, (i, j), c] V[b, (i+r-1, j+s-1), c]``: ``(C, 3, 3)``."""
-    channels = grad.shape[2]
-    if grad.dtype == torch.float16 and grad.device.type == "cpu":  # fp16 convolutions crawl there
-        grad, patches = grad.float(), patches.float()
-
-    def image(t: Tensor) -> Tensor:
-        return t.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-
-    like = grad.new_empty(channels, 1, 3, 3)
-    no_bias, one, zero = None, [1, 1], [0, 0]
-    gradients = torch.ops.aten.convolution_backward(
-        image(grad), image(patches), like, no_bias, one, one, one, False, zero, channels,
-        [False, True, False],
-    )  # fmt: skip
-    dkernel: Tensor = gradients[1].squeeze(1)
-    return dkernel
-
-
 def _register() -> str:
     """Register fake and autograd implementations; returns why that failed, or an empty string."""
     try:
-        for name, fake, backward, save in (
-            ("dwattn::dw_aggregate", _fake_aggregate, _backward_aggregate, _save_aggregate),
-            ("dwattn::dw_attention", _fake_attention, _backward_attention, _save_attention),
-            ("dwattn::dw_layer", _fake_layer, _backward_layer, _save_layer),
+        for name, fake in (
+            ("dw_aggregate", _fake_aggregate),
+            ("dw_aggregate_backward", _fake_aggregate_backward),
+            ("dw_attention", _fake_attention),
+            ("dw_layer", _fake_layer),
+            ("attention_variance_", _fake_variance),
         ):
-            torch.library.register_fake(name, fake)
-            torch.library.register_autograd(name, backward, setup_context=save)
-        torch.library.register_fake("dwattn::attention_variance_", _fake_variance)
+            torch.library.register_fake(f"dwattn::{name}", fake)
+        gradients.register()
     except RuntimeError as error:
         return f"The compiled operators do not fit this version of dwattn ({error}). {_BUILD_HINT}"
     return ""

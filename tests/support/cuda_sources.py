@@ -24,6 +24,7 @@ LINKED: dict[str, tuple[str, ...]] = {
     "test_dw_attention": _DW_ATTENTION,
     "test_dw_attention_sm90": _DW_ATTENTION,
     "test_dw_aggregate": ("dw_aggregate.cu",),
+    "test_dw_backward": ("dw_backward.cu",),
     "test_linear": ("linear.cu",),
     "test_dw_layer": (
         "dw_layer.cu",
