@@ -1,230 +1,136 @@
-"""The operators on a GPU: every backend, the fastest plain PyTorch forms, and the cost floors beside them.
+"""The operators on a GPU against the acceptances: every backend, the fastest plain PyTorch forms, the floors.
 
-For each size: value projection and aggregation (floor: the projection alone), the whole layer at full
-and at narrow width (floors: its two products; reading the tokens once and writing them once at the
-measured copy bandwidth), and attention with the best SDPA backend. Medians of CUDA-event times with a
-cold L2 cache; backends that cannot run are listed first, with the reason. Losses are printed too::
+Medians of CUDA-event times with a cold L2 cache; what cannot run is listed with its reason. At the end stands
+a table of all ratios with the target and the floor beside each; losses are printed too. Parts can run alone,
+and later ones join the file of earlier ones::
 
-    python benchmarks/bench_gpu.py --json benchmarks/results/gpu.json
-    python benchmarks/bench_gpu.py --device cpu --quick     # that everything runs, not how fast
+    python benchmarks/bench_gpu.py                                  # results/<gpu>-<date>.json
+    python benchmarks/bench_gpu.py --part values layers --seconds 2
+    python benchmarks/bench_gpu.py --device cpu --quick             # that everything runs, not how fast
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
+import re
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
-import dwattn
-from dwattn import backends, functional
-from dwattn.geometry import Geometry
-from dwattn.reference import merge_heads, split_heads
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-#: grid side, D, heads
-SIZES = {"ViT-S/224": (16, 384, 6), "ViT-L/336": (24, 1024, 16), "ViT-L/518": (37, 1024, 16)}
-RANKS = (64, 128, 256)
-BACKENDS = ("cuda", "triton", "torch")
-Calls = dict[str, Callable[[], Tensor]]
+import gpu_cases
+import gpu_scoring
+import gpu_targets
+from gpu_clock import Stopwatch, clocks, environment
+
+from dwattn import backends
+
+KIND, SCHEMA_VERSION = "dwattn-gpu-bench", 1
+RESULTS = Path(__file__).parent / "results"
+PARTS = (*gpu_cases.PARTS, "scoring")
+Row = dict[str, Any]
 
 
-class Stopwatch:
-    """Milliseconds of calls in turn; on CUDA with events and a flushed L2 cache before each call."""
-
-    def __init__(self, device: str, seconds: float) -> None:
-        self.device, self.seconds = device, seconds
-        self.flush = (
-            torch.empty(256 << 20, dtype=torch.int8, device=device) if device == "cuda" else None
+def measure_part(part: str, watch: Stopwatch, quick: bool) -> Iterable[Row]:
+    """The rows of a part, one after the other."""
+    if part == "scoring":
+        yield from gpu_scoring.measure(
+            gpu_scoring.QUICK if quick else gpu_scoring.FULL, watch.device
         )
-
-    def measure(self, calls: Calls) -> dict[str, dict[str, float]]:
-        """Median, 20th and 80th percentile of each call; calls that raise are left out and reported."""
-        usable = {name: call for name, call in calls.items() if _warm(name, call)}
-        times: dict[str, list[float]] = {name: [] for name in usable}
-        deadline = time.perf_counter() + self.seconds
-        while usable and (time.perf_counter() < deadline or len(next(iter(times.values()))) < 5):
-            for name, call in usable.items():
-                times[name].append(self._once(call))
-        return {name: _summary(values) for name, values in times.items()}
-
-    def _once(self, call: Callable[[], Tensor]) -> float:
-        if self.flush is None:
-            start = time.perf_counter()
-            call()
-            return (time.perf_counter() - start) * 1e3
-        self.flush.zero_()
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        call()
-        after.record()
-        after.synchronize()
-        return before.elapsed_time(after)
-
-
-def _warm(name: str, call: Callable[[], Tensor]) -> bool:
-    """Whether the call works; a compiler that fails must not end the benchmark."""
-    try:
-        for _ in range(3):
-            call()
-    except Exception as error:
-        print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
-        return False
-    return True
-
-
-def _summary(values: list[float]) -> dict[str, float]:
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return {"median_ms": statistics.median(values), "p20_ms": fifths[0], "p80_ms": fifths[-1]}
-
-
-def _draw(device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        values = torch.randn(*shape, generator=generator, device=device) * scale
-        return values.to(dtype)
-
-    return draw
-
-
-def layer_calls(x: Tensor, side: int, width: int) -> Calls:
-    """One layer of inner width ``width`` on every backend, its two products, and compiled PyTorch."""
-    draw, dim = _draw(x.device.type, x.dtype), x.shape[2]
-    wv, wo = draw(width, dim, scale=dim**-0.5), draw(dim, width, scale=width**-0.5)
-    bv, bo, mu, beta = draw(width), draw(dim), draw(width).float(), draw(width).float()
-    kernel = draw(width, 3, 3, scale=0.1).float()
-    geometry = Geometry(side, side, 0)
-
-    def layer(backend: str) -> Tensor:
-        return functional.dw_layer(
-            x, wv, bv, kernel, wo, bo, geometry, None, mu, beta, backend=backend
-        )
-
-    def values(backend: str) -> Tensor:
-        return functional.dw_attention(x, wv, bv, kernel, geometry, None, mu, beta, backend=backend)
-
-    compiled_layer, compiled_values = torch.compile(layer), torch.compile(values)
-    calls: Calls = {
-        "two products": lambda: F.linear(F.linear(x, wv, bv), wo, bo),
-        "value product": lambda: F.linear(x, wv, bv),
-        "layer compiled torch": lambda: compiled_layer("torch"),
-        "values compiled torch": lambda: compiled_values("torch"),
-    }
-    verdicts = backends.explain("dw_layer", device=x.device.type, dtype=x.dtype)
-    for name in (v.backend for v in verdicts if v and v.backend in BACKENDS):
-        calls[f"layer {name}"] = lambda name=name: layer(name)
-        calls[f"values {name}"] = lambda name=name: values(name)
-    return calls
-
-
-def attention_call(x: Tensor, heads: int) -> Callable[[], Tensor]:
-    """Softmax attention with its projections; SDPA picks its fastest backend."""
-    draw, dim = _draw(x.device.type, x.dtype), x.shape[2]
-    wqkv, wo = draw(3 * dim, dim, scale=dim**-0.5), draw(dim, dim, scale=dim**-0.5)
-
-    def attention() -> Tensor:
-        q, k, v = (split_heads(part, heads) for part in F.linear(x, wqkv).chunk(3, dim=-1))
-        return F.linear(merge_heads(F.scaled_dot_product_attention(q, k, v)), wo)
-
-    return attention
-
-
-def measure_case(
-    watch: Stopwatch, size: str, batch: int, dtype: str, device: str
-) -> list[dict[str, Any]]:
-    """All widths of one size, batch and dtype."""
-    side, dim, heads = SIZES[size]
-    x = _draw(device, DTYPES[dtype])(batch, side * side, dim)
-    out = torch.empty_like(x)
-    rows = []
-    for width in (dim, *RANKS):
-        calls = {
-            "attention": attention_call(x, heads),
-            "copy": lambda: out.copy_(x),
-            **layer_calls(x, side, width),
-        }
-        with torch.inference_mode():
-            times = watch.measure(calls)
+        return
+    for sizes in (gpu_cases.QUICK if quick else gpu_cases.CASES)[part]:
+        if part == "backward":
+            times = watch.measure(gpu_cases.PARTS[part](sizes, watch.device))
+        else:
+            with torch.inference_mode():
+                times = watch.measure(gpu_cases.PARTS[part](sizes, watch.device))
         torch._dynamo.reset()
-        rows.append({
-            "size": size, "batch": batch, "dtype": dtype, "width": width, "times": times,
-        })  # fmt: skip
-    return rows
+        yield {"part": part, "case": sizes, "times": times}
 
 
-def report(rows: list[dict[str, Any]]) -> Table:
-    """Ratios: values to their product, layers to their two products, to attention, and to a copy."""
-    table = Table(title="Medians; below 1 is faster than what it is compared with")
-    for name in ("case", "backend", "values / product", "layer / products", "attention / layer",
-                 "copy / layer"):  # fmt: skip
-        table.add_column(name, justify="left" if name in ("case", "backend") else "right")
-    for row in rows:
-        times = {name: entry["median_ms"] for name, entry in row["times"].items()}
-        case = f"{row['size']} b{row['batch']} {row['dtype']} r{row['width']}"
-        for backend in ("cuda", "triton", "torch", "compiled torch"):
-            layer, values = times.get(f"layer {backend}"), times.get(f"values {backend}")
-            if layer is None or values is None:
-                continue
-            table.add_row(
-                case, backend, f"{values / times['value product']:.2f}",
-                f"{layer / times['two products']:.2f}", f"{times['attention'] / layer:.2f}",
-                f"{times['copy'] / layer:.2f}",
-            )  # fmt: skip
-    return table
+def result_path(device: str) -> Path:
+    """``results/nvidia-h200-2026-11-22.json``"""
+    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return RESULTS / f"{name}-{datetime.now(timezone.utc):%Y-%m-%d}.json"
 
 
-def environment(device: str) -> dict[str, Any]:
-    cuda = device == "cuda"
-    return {
-        "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU",
-        "capability": torch.cuda.get_device_capability() if cuda else None,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "dwattn": dwattn.__version__,
-        "seed": 0,
-    }
+def earlier_rows(path: Path | None, parts: Iterable[str], about: dict[str, Any]) -> list[Row]:
+    """Rows of other parts in a file of the same machine and software; a part is measured as a whole.
+
+    Raises:
+        SystemExit: the file is of something else, which is not overwritten.
+    """
+    if path is None or not path.exists():
+        return []
+    document = json.loads(path.read_text(encoding="utf-8"))
+    same = document.get("kind") == KIND and all(
+        document["environment"][key] == about[key] for key in ("device", "torch", "dwattn")
+    )
+    if not same:
+        raise SystemExit(
+            f"{path} holds results of another machine or version; name a new file with --json."
+        )
+    replaced = {*parts, *(["memory"] if "scoring" in parts else [])}
+    return [row for row in document["rows"] if row["part"] not in replaced]
+
+
+def write(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {
+        "kind": KIND, "schema_version": SCHEMA_VERSION, "environment": about,
+        "targets": [asdict(j) for j in gpu_targets.judge(rows)],
+        "unmeasured": gpu_targets.unmeasured(rows), "rows": rows,
+    }  # fmt: skip
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp16"])
-    parser.add_argument("--seconds", type=float, default=0.6, help="per case")
-    parser.add_argument("--quick", action="store_true", help="one small case")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--seconds", type=float, default=1.0, help="of timing, per case")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: that everything runs")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
-    if options.quick:
-        options.size, options.batch, options.dtype = ["ViT-S/224"], [1], ["fp32"]
-    for verdict in backends.explain("dw_layer", device=options.device, dtype=torch.float16):
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("PyTorch finds no CUDA device here; --device cpu --quick tries the logic.")
+    for verdict in backends.explain("dw_layer", device=options.device, dtype=torch.bfloat16):
         print(f"{verdict.backend}: {' '.join(verdict.reasons) or 'runs'}")
-    watch = Stopwatch(options.device, options.seconds)
-    rows: list[dict[str, Any]] = []
-    for size in options.size:
-        for batch in options.batch:
-            for dtype in options.dtype:
-                print(f"{size}, batch {batch}, {dtype}", flush=True)
-                rows += measure_case(watch, size, batch, dtype, options.device)
-    Console(width=120).print(report(rows))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {"environment": environment(options.device), "cases": rows}
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+    about = environment(options.device)
+    path = options.json
+    if path is None and options.device == "cuda" and not options.quick:
+        path = result_path(about["device"])
+    rows = earlier_rows(path, options.part, about)
+    watch = Stopwatch(options.device, 0.0 if options.quick else options.seconds)
+    about["clocks_before"] = clocks() if options.device == "cuda" else None
+    for part in options.part:
+        start = time.perf_counter()
+        print(f"{part} ...", flush=True)
+        for row in measure_part(part, watch, options.quick):
+            rows.append(row)
+            print(f"  {gpu_targets.describe(row['case'])}", flush=True)
+        print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
+        about["clocks_after"] = clocks() if options.device == "cuda" else None
+        if path is not None:  # after every part: what was measured is kept whatever follows
+            write(path, about, rows)
+
+    console = Console(width=120)
+    console.print(gpu_targets.times_table(rows))
+    console.print(gpu_targets.targets_table(gpu_targets.judge(rows, everywhere=options.quick)))
+    for missing in gpu_targets.unmeasured(rows):
+        print(f"not measured: {missing}")
+    if path is not None:
+        print(path)
 
 
 if __name__ == "__main__":

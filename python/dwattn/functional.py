@@ -98,7 +98,9 @@ def dw_attention(
         )
     _check_attention(x, wv, bv, geometry, *coefficients)
     with _autocast_off(device):
-        # With gradients, V is kept for the backward pass instead of being projected again.
+        # With gradients, V is kept for the backward pass: to project it again is a third product beside
+        # those of dx and dwv, while V is one activation of the width of x among the many of a block
+        # (and r / D of one in a narrow layer). The operator itself keeps x alone and projects again.
         v = F.linear(x, wv, bv)
         if name in _COMPILED:
             return library.dw_aggregate(v, *coefficients, *_sizes(geometry))
