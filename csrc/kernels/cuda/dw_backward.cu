@@ -4,20 +4,21 @@
 //
 // dV and dK meet the same 3x3 window of G around a patch (see dw_backward.h), so V is needed at the
 // patch itself only. As in dw_aggregate.cu a warp owns 64 channels, a pair per lane, and slides
-// along strips of four rows with the six rows of G around them in registers; the sums over what it
-// has seen stay in registers too.
+// along strips of three rows with the five rows of G around them in registers; the sums over what
+// it has seen stay in registers too.
 #include "kernels/cuda/dw_backward.h"
 #include "kernels/cuda/patch_mean.cuh"
 
 namespace dwattn::cuda {
 namespace {
 
-constexpr int kRows = 4;  // rows of a strip
+constexpr int kRows = 3;  // rows of a strip
 constexpr int kWarps = 4;
-// About 140 registers a thread. Room for a fourth block would make the compiler spill some of them.
+// 124 to 166 registers a thread, by architecture: room for a fourth block, or a fourth row, would
+// make the compiler spill some of them.
 constexpr int kBlocksPerMultiprocessor = 3;
 
-// What is summed over the patches of an image: V times G for the nine taps, and
+// What is summed over the patches of an image: V times G for the nine taps (0 to 8), and these.
 enum Sum { kGrad = 9, kValue = 10, kSums = 11 };
 
 // A unit of work is a strip of rows, `columns` wide; a block takes every parts-th group of kWarps
