@@ -165,9 +165,9 @@ def line(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
-        "--rounds", type=int, default=16, help="views of each photo that are fitted"
+        "--rounds", type=int, default=14, help="views of each photo that are fitted"
     )
-    parser.add_argument("--minutes", type=float, default=9.5, help="of gradient steps")
+    parser.add_argument("--minutes", type=float, default=8, help="of gradient steps")
     parser.add_argument("--lr", type=float, default=1e-4, help="of the gradient steps")
     parser.add_argument("--criterion", default="residual", help="by which blocks are chosen")
     parser.add_argument("--seed", type=int, default=0)

@@ -84,6 +84,30 @@ def fidelity() -> str:
     return "\n".join(lines)
 
 
+def distill() -> str:
+    """What a few minutes of label-free distillation keep."""
+    found = load("distill")
+    photos = found["photos"]
+    lines = [
+        f"Label-free distillation on 2 cores, {photos['fitted']} photos in many views, {photos['held_out']} held-out "
+        f"photos, {photos['with_object']} of them with an object ({link('distill')}, {day(found['created'])}):",
+        "",
+        row("replaced", "layer", "how", "images", "minutes", "all photos", "with an object"),
+        row(*["---"] * 7),
+    ]
+    for c in found["cases"]:
+        case, f = c["case"], c["after"]
+        width = f", width {case['rank']}" if case["rank"] else ""
+        how = c["method"] + (" from the paper's Gaussian start" if case["gaussian"] else "")
+        lines.append(
+            row(
+                f"{case['blocks']} of 12", f"`{case['variant']}`{width}", how, c["images"], f"{c['minutes']:.1f}",
+                f"{f['cosine']:.3f} / {f['iou']:.3f}", f"{f['object_cosine']:.3f} / {f['object_iou']:.3f}",
+            )
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
 def latency() -> str:
     """Times of the demo's backbone, and its export."""
     found = load("demo")
@@ -241,6 +265,7 @@ def study_limits() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "fidelity": fidelity,
+    "distill": distill,
     "latency": latency,
     "kernels": kernels,
     "table1": table1,

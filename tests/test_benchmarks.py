@@ -243,6 +243,29 @@ def test_results_are_drawn(benchmark: str, tmp_path: Path, monkeypatch: pytest.M
     assert "<!-- mhsa -->" in drawn
 
 
+def test_distillations_are_written_with_what_they_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after = {"cosine": 0.95, "iou": 0.84, "object_cosine": 0.96, "object_iou": 0.88}
+    rows = [
+        {
+            "case": vars(case),
+            "method": "closed form",
+            "images": 1680,
+            "minutes": 8.04,
+            "after": after,
+        }
+        for case in bench_distill.CASES[1:2]
+    ]
+    photos = {"fitted": 120, "held_out": 80, "with_object": 42}
+    (tmp_path / "distill.json").write_text(
+        json.dumps({"created": "2026-01-02 03:04 UTC", "photos": photos, "cases": rows})
+    )
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    written = "| 6 of 12 | `lowrank_dw`, width 96 | closed form | 1680 | 8.0 | 0.950 / 0.840 | 0.960 / 0.880 |"
+    assert render.distill().endswith(written)
+
+
 def test_a_finished_distillation_is_not_repeated(tmp_path: Path) -> None:
     done: list[str] = []
 
