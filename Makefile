@@ -98,7 +98,7 @@ gpu-check: gpu-build
 
 gpu-build:
 	$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps --no-index \
-	  -C cmake.define.DWATTN_CUDA=ON -C cmake.define.DWATTN_CUDA_ARCHITECTURES=native .
+	  --config-settings cmake.define.DWATTN_CUDA=ON --config-settings cmake.define.DWATTN_CUDA_ARCHITECTURES=native .
 	cd benchmarks && $(GPU_PYTHON) -m dwattn.cli doctor
 
 # First, what has never run on a device and is therefore off. A failure is shown and does not end the check; a kernel
