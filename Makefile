@@ -91,7 +91,7 @@ bench-distill: $(VENV)/.installed $(VENV)/.demo-data
 
 # On a machine with a GPU, in an environment that has torch with CUDA and the dev extra; no network is used. The
 # parts can run alone, gpu-build first; after a failed test the rest runs all the same. Options of the benchmark:
-# GPU_BENCH="--part values layers".
+# GPU_BENCH="--part values layers", or --hopper once gpu-hopper has passed.
 GPU_PYTHON ?= python3
 gpu-check: gpu-build
 	$(MAKE) --keep-going gpu-hopper gpu-test gpu-bench gpu-sanitize

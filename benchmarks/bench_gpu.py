@@ -40,14 +40,15 @@ PARTS = (*gpu_cases.PARTS, "scoring")
 Row = dict[str, Any]
 
 
-def measure_part(part: str, watch: Stopwatch, quick: bool) -> Iterable[Row]:
+def measure_part(part: str, watch: Stopwatch, quick: bool, hopper: bool) -> Iterable[Row]:
     """The rows of a part, one after the other."""
     if part == "scoring":
         yield from gpu_scoring.measure(
             gpu_scoring.QUICK if quick else gpu_scoring.FULL, watch.device
         )
         return
-    for sizes in (gpu_cases.QUICK if quick else gpu_cases.CASES)[part]:
+    for given in (gpu_cases.QUICK if quick else gpu_cases.CASES)[part]:
+        sizes = {**given, "hopper": True} if hopper else given
         if part == "backward":
             times = watch.measure(gpu_cases.PARTS[part](sizes, watch.device))
         else:
@@ -99,6 +100,10 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing, per case")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: that everything runs")
+    parser.add_argument(
+        "--hopper", action="store_true",
+        help="also time dw_attention's kernel for Hopper, which is off by default (part values)",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -116,7 +121,7 @@ def main() -> None:
     for part in options.part:
         start = time.perf_counter()
         print(f"{part} ...", flush=True)
-        for row in measure_part(part, watch, options.quick):
+        for row in measure_part(part, watch, options.quick, options.hopper):
             rows.append(row)
             print(f"  {gpu_targets.describe(row['case'])}", flush=True)
         print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
@@ -127,6 +132,11 @@ def main() -> None:
     console = Console(width=120)
     console.print(gpu_targets.times_table(rows))
     console.print(gpu_targets.targets_table(gpu_targets.judge(rows, everywhere=options.quick)))
+    for row in rows:
+        if "scaled_from_images" in row:
+            print(
+                f"scoring: times of {row['scaled_from_images']} images, scaled to {gpu_scoring.SCALED_TO}"
+            )
     for missing in gpu_targets.unmeasured(rows):
         print(f"not measured: {missing}")
     if path is not None:

@@ -10,6 +10,7 @@ A case is a dict of sizes; a part turns it into calls by name:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -159,7 +160,18 @@ def values_calls(sizes: Case, device: str) -> Calls:
         calls["compiled"] = lambda: compiled("torch")
     for name in runnable(layer):
         calls[name] = lambda name=name: layer.values(name)
+    if sizes.get("hopper") and "cuda" in calls:
+        calls["cuda, Hopper's kernel"] = lambda: _asking_for_hopper(lambda: layer.values("cuda"))
     return calls
+
+
+def _asking_for_hopper(call: Callable[[], Tensor]) -> Tensor:
+    """The kernel reads the variable at every call; it is off by default."""
+    os.environ["DWATTN_CUDA_HOPPER"] = "1"
+    try:
+        return call()
+    finally:
+        del os.environ["DWATTN_CUDA_HOPPER"]
 
 
 def layers_calls(sizes: Case, device: str) -> Calls:

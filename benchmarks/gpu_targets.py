@@ -34,7 +34,7 @@ def over(above: Ratio, below: Ratio) -> Ratio:
 
 
 #: The compiled kernels: of the GPU, or of the CPU where the benchmark itself is tried out.
-OURS = time_of("cuda", "cpp")
+OURS = time_of("cuda", "cuda, Hopper's kernel", "cpp")
 ATTENTION = time_of("attention flash", "attention cudnn", "attention efficient")
 PLAIN_VALUES = time_of("eager", "channels-last", "compiled")
 CONVOLUTION = time_of("conv2d", "conv2d channels-last")
@@ -173,7 +173,8 @@ def unmeasured(rows: Iterable[Row]) -> list[str]:
 def describe(sizes: Mapping[str, Any]) -> str:
     width = sizes.get("width")
     inner = "" if width in (None, sizes["dim"]) else f" r={width}"
-    return f"n={sizes['tokens']} D={sizes['dim']} b={sizes['batch']} {sizes['dtype']}{inner}"
+    asked = ", Hopper's kernel too" if sizes.get("hopper") else ""
+    return f"n={sizes['tokens']} D={sizes['dim']} b={sizes['batch']} {sizes['dtype']}{inner}{asked}"
 
 
 def times_table(rows: Iterable[Row]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,19 @@ def test_ratios_are_judged_against_their_bounds() -> None:
     without = gpu_targets.judge([row("values", sizes, value_product=1.0)])
     assert [(j.ratio, j.met) for j in without] == [(None, None), (None, None)]
     assert gpu_targets.judge([row("values", gpu_cases.QUICK["values"][0], cuda=1.0)]) == []
+
+
+def test_the_kernel_for_hopper_counts_where_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = {**gpu_cases.CASES["values"][0], "hopper": True}
+    times = {"cuda": 1.3, "cuda, Hopper's kernel": 1.05, "value_product": 1.0}
+    found = gpu_targets.judge([row("values", sizes, **times)])[0]
+    assert (found.ratio, found.met) == (1.05, True)
+    assert "Hopper" in found.case
+    monkeypatch.delenv("DWATTN_CUDA_HOPPER", raising=False)
+    assert gpu_cases._asking_for_hopper(lambda: os.environ["DWATTN_CUDA_HOPPER"]) == "1"
+    assert "DWATTN_CUDA_HOPPER" not in os.environ
 
 
 def test_a_narrow_layer_is_held_to_the_copy_and_to_the_best_attention() -> None:

@@ -42,7 +42,7 @@ def register() -> None:
         ("dw_layer", _backward_layer, _save_layer),
     ):
         torch.library.register_autograd(f"dwattn::{name}", backward, setup_context=save)
-    torch.library.impl("dwattn::dw_aggregate_backward", "CPU", _from_parts)
+    torch.library.impl("dwattn::dw_aggregate_backward", "cpu", _from_parts)
 
 
 def aggregate_backward(

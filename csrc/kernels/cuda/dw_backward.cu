@@ -215,7 +215,7 @@ struct Finish {
   DWATTN_DEVICE float prefix_token(int64_t t, int64_t image, float grad, float kappa) const {
     if (p.dv != nullptr) {
       T* const to = static_cast<T*>(p.dv) + image * p.dv_stride_batch + t * p.dv_stride_token;
-      to[channel] = from_float<T>(kappa * grad);
+      to[channel] = from_float<T>(p.kappa != nullptr ? kappa * grad : 0.0f);
     }
     if (p.v == nullptr) return 0.0f;
     const T* const v = static_cast<const T*>(p.v) + image * p.v_stride_batch + t * p.v_stride_token;
