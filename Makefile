@@ -19,8 +19,8 @@ DEPLOY_VARIABLES := DWATTN_TENSORRT_INCLUDE=$(TRT)/include DWATTN_TENSORRT_RTX=$
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc plugins python -type f \
              -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 
-.PHONY: demo test test-kernels plugin fuzz soak lint docs wheel bench bench-full bench-distill clean gpu-check gpu-build \
-  gpu-hopper gpu-test gpu-sanitize gpu-bench
+.PHONY: demo test test-kernels plugin fuzz soak lint docs wheel bench bench-full bench-peers bench-models bench-distill clean \
+  gpu-check gpu-build gpu-hopper gpu-test gpu-sanitize gpu-bench
 
 demo: $(VENV)/.installed $(VENV)/.demo-data
 	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/dwattn demo --out $(OUT)
@@ -78,10 +78,22 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench_scoring.py --json $(RESULTS)/cpu-scoring.json
 	$(BIN)/python benchmarks/render.py
 
-bench-full: bench
+bench-full: bench bench-peers
 	$(BIN)/python benchmarks/bench_cpu_layer.py --json $(RESULTS)/cpu-layer.json
 	$(BIN)/python benchmarks/bench_ops.py --all --compile --json $(RESULTS)/ops-all.json
+	$(BIN)/python benchmarks/bench_models.py --all --json $(RESULTS)/models-all.json
 	$(BIN)/python benchmarks/bench_fidelity.py --json $(RESULTS)/fidelity.json
+	$(BIN)/python benchmarks/render.py
+
+# Token merging and head pruning on the same model and photos: twelve minutes on two quiet cores; a stopped run goes on.
+bench-peers: $(VENV)/.installed $(VENV)/.bench-tools $(VENV)/.demo-data
+	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/python benchmarks/bench_peers.py --work $(VENV)/peers-runs --json $(RESULTS)/peers.json
+	$(BIN)/python benchmarks/plot.py $(RESULTS)/peers.json docs/peers.svg
+	$(BIN)/python benchmarks/render.py
+
+# Whole models and blocks, with ONNX Runtime, OpenVINO and torch.compile: six minutes.
+bench-models: $(VENV)/.installed $(VENV)/.bench-tools
+	$(BIN)/python benchmarks/bench_models.py --again --json $(RESULTS)/models.json
 	$(BIN)/python benchmarks/render.py
 
 # Distillation against the acceptance numbers: 40 minutes on two quiet cores; finished cases are kept.
@@ -149,6 +161,11 @@ $(VENV)/.deploy-tools: $(VENV)/.torch
 	-$(PIP) install --quiet --target $(VENV)/nvrtc-12.6 "nvidia-cuda-nvrtc-cu12==12.6.*" "nvidia-cuda-runtime-cu12==12.6.*"
 	-$(PIP) install --quiet --target $(VENV)/cuda-aarch64 --platform manylinux2014_aarch64 --only-binary=:all: --no-deps \
 	  nvidia-cuda-runtime==13.0.96
+	touch $@
+
+# What only benchmarks use.
+$(VENV)/.bench-tools: $(VENV)/.installed
+	$(PIP) install --quiet -c constraints.txt torch-pruning==1.6.1 openvino==2026.4.1
 	touch $@
 
 # More photos than the pip packages carry, where Debian's package tools exist; no root needed, best effort.

@@ -1,4 +1,4 @@
-"""Plots of result files: growth as curves, everything else as bars over the floor.
+"""Plots of result files: growth as curves, peers as fidelity over time, everything else as bars over the floor.
 
     python benchmarks/plot.py benchmarks/results/growth.json growth.png
 
@@ -44,6 +44,29 @@ def growth(results: list[dict[str, Any]]) -> Any:
     return figure
 
 
+def pareto(results: list[dict[str, Any]]) -> Any:
+    """Fidelity over time: a row for dense features, one for image embeddings; a column for each case."""
+    cases = list(dict.fromkeys(row["case"] for row in results))
+    rows = {"patch_cosine": "dense: cosine of patches", "cls_cosine": "embedding: cosine of CLS"}
+    figure, axes = plt.subplots(
+        len(rows), len(cases), figsize=(5.5 * len(cases), 4 * len(rows)), squeeze=False
+    )
+    for line, (key, label) in zip(axes, rows.items(), strict=True):
+        for axis, case in zip(line, cases, strict=True):
+            curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
+            for row in results:
+                if row["case"] == case:
+                    curves[row["method"]].append((row["over_floor"], row[key]))
+            for method, points in curves.items():
+                axis.plot(*zip(*sorted(points), strict=True), marker="o", label=method)
+            axis.set(xlabel="time over the original's", ylabel=label, title=case)
+            axis.legend(fontsize=8)
+    return figure
+
+
+DRAW = {"growth": growth, "peers": pareto}
+
+
 def bars(results: list[dict[str, Any]]) -> Any:
     """Time over that of the floor, by case; logarithmic."""
     cases = list(dict.fromkeys(row["case"] for row in results))
@@ -65,8 +88,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
     document = rounds.read(options.results)
-    draw = growth if document["benchmark"] == "growth" else bars
-    figure = draw(document["results"])
+    figure = DRAW.get(document["benchmark"], bars)(document["results"])
     machine = document["machine"]
     figure.suptitle(f"{machine['CPU']}, {machine['created']}", fontsize=9)
     figure.tight_layout()

@@ -1,4 +1,4 @@
-"""Write the measured parts of the README and of docs/study.md from the committed result files.
+"""Write the measured parts of the README and of two pages of docs from the committed result files.
 
     python benchmarks/render.py           # after new results
     python benchmarks/render.py --check   # exit code 1 if pages and results differ
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import peers_page
 import study_page
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -263,6 +264,36 @@ def study_limits() -> str:
     return "\n\n".join(parts)
 
 
+def peers() -> str:
+    """The README's extract, and how often token merging wins."""
+    found = load("peers")
+    table = _lines(peers_page.COLUMNS, peers_page.peers(found, extract=True))
+    won = peers_page.dominated(found["results"])
+    return f"{peers_page.measured(found)}, 1 thread:\n\n{table}\n\n{won}"
+
+
+def peers_all() -> str:
+    """Every candidate."""
+    found = load("peers")
+    table = _lines(peers_page.COLUMNS, peers_page.peers(found, extract=False))
+    return f"{peers_page.measured(found)}, 1 thread:\n\n{table}"
+
+
+def models() -> str:
+    """Whole models and blocks over eager PyTorch, a table a case; and calibration."""
+    found = load("models")
+    tables = peers_page.models(found)
+    parts = [f"{peers_page.measured(found)}:"]
+    parts += [_lines([case, "median", "over `mhsa, eager`"], rows) for case, rows in tables.items()]
+    return "\n\n".join(part for part in [*parts, peers_page.calibration(found)] if part)
+
+
+def predictions() -> str:
+    """Times of an Orin Nano from the roofline: no measurements."""
+    predicted = load("growth")["predictions"]
+    return f"{peers_page.device(predicted)}\n\n{_lines(*peers_page.predictions(predicted))}"
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "fidelity": fidelity,
     "distill": distill,
@@ -274,9 +305,13 @@ PARTS: dict[str, Callable[[], str]] = {
     "study_segment": lambda: _study("segment"),
     "study_claims": study_claims,
     "study_limits": study_limits,
+    "peers": peers,
+    "peers_all": peers_all,
+    "models": models,
+    "predictions": predictions,
 }
 #: Files with measured parts.
-PAGES = ("README.md", "docs/study.md")
+PAGES = ("README.md", "docs/study.md", "docs/benchmarks.md")
 
 
 def render(text: str) -> str:

@@ -26,6 +26,7 @@ import bench_distill  # noqa: E402
 import bench_growth  # noqa: E402
 import bench_table1  # noqa: E402
 import compare  # noqa: E402
+import peers_page  # noqa: E402
 import render  # noqa: E402
 import rounds  # noqa: E402
 import study_page  # noqa: E402
@@ -62,7 +63,20 @@ def test_orderings_are_judged_by_paired_differences() -> None:
     assert study_page.verdict([(2.0, None, 1)], 1.0) == "open"
 
 
-@pytest.mark.parametrize("name", ["fidelity", "demo", "cpu-dw", "cpu-layer", "cpu-scoring"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fidelity",
+        "demo",
+        "cpu-dw",
+        "cpu-layer",
+        "cpu-scoring",
+        "table1",
+        "peers",
+        "models",
+        "growth",
+    ],
+)
 def test_other_results_would_be_noticed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,8 +84,8 @@ def test_other_results_would_be_noticed(
     path = results / f"{name}.json"
     path.write_text(json.dumps(doubled(json.loads(path.read_text("utf-8")))))
     monkeypatch.setattr(render, "RESULTS", results)
-    text = (ROOT / "README.md").read_text("utf-8")
-    assert render.render(text) != text
+    texts = [(ROOT / page).read_text("utf-8") for page in render.PAGES]
+    assert [render.render(text) for text in texts] != texts
 
 
 def doubled(value: Any) -> Any:
@@ -292,3 +306,81 @@ def test_a_finished_distillation_is_not_repeated(tmp_path: Path) -> None:
     assert done == ["dw-6"]
     Counted(3).row(case)  # other options: another result
     assert done == ["dw-6", "dw-6"]
+
+
+def test_models_are_measured_once_and_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("timm")
+    import bench_models
+
+    monkeypatch.setitem(bench_models.MODELS, "ViT-S", (48, 2))
+    monkeypatch.setitem(bench_models.DEPTHS, "ViT-S", 2)
+    path = tmp_path / "models.json"
+    command = [
+        "bench_models.py",
+        "--model",
+        "ViT-S",
+        "--seconds",
+        "0",
+        "--photos",
+        "0",
+        "--compile",
+        "--runtime",
+    ]
+    monkeypatch.setattr(sys, "argv", [*command, "--json", str(path)])
+    bench_models.main()
+    written = path.read_text("utf-8")
+    rows = rounds.read(path)["results"]
+    whole = {row["candidate"] for row in rows if row["case"].startswith("model")}
+    assert {
+        "mhsa, eager",
+        "mhsa unfused, eager",
+        "dw, eager",
+        "removed, eager",
+        "token merging, eager",
+    } <= whole
+    assert {row["case"].split()[0] for row in rows} == {"block", "model"}
+    bench_models.main()  # everything is there already
+    assert path.read_text("utf-8") == written
+    found = bench_models.calibration(8)
+    assert 0 < found["forward_s"] < found["dw_s"]
+
+
+def peer(method: str, time: float, fidelity: float, pixels: int = 224) -> dict[str, Any]:
+    return {
+        "case": f"ViT-S/14 at {pixels} px, batch 1", "method": method, "over_floor": time,
+        "patch_cosine": fidelity, "iou": fidelity, "cls_cosine": 1 - fidelity,
+    }  # fmt: skip
+
+
+def test_where_the_peer_wins_is_counted() -> None:
+    rows = [
+        peer("token merging", 0.8, 0.9), peer("dw", 0.9, 0.8), peer("lowrank_dw", 0.7, 0.7), peer("dw", 0.9, 0.95),
+        peer("head pruning", 0.9, 0.1), peer("dw", 0.9, 0.95, 448), peer("token merging", 0.95, 0.9, 448),
+    ]  # fmt: skip
+    small, large = peers_page.dominated(rows).split("At ")[1:]
+    assert "than 1 of the 3" in small
+    assert "than 1 by saliency" in small
+    assert "than 1 by CLS" in small
+    assert "than 0 of the 1" in large
+
+
+def test_peers_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    import plot
+
+    rows = [
+        {**peer(m, t, 0.9), "cls_cosine": 0.8}
+        for m, t in (("dw", 0.9), ("dw", 0.8), ("token merging", 0.7))
+    ]
+    figure = plot.pareto(rows)
+    lines = figure.axes[0].get_lines()
+    assert [line.get_label() for line in lines] == ["dw", "token merging"]
+    assert list(lines[0].get_xdata()) == [0.8, 0.9]
+    assert list(figure.axes[1].get_lines()[1].get_ydata()) == [0.8]
+
+
+def test_the_plot_of_peers_is_that_of_the_results() -> None:
+    created = rounds.read(render.RESULTS / "peers.json")["machine"]["created"]
+    assert created in (ROOT / "docs" / "peers.svg").read_text("utf-8")
