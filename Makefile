@@ -114,7 +114,8 @@ gpu-build:
 	cd benchmarks && $(GPU_PYTHON) -m dwattn.cli doctor
 
 # First, what has never run on a device and is therefore off. A failure is shown and does not end the check; a kernel
-# that hangs is killed with its process.
+# that hangs is killed with its process. Where it passes, this says whether the kernel should be on:
+#   DWATTN_CUDA_HOPPER=1 make gpu-bench GPU_BENCH="--part values --json hopper.json"
 gpu-hopper:
 	-timeout -k 10 120 $(GPU_PYTHON) -m pytest -q -m gpu tests/test_cuda_hopper.py
 

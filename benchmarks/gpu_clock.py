@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import subprocess
@@ -99,6 +100,7 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "dwattn": dwattn.__version__,
         "build_info": library.native.build_info() if library.native else None,
+        "hopper_kernel": os.environ.get("DWATTN_CUDA_HOPPER") == "1",
         "seed": 0,
     }
 

@@ -32,6 +32,21 @@ def test_it_says_what_is_installed_and_built(info: dict[str, object]) -> None:
         assert "CUDA kernels: " in text
 
 
+@pytest.mark.parametrize(("asked", "state"), [("1", "asked for"), ("", "off")])
+def test_the_kernel_for_hopper_is_named(
+    info: dict[str, object], asked: str, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not library.native:
+        pytest.skip(library.native_error())
+    monkeypatch.setenv("DWATTN_CUDA_HOPPER", asked)
+    built = {**info["build"], "cuda_architectures": ["87-real", "90a-real"]}
+    text = environment.explain({**info, "build": built})
+    assert f"CUDA kernel for Hopper (90a): {state}" in text
+    assert "untested on a device" in text
+    built = {**built, "cuda_architectures": ["87-real"]}
+    assert "Hopper" not in environment.explain({**info, "build": built})
+
+
 def test_every_backend_is_answered_for(info: dict[str, object]) -> None:
     for answer in info["backends"]:
         assert {v["backend"] for v in answer["verdicts"]} == set(backends.NAMES)
