@@ -19,7 +19,9 @@ pytestmark = pytest.mark.slow
 ROOT = cuda_sources.ROOT
 TOOLCHAIN = f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'cmake' / 'aarch64-linux-gnu.cmake'}"
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
-CPU_SOURCES = ("features.cpp", "dw_aggregate.cpp", "gemm.cpp", "kernels_generic.cpp")
+CPU_SOURCES = (
+    "attention_variance.cpp", "dw_aggregate.cpp", "features.cpp", "gemm.cpp", "kernels_generic.cpp",
+)  # fmt: skip
 
 
 def need(*tools: str) -> None:

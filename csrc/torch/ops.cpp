@@ -21,7 +21,7 @@ STABLE_TORCH_LIBRARY(dwattn, m) {
       "dw_layer(Tensor x, Tensor wv, Tensor? bv, Tensor kernel, Tensor? kappa, Tensor? mu, "
       "Tensor? beta, Tensor wo, Tensor? bo, Tensor? prefix_out, SymInt height, SymInt width, "
       "int num_prefix) -> Tensor");
-  // On CUDA only. Adds to the state in place; returns E v, or an empty tensor without v.
+  // Adds to the state in place; returns E v, or an empty tensor without v.
   m.def(
       "attention_variance_(Tensor q, Tensor k, Tensor(a!) mean, Tensor(b!) m2, "
       "Tensor(c!)? prefix_mean, int seen, Tensor? v, int num_prefix, float scale) -> Tensor");

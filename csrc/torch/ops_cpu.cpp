@@ -2,19 +2,10 @@
 #include "kernels/cpu/dw_aggregate.h"
 #include "kernels/cpu/scratch.h"
 #include "torch/checks.h"
+#include "torch/cpu_parallel.h"
 
 namespace dwattn::torch_ops {
 namespace {
-
-// The loop of torch's own thread pool.
-cpu::ParallelFor torch_parallel_for() {
-  return {[](void*, int64_t tasks, int64_t cost, cpu::LoopBody body, void* context) {
-            torch::stable::parallel_for(
-                0, tasks, cpu::min_tasks_per_thread(cost),
-                [&](int64_t begin, int64_t end) { body(context, begin, end); });
-          },
-          nullptr};
-}
 
 int64_t workspace_bytes(ScalarType v_type, int64_t batch, int64_t channels) {
   DwAggregateParams p{};

@@ -1,6 +1,7 @@
 // The operators on CUDA tensors; part of the build where the CUDA kernels are.
 #include "kernels/cuda/attention_variance.h"
 #include "kernels/cuda/dw_layer.h"
+#include "torch/attention_maps.h"
 #include "torch/cuda_tensors.h"
 
 namespace dwattn::torch_ops {
@@ -172,86 +173,24 @@ Tensor dw_layer_cuda(const Tensor& x, const Tensor& wv, const OptionalTensor& bv
   return out;
 }
 
-void check_heads(const char* name, const Tensor& t, const Tensor& like) {
-  DWATTN_CHECK(t.dim() == 4 && like.dim() == 4 && t.size(0) == like.size(0) &&
-                   t.size(1) == like.size(1) && t.size(2) == like.size(2) &&
-                   t.size(3) == like.size(3) && t.scalar_type() == like.scalar_type() &&
-                   t.get_device_index() == like.get_device_index(),
-               name, " of shape ", shape_text(t), " and ", dtype_name(t.scalar_type()),
-               " must have the shape (B, n_h, N, d_h) = ", shape_text(like), ", dtype ",
-               dtype_name(like.scalar_type()), " and device of q.");
-}
-
-// A part of the state: (n_h, queries, keys).
-void check_state(const char* name, const Tensor& t, const Tensor& q, ScalarType type,
-                 int64_t num_prefix, int64_t keys) {
-  DWATTN_CHECK((type == ScalarType::Float || type == ScalarType::Double) && t.scalar_type() == type,
-               "The state must be float32 or float64, mean and ", name, " alike; ", name, " is ",
-               dtype_name(t.scalar_type()), ".");
-  DWATTN_CHECK(
-      t.dim() == 3 && t.size(0) == q.size(1) && t.size(1) == q.size(2) - num_prefix &&
-          t.size(2) == keys && t.is_contiguous() && t.get_device_index() == q.get_device_index(),
-      name, " must be contiguous and have shape (", q.size(1), ", ", q.size(2) - num_prefix, ", ",
-      keys, ") on the device of q, got ", shape_text(t), ".");
-}
-
 Tensor attention_variance_cuda(const Tensor& q, const Tensor& k, const Tensor& mean,
                                const Tensor& m2, const OptionalTensor& prefix_mean, int64_t seen,
                                const OptionalTensor& v, int64_t num_prefix, double scale) {
-  check_heads("q", q, q);
-  check_heads("k", k, q);
+  check_maps(q, k, v, mean, m2, prefix_mean, seen, num_prefix);
   check_dtype("q", q);
-  if (v.has_value()) check_heads("v", *v, q);
-  const int64_t tokens = q.size(2);
-  DWATTN_CHECK(num_prefix >= 0 && num_prefix < tokens && seen >= 0, "num_prefix=", num_prefix,
-               " of N=", tokens, " tokens and seen=", seen, " images are not possible.");
   DWATTN_CHECK(q.size(3) >= 1 && q.size(3) <= 128, "d_h=", q.size(3),
                " is not in 1..128, which the CUDA kernel takes.");
-  const ScalarType state = mean.scalar_type();
-  check_state("mean", mean, q, state, num_prefix, tokens - num_prefix);
-  check_state("m2", m2, q, state, num_prefix, tokens - num_prefix);
-  if (prefix_mean.has_value()) {
-    check_state("prefix_mean", *prefix_mean, q, state, num_prefix, num_prefix);
-  }
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const Tensor queries = dense_rows(q), keys = dense_rows(k);
   const OptionalTensor values = v.has_value() ? OptionalTensor(dense_rows(*v)) : std::nullopt;
-  const Tensor out = v.has_value()
-                         ? torch::stable::new_empty(q, {q.size(0), q.size(1), tokens, q.size(3)})
-                         : torch::stable::new_empty(q, {0});
+  const Tensor out = attention_output(q, v.has_value());
+  const int64_t tokens = q.size(2);
   const Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), tokens}, ScalarType::Float);
-  cuda::AttentionVarianceParams p{};
-  p.dtype = kernel_dtype(q.scalar_type());
-  p.q = queries.const_data_ptr();
-  p.q_stride_batch = queries.stride(0);
-  p.q_stride_head = queries.stride(1);
-  p.q_stride_token = queries.stride(2);
-  p.k = keys.const_data_ptr();
-  p.k_stride_batch = keys.stride(0);
-  p.k_stride_head = keys.stride(1);
-  p.k_stride_token = keys.stride(2);
-  if (values.has_value()) {
-    p.v = values->const_data_ptr();
-    p.v_stride_batch = values->stride(0);
-    p.v_stride_head = values->stride(1);
-    p.v_stride_token = values->stride(2);
-    p.out = out.mutable_data_ptr();
-    p.out_stride_batch = out.stride(0);
-    p.out_stride_head = out.stride(1);
-    p.out_stride_token = out.stride(2);
-  }
+  AttentionVarianceParams p = variance_params(queries, keys, values, out, mean, m2, prefix_mean);
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  p.state_dtype = kernel_dtype(state);
-  p.mean = mean.mutable_data_ptr();
-  p.m2 = m2.mutable_data_ptr();
-  p.prefix_mean = prefix_mean.has_value() ? prefix_mean->mutable_data_ptr() : nullptr;
   p.count = seen;
   p.skip = num_prefix;
   p.scale = static_cast<float>(scale);
-  p.batch = q.size(0);
-  p.heads = q.size(1);
-  p.tokens = tokens;
-  p.head_dim = q.size(3);
   check_status(cuda::attention_variance(p, current_stream(q)));
   return out;
 }

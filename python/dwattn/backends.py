@@ -25,7 +25,7 @@ import torch
 from dwattn import library, triton_ops
 from dwattn.errors import BackendError
 
-OPS = ("dw_aggregate", "dw_attention", "dw_layer")
+OPS = ("dw_aggregate", "dw_attention", "dw_layer", "attention_variance")
 ENVIRONMENT_VARIABLE = "DWATTN_BACKEND"
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -60,8 +60,10 @@ def can_run_torch(
 
 
 def can_run_cpp(op: str, *, device: str, dtype: torch.dtype, raise_error: bool = False) -> Verdict:
-    """The compiled CPU kernels: CPU tensors in fp32, fp64, fp16 or bf16, outside ONNX export."""
-    reasons = _check_dtype(dtype)
+    """The compiled CPU kernels: CPU tensors in fp32, fp16 or bf16, layers in fp64 too; outside ONNX
+    export.
+    """
+    reasons = _check_dtype(dtype, _FLOATS_32_16 if op == "attention_variance" else _FLOATS)
     if device != "cpu":
         reasons += (f"The compiled kernels run on the CPU; the tensors are on {device!r}.",)
     if torch.onnx.is_in_onnx_export():

@@ -23,6 +23,8 @@ _BUILD_HINT = (
     "Reinstall dwattn with a C++17 compiler at hand (pip install .) to get the compiled kernels."
 )
 
+#: Largest width of a head that the CUDA kernel of attention_variance_ takes.
+CUDA_HEAD_DIM = 128
 
 def _load_operators() -> str:
     """Load ``_C.so``; returns why it could not be loaded, or an empty string."""
@@ -146,33 +148,29 @@ def attention_variance_(
     num_prefix: int = 0,
     scale: float | None = None,
 ) -> Tensor | None:
-    """Add the attention maps of a batch to a running state, in place; attend on the way. CUDA only.
+    """Add the attention maps of a batch to a running state, in place; attend on the way.
 
     ``E = softmax(scale q k^T)`` never exists in memory; its moments over the batch meet the state by
     Chan's formula.
 
     Args:
-        q, k, v: ``(B, n_h, N, d_h)`` of one dtype (fp32, fp16, bf16), ``d_h <= 128``.
-        mean, m2: contiguous fp32 or fp64 ``(n_h, N - num_prefix, N - num_prefix)``: mean and sum of
-            squared deviations of E over ``seen`` images; for ``seen=0`` what they hold does not
-            matter.
+        q, k, v: ``(B, n_h, N, d_h)`` of one dtype (fp32, fp16, bf16); on CUDA ``d_h <= 128``. NaN
+            in q or k makes NaN in the state: check before.
+        mean, m2: contiguous fp64 (on CUDA also fp32) ``(n_h, N - num_prefix, N - num_prefix)``: mean
+            and sum of squared deviations of E over ``seen`` images; for ``seen=0`` what they hold
+            does not matter.
         prefix_mean: ``(n_h, N - num_prefix, num_prefix)``, alike: mean mass of patch queries on the
             prefix tokens.
         num_prefix: tokens that mean and m2 leave out (0 keeps all entries).
         scale: factor of the logits, default ``1 / sqrt(d_h)``.
 
     Returns:
-        The attention output ``E v``, ``(B, n_h, N, d_h)``, or None without v. The state now holds
-        ``seen + B`` images.
+        The attention output ``E v``, ``(B, n_h, N, d_h)`` laid out as ``(B, N, n_h, d_h)``, or None
+        without v. The state now holds ``seen + B`` images.
 
     Raises:
-        RuntimeError: q is not on a CUDA device, or shapes and dtypes do not fit.
+        RuntimeError: shapes and dtypes do not fit, or no kernel was built for the device of q.
     """
-    if q.device.type != "cuda":
-        raise RuntimeError(
-            f"attention_variance_ runs on CUDA devices only and q is on {q.device}; "
-            "dwattn.variance.AttentionVariance runs on every device."
-        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out: Tensor = torch.ops.dwattn.attention_variance_.default(
         q, k, mean, m2, prefix_mean, seen, v, num_prefix, scale
@@ -280,7 +278,10 @@ def _fake_variance(
     num_prefix: int,
     scale: float,
 ) -> Tensor:
-    return q.new_empty(0) if v is None else q.new_empty(q.shape)
+    if v is None:
+        return q.new_empty(0)
+    batch, heads, tokens, width = q.shape
+    return q.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
 def _check_fake(

@@ -2,16 +2,18 @@
 
 ``E = softmax(scale * q k^T)`` is never held for a whole layer: it is formed in tiles of a few rows
 of one head for a few images, which stay in the cache while they are folded into the state and
-multiplied by the values.
+multiplied by the values; by a compiled operator where one is chosen (:mod:`dwattn.backends`), else
+in PyTorch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from dwattn import backends, library, triton_ops
 from dwattn.errors import ScoreError
 from dwattn.finite import all_finite
 
@@ -25,6 +27,8 @@ _ENTRIES_PER_IMAGE = 110_000
 _ENTRIES_PER_FOLD = 75_000
 #: Devices other than the CPU want fewer, larger steps.
 _DEVICE_FACTOR = 32
+
+_Attend = Callable[[Tensor, Tensor, "Tensor | None", float], "Tensor | None"]
 
 
 class AttentionVariance:
@@ -140,24 +144,51 @@ class AttentionVariance:
         self._check(q, k)
         # Autocast would round the operands of the matrix products to half precision.
         with torch.autocast(q.device.type, enabled=False):
-            return self._attend(q, k, v, scale)
+            scale = q.shape[3] ** -0.5 if scale is None else scale
+            operator = self._operator(q, v)
+            if self._mean is None:
+                self.allocate(q.shape[1], q.shape[2], q.device)
+            self._interrupted = True
+            out = (operator or self._attend)(q, k, v, scale)
+            self._interrupted = False
+        return out
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor | None, scale: float | None) -> Tensor | None:
-        batch, heads, tokens, width = q.shape
+    def _operator(self, q: Tensor, v: Tensor | None) -> _Attend | None:
+        """The compiled operator for such tensors, or None where PyTorch runs."""
+        backend = backends.choose("attention_variance", device=q.device.type, dtype=q.dtype)
+        update = {
+            "cpp": library.attention_variance_,
+            "cuda": library.attention_variance_,
+            "triton": triton_ops.attention_variance,
+        }.get(backend)
+        fits = v is None or (v.shape == q.shape and v.dtype == q.dtype)
+        fits = fits and (backend != "cuda" or q.shape[3] <= library.CUDA_HEAD_DIM)
+        if update is None or not fits or self.dtype != torch.float64:
+            return None
+
+        def attend(q: Tensor, k: Tensor, v: Tensor | None, scale: float) -> Tensor | None:
+            state = (self._mean, self._m2, self.count)
+            offset = self.num_prefix if self.entries == "patches" else 0
+            out = update(
+                q, k, *state, v=v, prefix_mean=self._prefix, num_prefix=offset, scale=scale
+            )
+            self.count += len(q)
+            return out
+
+        return attend
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor | None, scale: float) -> Tensor | None:
+        batch, heads, tokens, _ = q.shape
         compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-        scale = width**-0.5 if scale is None else scale
         q, keys = q.to(compute), k.to(compute).transpose(2, 3)
         out = None
         if v is not None:
             # Laid out as (B, N, n_h, d_v): joining the heads afterwards is a view.
             out = v.new_empty(batch, tokens, heads, v.shape[3])
             v = v.to(compute)
-        if self._mean is None:
-            self.allocate(heads, tokens, q.device)
         factor = 1 if q.device.type == "cpu" else _DEVICE_FACTOR
         rows = min(tokens, max(1, factor * _ENTRIES_PER_IMAGE // tokens))
         fold = factor * _ENTRIES_PER_FOLD * torch.get_num_threads()
-        self._interrupted = True
         for first in range(0, batch, _IMAGES_PER_TILE):
             images = slice(first, min(first + _IMAGES_PER_TILE, batch))
             count = images.stop - images.start
@@ -172,7 +203,6 @@ class AttentionVariance:
                     for row in range(0, stop - start, fold_rows):
                         self._fold(e[:, row : row + fold_rows], head, start + row, tile)
             self.count += count
-        self._interrupted = False
         return None if out is None else out.transpose(1, 2)
 
     def _fold(self, e: Tensor, head: int, start: int, tile: _Tile) -> None:

@@ -1,4 +1,5 @@
 // The CPU kernels for the generic instruction set; CMake gives this file its compiler flags.
 #define DWATTN_ISA generic
+#include "kernels/cpu/attention_variance_impl.h"
 #include "kernels/cpu/dw_aggregate_impl.h"
 #include "kernels/cpu/gemm_impl.h"

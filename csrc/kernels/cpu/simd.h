@@ -6,6 +6,8 @@
 //   Vec<T>::width        lanes; T is the accumulation type, float or double
 //   load(p), load_n(p,n) `width` elements, or the first n of them and zeros; converts to T
 //   store, store_n       converts back to the stored type, rounding to nearest even
+//   low_half, high_half  the lanes of a Vec<float> as two Vec<double>
+//   times_power(p, n, limit)  p * 2^n for a whole number n of at least limit, else 0
 #pragma once
 
 #include <cstdint>
@@ -73,6 +75,7 @@ struct Vec<double> {
   static Vec zero() { return {_mm512_setzero_pd()}; }
   static Vec all(double a) { return {_mm512_set1_pd(a)}; }
   static Vec load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  static Vec load(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
   static Vec load_n(const double* p, int n) { return {_mm512_maskz_loadu_pd(mask(n), p)}; }
   void store(double* p) const { _mm512_storeu_pd(p, r); }
   void store_n(double* p, int n) const { _mm512_mask_storeu_pd(p, mask(n), r); }
@@ -94,6 +97,24 @@ static inline Vec<double> operator*(Vec<double> a, Vec<double> b) {
 }
 static inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return {_mm512_fmadd_pd(a.r, b.r, c.r)};
+}
+static inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return {_mm512_sub_ps(a.r, b.r)}; }
+static inline Vec<double> operator-(Vec<double> a, Vec<double> b) {
+  return {_mm512_sub_pd(a.r, b.r)};
+}
+static inline Vec<float> max(Vec<float> a, Vec<float> b) { return {_mm512_max_ps(a.r, b.r)}; }
+static inline Vec<float> nearest(Vec<float> a) {
+  return {_mm512_roundscale_ps(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+static inline Vec<float> times_power(Vec<float> p, Vec<float> n, float limit) {
+  const __mmask16 kept = _mm512_cmp_ps_mask(n.r, _mm512_set1_ps(limit), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(kept, p.r, n.r)};
+}
+static inline Vec<double> low_half(Vec<float> a) {
+  return {_mm512_cvtps_pd(_mm512_castps512_ps256(a.r))};
+}
+static inline Vec<double> high_half(Vec<float> a) {
+  return {_mm512_cvtps_pd(_mm512_extractf32x8_ps(a.r, 1))};
 }
 
 #elif defined(__AVX2__)
@@ -155,6 +176,7 @@ struct Vec<double> {
   static Vec zero() { return {_mm256_setzero_pd()}; }
   static Vec all(double a) { return {_mm256_set1_pd(a)}; }
   static Vec load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  static Vec load(const float* p) { return {_mm256_cvtps_pd(_mm_loadu_ps(p))}; }
   static Vec load_n(const double* p, int n) { return {_mm256_maskload_pd(p, mask(n))}; }
   void store(double* p) const { _mm256_storeu_pd(p, r); }
   void store_n(double* p, int n) const { _mm256_maskstore_pd(p, mask(n), r); }
@@ -178,6 +200,26 @@ static inline Vec<double> operator*(Vec<double> a, Vec<double> b) {
 }
 static inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return {_mm256_fmadd_pd(a.r, b.r, c.r)};
+}
+static inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return {_mm256_sub_ps(a.r, b.r)}; }
+static inline Vec<double> operator-(Vec<double> a, Vec<double> b) {
+  return {_mm256_sub_pd(a.r, b.r)};
+}
+static inline Vec<float> max(Vec<float> a, Vec<float> b) { return {_mm256_max_ps(a.r, b.r)}; }
+static inline Vec<float> nearest(Vec<float> a) {
+  return {_mm256_round_ps(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+static inline Vec<float> times_power(Vec<float> p, Vec<float> n, float limit) {
+  const __m256 kept = _mm256_cmp_ps(n.r, _mm256_set1_ps(limit), _CMP_NLT_UQ);
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n.r), 23);
+  const __m256i scaled = _mm256_add_epi32(_mm256_castps_si256(p.r), exponent);
+  return {_mm256_and_ps(kept, _mm256_castsi256_ps(scaled))};
+}
+static inline Vec<double> low_half(Vec<float> a) {
+  return {_mm256_cvtps_pd(_mm256_castps256_ps128(a.r))};
+}
+static inline Vec<double> high_half(Vec<float> a) {
+  return {_mm256_cvtps_pd(_mm256_extractf128_ps(a.r, 1))};
 }
 
 #else  // any other target: plain loops of a fixed length, which compilers turn into SSE2 or NEON
@@ -229,6 +271,40 @@ template <class T>
 static inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   for (int i = 0; i < Vec<T>::width; ++i) c.r[i] += a.r[i] * b.r[i];
   return c;
+}
+
+template <class T>
+static inline Vec<T> operator-(Vec<T> a, Vec<T> b) {
+  for (int i = 0; i < Vec<T>::width; ++i) a.r[i] -= b.r[i];
+  return a;
+}
+static inline Vec<float> max(Vec<float> a, Vec<float> b) {
+  for (int i = 0; i < Vec<float>::width; ++i) a.r[i] = a.r[i] > b.r[i] ? a.r[i] : b.r[i];
+  return a;
+}
+static inline Vec<float> nearest(Vec<float> a) {
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: the sum has no fraction left
+  for (int i = 0; i < Vec<float>::width; ++i) a.r[i] = (a.r[i] + kShift) - kShift;
+  return a;
+}
+static inline Vec<float> times_power(Vec<float> p, Vec<float> n, float limit) {
+  for (int i = 0; i < Vec<float>::width; ++i) {
+    const bool kept = !(n.r[i] < limit);
+    const uint32_t exponent = static_cast<uint32_t>(static_cast<int32_t>(kept ? n.r[i] : 0)) << 23;
+    const float scaled = float_from_bits(bits_of_float(p.r[i]) + exponent);
+    p.r[i] = kept ? scaled : 0.0f;
+  }
+  return p;
+}
+static inline Vec<double> low_half(Vec<float> a) {
+  Vec<double> half;
+  for (int i = 0; i < Vec<double>::width; ++i) half.r[i] = a.r[i];
+  return half;
+}
+static inline Vec<double> high_half(Vec<float> a) {
+  Vec<double> half;
+  for (int i = 0; i < Vec<double>::width; ++i) half.r[i] = a.r[Vec<double>::width + i];
+  return half;
 }
 
 #endif

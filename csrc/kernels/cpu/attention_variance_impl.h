@@ -1,0 +1,335 @@
+// The attention statistics, compiled once per instruction set (DWATTN_ISA names the namespace).
+#pragma once
+
+#include <atomic>
+#include <cfloat>
+
+#include "kernels/cpu/attention_moments_impl.h"
+
+namespace dwattn::cpu::DWATTN_ISA {
+namespace {
+
+// 2^x for x <= 0, to 2 units in the last place; 0 below 2^-125, so that no result is subnormal.
+static inline Vec<float> exp2_of(Vec<float> x) {
+  using V = Vec<float>;
+  const V n = nearest(x), r = x - n;
+  // Minimax on [-1/2, 1/2] with 2^0 = 1 exactly: relative error 2e-9 before rounding.
+  V p = V::all(1.53533616e-4f);
+  p = fma(p, r, V::all(1.3398875e-3f));
+  p = fma(p, r, V::all(9.61843692e-3f));
+  p = fma(p, r, V::all(5.55033237e-2f));
+  p = fma(p, r, V::all(2.40226477e-1f));
+  p = fma(p, r, V::all(6.93147182e-1f));
+  p = fma(p, r, V::all(1.0f));
+  return times_power(p, n, -125.0f);
+}
+
+// The memory of one worker and the steps of one tile: queries first_ ... first_ + rows_ of a head,
+// along `lanes_` lanes. In is the type of q, k, v and out.
+template <class In>
+class VarianceTile {
+  using V = Vec<float>;
+  // A register tile of accumulators, and what one step loads beside it.
+#if defined(__AVX512F__) || defined(__aarch64__)  // 32 registers
+  static constexpr int kRows = 6, kVectors = 4;
+#elif defined(__AVX2__)
+  static constexpr int kRows = 6, kVectors = 2;
+#else
+  static constexpr int kRows = 4, kVectors = 2;
+#endif
+
+ public:
+  VarianceTile(const AttentionVarianceParams& params, const AttentionTiles& tiles, char* memory)
+      : p_(params), tiles_(tiles), moments_(params, tiles, memory) {
+    weights_ = take<float>(memory, tiles.weights_bytes);
+    queries_ = take<float>(memory, tiles.queries_bytes);
+    staged_ = take<float>(memory, tiles.rows_bytes);
+    output_ = take<float>(memory, tiles.output_bytes);
+    max_ = output_ + tiles.lanes * tiles.channels;
+    sum_ = max_ + tiles.lanes;
+  }
+
+  void run(int64_t head, int64_t tile) {
+    head_ = head;
+    first_ = tiles_.first_row(tile);
+    lanes_ = tiles_.first_row(tile + 1) - first_;
+    rows_ = lanes_ < p_.tokens - first_ ? lanes_ : p_.tokens - first_;
+    for (int64_t image = 0; image < p_.batch; image += kImagesPerFold) {
+      const int64_t rest = p_.batch - image;
+      const int64_t count = rest < kImagesPerFold ? rest : kImagesPerFold;
+      for (int64_t i = 0; i < count; ++i) attend(image + i, weights(i), inverse(i));
+      moments_.fold(weights_, count, lanes_, image == 0);
+    }
+    moments_.merge(head, first_, rows_, lanes_);
+  }
+
+ private:
+  // Softmax weights of an image of the current fold, (N, lanes), not yet divided by their sums.
+  float* weights(int64_t i) const { return weights_ + i * (p_.tokens + 1) * lanes_; }
+  float* inverse(int64_t i) const { return weights(i) + p_.tokens * lanes_; }
+
+  // f(std::integral_constant-like count, first) over groups of rows of a register tile.
+  template <int kCount>
+  struct Size {
+    static constexpr int value = kCount;
+  };
+  template <class F>
+  static void each_rows(int64_t count, const F& f) {
+    int64_t i = 0;
+    for (; i + kRows <= count; i += kRows) f(Size<kRows>{}, i);
+    for (; i + 2 <= count; i += 2) f(Size<2>{}, i);
+    if (i < count) f(Size<1>{}, i);
+  }
+  // The same over `count` vectors, in groups as equal as possible.
+  template <class F>
+  static void each_vectors(int64_t count, const F& f) {
+    const int64_t groups = (count + kVectors - 1) / kVectors;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t first = g * count / groups, size = (g + 1) * count / groups - first;
+      if (kVectors >= 4 && size == 4) f(Size<4>{}, first);
+      if (kVectors >= 4 && size == 3) f(Size<3>{}, first);
+      if (size == 2) f(Size<2>{}, first);
+      if (size == 1) f(Size<1>{}, first);
+    }
+  }
+
+  // ---- attention of one image
+
+  void attend(int64_t image, float* e, float* inverse) {
+    load_queries(image);
+    const In* const keys = at<In>(p_.k, image, p_.k_stride_batch, p_.k_stride_head);
+    const In* const values =
+        p_.v == nullptr ? nullptr : at<In>(p_.v, image, p_.v_stride_batch, p_.v_stride_head);
+    const bool more = image + 1 < p_.batch;
+    const In* const next = at<In>(p_.q, more ? image + 1 : 0, p_.q_stride_batch, p_.q_stride_head);
+    for (int64_t l = 0; l < lanes_; l += V::width) V::all(-FLT_MAX).store(max_ + l);
+    const auto prepare = [&](int64_t row, int64_t count) {
+      fetch(keys, p_.k_stride_token, row + kKeyBlock, count);
+      if (values != nullptr) fetch(values, p_.v_stride_token, row, count);
+      if (more && row < rows_) fetch(next, p_.q_stride_token, first_ + row, count);
+    };
+    for (int64_t j = 0; j < p_.tokens; j += kKeyBlock) {
+      const float* const rows = copied(keys + j * p_.k_stride_token, p_.k_stride_token, block(j));
+      scores(rows, j, block(j), e + j * lanes_, prepare);
+    }
+    for (int64_t l = 0; l < lanes_; l += V::width) V::zero().store(sum_ + l);
+    for (int64_t j = 0; j < p_.tokens; j += kKeyBlock) {
+      exponentials(block(j), e + j * lanes_);
+      if (values == nullptr) continue;
+      const float* const rows = copied(values + j * p_.v_stride_token, p_.v_stride_token, block(j));
+      multiply(rows, block(j), e + j * lanes_, j > 0);
+    }
+    for (int64_t l = 0; l < lanes_; ++l) inverse[l] = 1.0f / sum_[l];
+    if (values != nullptr) write(image, inverse);
+  }
+
+  // Brings rows that are needed soon into the cache: they lie pages apart, where the hardware does
+  // not look ahead.
+  void fetch(const In* rows, int64_t stride, int64_t first, int64_t count) const {
+    for (int64_t i = first; i < first + count && i < p_.tokens; ++i) {
+      const char* const row = reinterpret_cast<const char*>(rows + i * stride);
+      const int64_t bytes = p_.head_dim * static_cast<int64_t>(sizeof(In));
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
+    }
+  }
+
+  template <class T>
+  T* at(T* base, int64_t image, int64_t stride_batch, int64_t stride_head) const {
+    return base + image * stride_batch + head_ * stride_head;
+  }
+  template <class T>
+  const T* at(const void* base, int64_t image, int64_t stride_batch, int64_t stride_head) const {
+    return at(static_cast<const T*>(base), image, stride_batch, stride_head);
+  }
+
+  int64_t block(int64_t j) const { return p_.tokens - j < kKeyBlock ? p_.tokens - j : kKeyBlock; }
+
+  // (lanes, d_h) -> (d_h, lanes), in units that make the softmax one of powers of two.
+  void load_queries(int64_t image) {
+    constexpr float kLog2E = 1.44269504088896341f;
+    const float factor = p_.scale * kLog2E;
+    const In* const q =
+        at<In>(p_.q, image, p_.q_stride_batch, p_.q_stride_head) + first_ * p_.q_stride_token;
+    const float* const rows = copied(q, p_.q_stride_token, rows_);
+    for (int64_t l = 0; l < lanes_; l += kLanePad) {
+      const float* const from = rows + l * tiles_.channels;
+      const int64_t count = rows_ - l < kLanePad ? rows_ - l : kLanePad;
+      for (int64_t d = 0; d < p_.head_dim; ++d) {
+        float* const to = queries_ + d * lanes_ + l;
+        for (int64_t i = 0; i < count; ++i) to[i] = from[i * tiles_.channels + d] * factor;
+        for (int64_t i = count; i < kLanePad; ++i) to[i] = 0.0f;
+      }
+    }
+  }
+
+  // Rows one after the other, in fp32 and with zeros up to the padded width: the rows of a packed
+  // projection lie pages apart and crowd into a few sets of the cache.
+  const float* copied(const In* rows, int64_t stride, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) {
+      float* const to = staged_ + i * tiles_.channels;
+      const In* const from = rows + i * stride;
+      int64_t d = 0;
+      for (; d + V::width <= p_.head_dim; d += V::width) V::load(from + d).store(to + d);
+      if (d < p_.head_dim) {
+        V::load_n(from + d, static_cast<int>(p_.head_dim - d)).store(to + d);
+        d += V::width;
+      }
+      for (; d < tiles_.channels; d += V::width) V::zero().store(to + d);
+    }
+    return staged_;
+  }
+
+  // e (count, lanes) = keys (count, d_h) * queries, and the maxima down the lanes. `first_key` is
+  // the first of them; prepare(key, count) is called before each group of them.
+  template <class F>
+  void scores(const float* k, int64_t first_key, int64_t count, float* e, const F& prepare) const {
+    each_rows(count, [&](auto rows, int64_t j) {
+      prepare(first_key + j, rows.value);
+      each_vectors(lanes_ / V::width, [&](auto vectors, int64_t first) {
+        const int64_t l = first * V::width;
+        score<rows.value, vectors.value>(k + j * tiles_.channels, queries_ + l, e + j * lanes_ + l,
+                                         max_ + l);
+      });
+    });
+  }
+
+  template <int R, int N>
+  void score(const float* k, const float* q, float* e, float* top) const {
+    V sum[R][N];
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < N; ++v) sum[r][v] = V::zero();
+    }
+    const int64_t lanes = lanes_, depth = p_.head_dim, stride = tiles_.channels;
+    for (int64_t d = 0; d < depth; ++d, q += lanes) {
+      V right[N];
+      for (int v = 0; v < N; ++v) right[v] = V::load(q + v * V::width);
+      for (int r = 0; r < R; ++r) {
+        const V left = V::all(k[r * stride + d]);
+        for (int v = 0; v < N; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
+      }
+    }
+    for (int v = 0; v < N; ++v) {
+      V most = V::load(top + v * V::width);
+      for (int r = 0; r < R; ++r) {
+        sum[r][v].store(e + r * lanes + v * V::width);
+        most = max(most, sum[r][v]);
+      }
+      most.store(top + v * V::width);
+    }
+  }
+
+  // Scores to weights relative to the maxima; adds to the sums. Sums of blocks are added to sums of
+  // blocks: the error does not grow with N.
+  void exponentials(int64_t count, float* e) const {
+    for (int64_t l = 0; l < lanes_; l += V::width) {
+      const V top = V::load(max_ + l);
+      V sum = V::zero();
+      for (int64_t j = 0; j < count; ++j) {
+        float* const s = e + j * lanes_ + l;
+        const V weight = exp2_of(V::load(s) - top);
+        weight.store(s);
+        sum = sum + weight;
+      }
+      (V::load(sum_ + l) + sum).store(sum_ + l);
+    }
+  }
+
+  // output (rows, channels) = e^T * values (count, channels), or added to it.
+  void multiply(const float* values, int64_t count, const float* e, bool add) const {
+    each_vectors(tiles_.channels / V::width, [&](auto vectors, int64_t first) {
+      const int64_t c = first * V::width;
+      each_rows(rows_, [&](auto rows, int64_t i) {
+        product<rows.value, vectors.value>(e + i, values + c, count,
+                                           output_ + i * tiles_.channels + c, add);
+      });
+    });
+  }
+
+  template <int R, int N>
+  void product(const float* e, const float* values, int64_t count, float* out, bool add) const {
+    V sum[R][N];
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < N; ++v) sum[r][v] = V::zero();
+    }
+    const int64_t lanes = lanes_, stride = tiles_.channels;
+    for (int64_t j = 0; j < count; ++j, e += lanes, values += stride) {
+      V right[N];
+      for (int v = 0; v < N; ++v) right[v] = V::load(values + v * V::width);
+      for (int r = 0; r < R; ++r) {
+        const V left = V::all(e[r]);
+        for (int v = 0; v < N; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < N; ++v) {
+        float* const at = out + r * stride + v * V::width;
+        (add ? V::load(at) + sum[r][v] : sum[r][v]).store(at);
+      }
+    }
+  }
+
+  void write(int64_t image, const float* inverse) const {
+    In* const out = at(static_cast<In*>(p_.out), image, p_.out_stride_batch, p_.out_stride_head);
+    for (int64_t i = 0; i < rows_; ++i) {
+      In* const row = out + (first_ + i) * p_.out_stride_token;
+      const float* const from = output_ + i * tiles_.channels;
+      const V factor = V::all(inverse[i]);
+      for (int64_t d = 0; d < p_.head_dim; d += V::width) {
+        const V y = V::load(from + d) * factor;
+        if (p_.head_dim - d >= V::width) {
+          y.store(row + d);
+        } else {
+          y.store_n(row + d, static_cast<int>(p_.head_dim - d));
+        }
+      }
+    }
+  }
+
+  const AttentionVarianceParams& p_;
+  const AttentionTiles& tiles_;
+  float* weights_;  // (images of a fold, N + 1, lanes): weights, and 1 / their sums
+  float* queries_;  // (d_h, lanes)
+  float* staged_;   // (kKeyBlock, channels)
+  float* output_;   // (lanes, channels)
+  float* max_;      // (lanes)
+  float* sum_;      // (lanes)
+  TileMoments moments_;
+  int64_t head_ = 0, first_ = 0, lanes_ = 0, rows_ = 0;
+};
+
+template <class In>
+Status run(const AttentionVarianceParams& p, const AttentionTiles& tiles, void* workspace,
+           int64_t workers, const ParallelFor& parallel) {
+  const int64_t tasks = p.heads * tiles.per_head;
+  // Tiles are dealt out as workers become free: which of them computes a tile changes no bit of it.
+  std::atomic<int64_t> next{0};
+  auto work = [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      VarianceTile<In> tile(p, tiles, static_cast<char*>(workspace) + worker * tiles.bytes());
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+        tile.run(task / tiles.per_head, task % tiles.per_head);
+      }
+    }
+  };
+  const int64_t entries = p.batch * p.heads * p.tokens * p.tokens;
+  parallel(workers < tasks ? workers : tasks, entries / workers, work);
+  return Status::kOk;
+}
+
+}  // namespace
+
+Status attention_variance(const AttentionVarianceParams& p, const AttentionTiles& tiles,
+                          void* workspace, int64_t workers, const ParallelFor& parallel) {
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return run<float>(p, tiles, workspace, workers, parallel);
+    case DType::kFloat16:
+      return run<Float16>(p, tiles, workspace, workers, parallel);
+    case DType::kBFloat16:
+      return run<BFloat16>(p, tiles, workspace, workers, parallel);
+    default:
+      return Status::kUnsupportedDType;
+  }
+}
+
+}  // namespace dwattn::cpu::DWATTN_ISA
