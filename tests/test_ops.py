@@ -430,14 +430,6 @@ def test_geometry_errors_state_all_four_numbers() -> None:
             assert str(number) in str(caught.value)
 
 
-def test_attention_statistics_off_cuda_are_refused_with_a_way_out() -> None:
-    q, state = torch.zeros(1, 1, 4, 8), torch.zeros(1, 4, 4)
-    with pytest.raises(
-        RuntimeError, match=r"q is on cpu; dwattn\.variance\.AttentionVariance runs"
-    ):
-        library.attention_variance_(q, q, state, state.clone(), 0)
-
-
 def test_fake_tensors_refuse_wrong_shapes() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 

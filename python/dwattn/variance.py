@@ -167,10 +167,18 @@ class AttentionVariance:
             return None
 
         def attend(q: Tensor, k: Tensor, v: Tensor | None, scale: float) -> Tensor | None:
-            state = (self._mean, self._m2, self.count)
-            offset = self.num_prefix if self.entries == "patches" else 0
+            assert self._mean is not None
+            assert self._m2 is not None
             out = update(
-                q, k, *state, v=v, prefix_mean=self._prefix, num_prefix=offset, scale=scale
+                q,
+                k,
+                self._mean,
+                self._m2,
+                self.count,
+                v=v,
+                prefix_mean=self._prefix,
+                num_prefix=self.num_prefix if self.entries == "patches" else 0,
+                scale=scale,
             )
             self.count += len(q)
             return out
