@@ -26,6 +26,7 @@ _BUILD_HINT = (
 #: Largest width of a head that the CUDA kernel of attention_variance_ takes.
 CUDA_HEAD_DIM = 128
 
+
 def _load_operators() -> str:
     """Load ``_C.so``; returns why it could not be loaded, or an empty string."""
     if os.environ.get(DISABLE_VARIABLE, "") not in ("", "0"):
