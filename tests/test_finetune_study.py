@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import dwattn
 from dwattn.cli import app
 from dwattn.errors import TrainingError
 from dwattn.finetune import (
@@ -27,6 +29,8 @@ from dwattn.finetune import (
     run_study,
 )
 from dwattn.finetune import study as study_module
+from dwattn.report.study import StudyReport
+from dwattn.report.study_figures import aligned
 from support.models import BY_NAME
 from test_cli import FACTORY
 from test_finetune_tasks import coloured, save_image
@@ -245,6 +249,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert "lowrank_dw" in table.output
     page = (tmp_path / "out" / "report.html").read_text()
     assert "lowrank_dw 16" in page
+    for figure in ("replaced blocks", "Accuracy against time", "Figures 2", "Figure 3", "Figure A.2", "Figure A.4"):  # fmt: skip
+        assert figure in page, figure
+    assert page.count("<svg") == page.count("<figcaption>") == 6
     timed = json.loads((tmp_path / "out" / "latency.json").read_text())
     assert {entry["attention"] for entry in timed} == {"dw", "lowrank_dw 16"}
     assert all(entry["ms"] > 0 and entry["ratio"] > 0 for entry in timed)
@@ -252,3 +259,44 @@ def test_the_command(tmp_path: Path) -> None:
     assert "0 of 4 runs are left" in left.output
     wrong = CliRunner().invoke(app, [*map(str, arguments), "--task", "distill"])
     assert wrong.exit_code == 2
+
+
+def test_deviations_are_aligned_on_their_query() -> None:
+    height, width = 3, 4
+    deviation = np.zeros((height, width, height, width))
+    for i in range(height):
+        for j in range(width - 1):
+            deviation[i, j, i, j + 1] = 1 + i
+    found = aligned(deviation.reshape(12, 12), (height, width))
+    wanted = np.zeros((5, 7))
+    wanted[2, 4] = 2  # one to the right of the centre, the mean over rows
+    np.testing.assert_allclose(found, wanted)
+
+
+def test_a_report_pairs_selections_and_marks_heads() -> None:
+    def row(label: tuple[str, ...], seed: int, value: float, *replaced: str) -> dict[str, Any]:
+        return {"label": list(label), "seed": seed, "replaced": list(replaced), "metrics": {"miou": value}}  # fmt: skip
+
+    model = FAMILY.build()
+    scores = dwattn.score(model, FAMILY.images(4), num_images=4, keep_maps=True, progress=False)
+    dw = ("dw", "variance", "1", "two-stage", "calibrated")
+    heads = ("dw", "dsp", "2 heads", "two-stage", "calibrated")
+    rows = [row(("mhsa", "", "", "two-stage", ""), seed, 0.5) for seed in (0, 1)]
+    rows += [row(dw, 0, 0.49, "blocks.1.attn"), row(dw, 1, 0.47, "blocks.2.attn")]
+    rows += [row(heads, 0, 0.48, "blocks.0.attn:0", "blocks.3.attn:1")]
+    rows += [row((*dw[:4], "gaussian"), 0, 0.40, "blocks.1.attn")]
+    timed = [{"attention": "dw", "count": "1", "ratio": 0.9}, {"attention": "dw", "count": "2 heads", "ratio": 0.95}]  # fmt: skip
+    report = StudyReport(
+        StudyResult(rows), "dwattn study", before=scores, after=scores, latency=timed
+    )
+    best, scattered = report.points()
+    assert best.difference == pytest.approx(-2.0)  # the calibrated start, not the Gaussian one
+    assert (best.blocks, best.ratio, scattered.blocks, scattered.ratio) == (1, 0.9, None, 0.95)
+    chosen = report.chosen(scores)
+    assert chosen["dsp 2 heads"] == [{(0, 0), (3, 1)}]
+    assert [sorted({b for b, _ in run}) for run in chosen["variance 1"]][:2] == [[1], [2]]
+    assert len(report.figures()) == 7
+    titles = [table["title"] for table in report.tables()]
+    assert titles[0].startswith("Layers")
+    assert "Starting kernels" in titles
+    assert not StudyReport(StudyResult(rows[:2]), "nothing but baselines").tables()
