@@ -19,8 +19,8 @@ DEPLOY_VARIABLES := DWATTN_TENSORRT_INCLUDE=$(TRT)/include DWATTN_TENSORRT_RTX=$
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc plugins python -type f \
              -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 
-.PHONY: demo test test-kernels plugin fuzz soak lint docs wheel bench bench-full bench-peers bench-models bench-distill clean \
-  gpu-check gpu-build gpu-hopper gpu-test gpu-sanitize gpu-bench
+.PHONY: demo test test-kernels plugin fuzz soak lint docs wheel bench bench-full bench-peers bench-models bench-distill bench-study \
+  clean gpu-check gpu-build gpu-hopper gpu-test gpu-sanitize gpu-bench
 
 demo: $(VENV)/.installed $(VENV)/.demo-data
 	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/dwattn demo --out $(OUT)
@@ -100,6 +100,14 @@ bench-models: $(VENV)/.installed $(VENV)/.bench-tools
 bench-distill: $(VENV)/.installed $(VENV)/.demo-data
 	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/python benchmarks/bench_distill.py --work $(VENV)/distill-runs \
 	  --json benchmarks/results/distill.json
+
+# The paper's comparisons on two small tasks: hours on one core; it goes on where it was stopped, then docs/study.md follows.
+bench-study: $(VENV)/.installed $(VENV)/.demo-data
+	test -d $(VENV)/demo-data/usr/share/datasets || (cd $(VENV)/demo-data && apt-get download dataset-fashion-mnist && \
+	  dpkg-deb -x dataset-fashion-mnist_*.deb . && rm dataset-fashion-mnist_*.deb)
+	for task in classify segment; do DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/python benchmarks/bench_tasks.py $$task \
+	  --work $(VENV)/task-studies --report $(OUT)/study-$$task.html --json $(RESULTS)/study-$$task.json || exit 1; done
+	$(BIN)/python benchmarks/render.py
 
 # On a machine with a GPU, in an environment that has torch with CUDA and the dev extra; no network is used. The
 # parts can run alone, gpu-build first; after a failed test the rest runs all the same. Options of the benchmark:

@@ -120,6 +120,7 @@ def report(
         work, result, command=COMMAND, setting=setting(options), latency=latency,
         machine=machine.environment(torch.get_num_threads())["CPU"],
     )  # fmt: skip
+    options.report.parent.mkdir(parents=True, exist_ok=True)
     write_study(page, options.report)
 
 

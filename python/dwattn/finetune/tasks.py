@@ -139,7 +139,10 @@ def _resized(logits: Tensor, target: Tensor) -> Tensor:
 def _metrics(classes: int, *, dense: bool) -> dict[str, Any]:
     try:
         library = importlib.import_module("torchmetrics.classification")
-    except ImportError as error:
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # it imports torchvision, which may be of another torch
         raise TrainingError(
             f"Evaluation needs torchmetrics ({error}); install it with pip install 'dwattn[train]'."
         ) from error
