@@ -77,6 +77,7 @@ def run_study(
         if not study.path(cell).exists():
             note(f"{number} of {len(cells)}: {cell.name}")
             _write(study.path(cell), json.dumps(study.run(cell), indent=1))
+            study.clean(cell)
     result = StudyResult([study.row(cell) for cell in grid.cells() if study.path(cell).exists()])
     _write(root / "results.json", json.dumps(result.to_dict(), indent=1))
     _write(root / "results.csv", result.csv())
@@ -105,7 +106,7 @@ class _Study:
         return found
 
     def run(self, cell: Cell) -> dict[str, Any]:
-        """Train and measure one cell; its checkpoints are removed when it is done, its log stays."""
+        """Train and measure one cell."""
         began = time.process_time()
         recipe = self.grid.recipe.but(seed=cell.seed)
         task, folder = self.make(cell.seed), self.root / "runs" / cell.name
@@ -115,15 +116,17 @@ class _Study:
             replaced = self._end_to_end(cell, task, recipe, folder)
         else:
             replaced = self._converted(cell, task, recipe, folder)
-        row = {
+        return {
             "cell": cell.name, "label": list(cell.label), "seed": cell.seed, "replaced": replaced,
             "parameters": sum(p.numel() for p in task.parameters()),
             "trained": sum(p.numel() for p in task.parameters() if p.requires_grad),
             "metrics": evaluate(task, self.test), "cpu_seconds": round(time.process_time() - began, 1),
         }  # fmt: skip
-        for state in folder.rglob(STATE_FILE):
+
+    def clean(self, cell: Cell) -> None:
+        """Remove the checkpoints of a run that is done; its logs stay."""
+        for state in (self.root / "runs" / cell.name).rglob(STATE_FILE):
             state.unlink(missing_ok=True)
-        return row
 
     def _unconverted(self, cell: Cell, task: Task, recipe: Recipe, folder: Path) -> list[str]:
         self._fit(task, recipe, self._first(cell))
