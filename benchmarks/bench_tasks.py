@@ -4,7 +4,7 @@
 packages (dataset-fashion-mnist; tuxpaint-stamps-default and opencv-doc), installed or unpacked under
 ``$DWATTN_DEMO_DATA``. A study is kept in ``--work`` and goes on there, whenever and however it was stopped; without
 names all comparisons of :func:`dwattn.finetune.paper_grid` are run. On one core a run of the default size takes about
-a minute (``--list`` says which are left), on a GPU the same studies run larger::
+two minutes (``--list`` says which are left, ``--collect`` writes what is done), on a GPU the same studies run larger::
 
     python benchmarks/bench_tasks.py segment main --json benchmarks/results/study-segment.json
     python benchmarks/bench_tasks.py classify --size 224 --steps 2000 --batch-size 64 --train-images 60000 --test-images 10000
@@ -41,9 +41,9 @@ from dwattn.report.study import StudyReport, write_study
 
 COMMAND = shlex.join(["python", "benchmarks/bench_tasks.py", *sys.argv[1:]])
 #: By task: images to train on and to test on, learning rate, factor for the head.
-DEFAULTS = {"classify": (1000, 500, 1e-5, 100.0), "segment": (768, 200, 1e-5, 100.0)}
+DEFAULTS = {"classify": (4000, 1000, 1e-5, 100.0), "segment": (768, 400, 1e-5, 100.0)}
 #: Options that change nothing about the results.
-HOW_IT_RUNS = ("comparisons", "work", "json", "report", "list", "progress")
+HOW_IT_RUNS = ("comparisons", "work", "json", "report", "list", "collect", "progress")
 
 
 def views(options: argparse.Namespace) -> tuple[Views, Views]:
@@ -75,7 +75,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("task", choices=sorted(DEFAULTS))
     parser.add_argument("comparisons", nargs="*", help="names; all if there are none")
     parser.add_argument("--size", type=int, default=98, help=f"pixels, a multiple of {PATCH}")
-    parser.add_argument("--steps", type=int, default=48, help="of the first stage")
+    parser.add_argument("--steps", type=int, default=150, help="of the first stage")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--head-lr", type=float, help="factor on --lr")
@@ -95,6 +95,9 @@ def parse() -> argparse.Namespace:
         help="time the models, and write tables and figures to this HTML file",
     )
     parser.add_argument("--list", action="store_true", help="say which runs are left, and stop")
+    parser.add_argument(
+        "--collect", action="store_true", help="run nothing more, write what is done"
+    )
     parser.add_argument("--progress", action="store_true")
     options = parser.parse_args()
     names = ("train_images", "test_images", "lr", "head_lr")
@@ -127,7 +130,7 @@ def report(
 def main() -> None:
     options = parse()
     study, work = grid(options), Path(options.work) / options.task
-    only = options.comparisons or None
+    only = [] if options.collect else options.comparisons or None
     if options.list:
         cells = study.cells(only)
         left = [c.name for c in cells if not (work / "cells" / f"{c.name}.json").exists()]

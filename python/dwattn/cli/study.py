@@ -105,7 +105,9 @@ def study(
         _plan(wanted, only, out, estimate(make(0), data, wanted.recipe), as_json)
         return
     options = {"device": device, "workers": workers, "progress": progress}
-    result = run_study(wanted, make, data, test, out, only=only, trainer_options=options, note=note)
+    result = run_study(
+        wanted, make, data, test, out, only=only or None, trainer_options=options, note=note
+    )
     emit(result if as_json else result.table(), as_json)
     written = [out / "results.json", out / "results.csv"]
     if report:
@@ -127,7 +129,7 @@ def study(
 
 def _plan(grid: Grid, only: list[str] | None, out: Path, one: Estimate, as_json: bool) -> None:
     """Say which runs are left and how long their training takes here."""
-    cells = grid.cells(only)
+    cells = grid.cells(only or None)
     left = [cell for cell in cells if not (out / "cells" / f"{cell.name}.json").exists()]
     firsts = {cell.seed for cell in left if not (out / f"first-seed{cell.seed}").exists()}
     # A first stage is shared; a second one sees half as many images.

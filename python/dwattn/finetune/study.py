@@ -60,7 +60,7 @@ def run_study(
         make: a fresh task for a seed, with the pretrained backbone, not converted.
         data, test: labelled images to train on and to measure on.
         folder: everything is kept here; give the same one to go on. Comparisons and seeds may be added.
-        only: names of the comparisons to run now.
+        only: names of the comparisons to run now, default all; with none the files say what is done.
         trainer_options: of :class:`dwattn.finetune.Trainer`.
         note: is told about each cell.
         replace_options: of :func:`dwattn.replace`.

@@ -125,7 +125,7 @@ class Grid(BaseModel):
                 f"There is no comparison {', '.join(unknown)}; there are {', '.join(self.comparisons)}."
             )
         found: dict[Cell, None] = {}
-        for name in only or self.comparisons:
+        for name in self.comparisons if only is None else only:
             for seed in self.seeds:
                 found[Cell(seed)] = None
                 for cell in self.comparisons[name].cells(seed):
