@@ -3,8 +3,8 @@
 ``classify``: Fashion-MNIST. ``segment``: photographed cut-outs of eight kinds on photographs. Both come as Debian
 packages (dataset-fashion-mnist; tuxpaint-stamps-default and opencv-doc), installed or unpacked under
 ``$DWATTN_DEMO_DATA``. A study is kept in ``--work`` and goes on there, whenever and however it was stopped; without
-names all comparisons of :func:`dwattn.finetune.paper_grid` are run. On one core a run of the default size takes about
-two minutes (``--list`` says which are left, ``--collect`` writes what is done), on a GPU the same studies run larger::
+names all comparisons of :func:`dwattn.finetune.paper_grid` are run. On one core a run of the default size takes two
+to six minutes (``--list`` says which are left, ``--collect`` writes what is done), on a GPU the same studies run larger::
 
     python benchmarks/bench_tasks.py segment main --json benchmarks/results/study-segment.json
     python benchmarks/bench_tasks.py classify --size 224 --steps 2000 --batch-size 64 --train-images 60000 --test-images 10000
@@ -40,8 +40,9 @@ from dwattn.finetune.study_latency import study_latency
 from dwattn.report.study import StudyReport, write_study
 
 COMMAND = shlex.join(["python", "benchmarks/bench_tasks.py", *sys.argv[1:]])
-#: By task: images to train on and to test on, learning rate, factor for the head.
-DEFAULTS = {"classify": (4000, 1000, 1e-5, 100.0), "segment": (768, 400, 1e-5, 100.0)}
+#: By task: images to train on and to test on, steps, learning rate, factor for the head. The decoder learns nothing but the
+#: background in the steps that a linear layer needs.
+DEFAULTS = {"classify": (4000, 1000, 150, 1e-5, 100.0), "segment": (768, 400, 400, 3e-5, 60.0)}
 #: Options that change nothing about the results.
 HOW_IT_RUNS = ("comparisons", "work", "json", "report", "list", "collect", "progress")
 
@@ -75,7 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("task", choices=sorted(DEFAULTS))
     parser.add_argument("comparisons", nargs="*", help="names; all if there are none")
     parser.add_argument("--size", type=int, default=98, help=f"pixels, a multiple of {PATCH}")
-    parser.add_argument("--steps", type=int, default=150, help="of the first stage")
+    parser.add_argument("--steps", type=int, help="of the first stage")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--head-lr", type=float, help="factor on --lr")
@@ -100,7 +101,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--progress", action="store_true")
     options = parser.parse_args()
-    names = ("train_images", "test_images", "lr", "head_lr")
+    names = ("train_images", "test_images", "steps", "lr", "head_lr")
     for name, value in zip(names, DEFAULTS[options.task], strict=True):
         if getattr(options, name) is None:
             setattr(options, name, value)
