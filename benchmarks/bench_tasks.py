@@ -39,7 +39,9 @@ from dwattn.finetune import (
 from dwattn.finetune.study_latency import study_latency
 from dwattn.report.study import StudyReport, write_study
 
-COMMAND = shlex.join(["python", "benchmarks/bench_tasks.py", *sys.argv[1:]])
+COMMAND = shlex.join(
+    ["python", "benchmarks/bench_tasks.py", *(word for word in sys.argv[1:] if word != "--collect")]
+)
 #: By task: images to train on and to test on, steps, learning rate, factor for the head. The decoder learns nothing but the
 #: background in the steps that a linear layer needs.
 DEFAULTS = {"classify": (4000, 1000, 150, 1e-5, 100.0), "segment": (768, 400, 400, 3e-5, 60.0)}

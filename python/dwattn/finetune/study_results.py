@@ -57,7 +57,8 @@ class StudyResult:
         """For people, in points (hundredths); settings that are the same everywhere are left out."""
         entries = self.summary()
         labels = [entry["label"] for entry in entries if entry["label"][0] != BASELINE]
-        shown = [place for place in range(1, 5) if len({label[place] for label in labels}) > 1]
+        # The unconverted model was trained in different stages, so these are always shown.
+        shown = [p for p in range(1, 5) if p == 3 or len({label[p] for label in labels}) > 1]
         table = Table(title="Study", title_justify="left")
         for column in ("attention", *(SETTINGS[place] for place in shown), "metric"):
             table.add_column(column, no_wrap=True)
