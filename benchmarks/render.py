@@ -209,6 +209,9 @@ def table1() -> str:
     return "\n".join(lines)
 
 
+NOT_RUN = "Not run yet."
+
+
 def studies() -> dict[str, Any]:
     """Results by task, of those that were run."""
     names = {task: f"study-{task}" for task in study_page.TASKS}
@@ -234,13 +237,13 @@ def study_setting() -> str:
             f"{recipe['batch_size']} images, then {recipe['steps']} of {recipe['batch_size'] // 2}; "
             f"{len(found['runs'])} runs; `{found['command']}`."
         )
-    return "\n".join(lines)
+    return "\n".join(lines) or NOT_RUN
 
 
 def _study(task: str) -> str:
     found = studies().get(task)
     if found is None:
-        return "Not run yet."
+        return NOT_RUN
     columns = ["layer", "chosen by", "replaced", "stages", "start", "mean", "difference", "seeds"]
     columns += ["time saved"] if found.get("latency") else []
     return _lines(columns, study_page.table(found, study_page.TASKS[task]))
@@ -250,7 +253,8 @@ def study_claims() -> str:
     """The paper's orderings beside ours."""
     found = studies()
     columns = ["first minus second, points", "the paper's", *found, "verdict"]
-    return _lines(columns, study_page.claims(found))
+    rows = study_page.claims(found)
+    return _lines(columns, rows) if rows else NOT_RUN
 
 
 def study_limits() -> str:
@@ -261,7 +265,7 @@ def study_limits() -> str:
         parts.append(
             "\n".join([f"{study_page.NAMES[task]}:", "", *(f"- {line}" for line in lines)])
         )
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) or NOT_RUN
 
 
 def peers() -> str:
