@@ -128,6 +128,8 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 import torch
+from dwattn.demo._torchvision import make_importable
+make_importable()
 import test_finetune_study as studies
 torch.set_num_threads(1)
 studies.run(Path(sys.argv[1]), studies.SHORT, note=lambda text: print(text, flush=True))
