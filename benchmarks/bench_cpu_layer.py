@@ -1,16 +1,21 @@
 """The compiled whole layer (values, aggregation, output projection) on the CPU, at full and narrow width.
 
-Its floor is the time of its two products alone; beside it plain PyTorch (channels-last convolution)
-and the same under ``torch.compile``. Every round runs each candidate once; ratios are medians over
-rounds. One thread at batch 1, two threads at batch 8::
+Its floor is the time of its two products alone; beside it plain PyTorch (channels-last convolution),
+the same under ``torch.compile``, and the layer exported to ONNX on ONNX Runtime and on OpenVINO
+where they are installed (``pip install 'dwattn[bench]'``). Every round runs each candidate once;
+ratios are medians over rounds. One thread at batch 1, two threads at batch 8::
 
     python benchmarks/bench_cpu_layer.py --json benchmarks/results/cpu-layer.json
+
+Where another candidate is faster, the table and the result file say which and why (:data:`WHY`).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +23,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bench_cpu_dw import DTYPES
+from bench_ops import RUNTIMES
 from rounds import machine, measure, ratio
 from torch import Tensor
 
-from dwattn import functional, library
+import dwattn
+from dwattn import FusedDWAttention, LowRankDWAttention, functional, library
 from dwattn.geometry import Geometry
 
 #: grid side, D
@@ -29,35 +36,90 @@ SIZES = {"n=256,D=384": (16, 384), "n=576,D=1024": (24, 1024), "n=1369,D=1024": 
 RANKS = (64, 128, 256)
 
 
+#: Why another candidate can be faster than the operator: what it does and the operator does not.
+WHY = {
+    "compiled": "its products are the same BLAS calls, without the operator's checks in the call",
+    "onnxruntime": "it packs the weights once, when the model is loaded; the operator packs at each "
+    "call, because a PyTorch weight may change between two calls",
+    "openvino": "it packs the weights once and generates its kernels for the shape when the model is "
+    "loaded; the operator packs at each call, because a PyTorch weight may change between two calls",
+}
+
+
+def layer_of(side: int, dim: int, width: int) -> FusedDWAttention:
+    """A layer without prefix tokens, with random weights and context terms."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"grid": (side, side), "num_prefix": 0}
+    heads = dim // 64
+    layer = (
+        FusedDWAttention(dim, heads, **options)
+        if width == dim
+        else LowRankDWAttention(dim, heads, rank=width, **options)
+    )
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    return layer.eval()
+
+
+def runtimes(layer: FusedDWAttention, x: Tensor, threads: int) -> dict[str, Callable[[], object]]:
+    """The layer on the other runtimes that are installed, once they agree with PyTorch.
+
+    fp32 only: ONNX Runtime has no bf16 on the CPU, and OpenVINO would compute in fp32 here.
+    """
+    calls: dict[str, Callable[[], object]] = {}
+    if x.dtype != torch.float32:
+        return calls
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "layer.onnx"
+        dwattn.export(layer, path, layer.grid, check=False)
+        for name, load in RUNTIMES.items():
+            if importlib.util.find_spec(name) is None:
+                continue
+            call = load(path, x, threads)
+            torch.testing.assert_close(
+                torch.as_tensor(call()), layer(x), rtol=1e-3, atol=1e-3, msg=f"{name} differs"
+            )
+            calls[name] = call
+    return calls
+
+
 def candidates(
-    side: int, dim: int, width: int, batch: int, dtype: torch.dtype, *, compiled: bool
-) -> dict[str, Callable[[], Tensor]]:
+    layer: FusedDWAttention, batch: int, dtype: torch.dtype, threads: int, *, compiled: bool
+) -> dict[str, Callable[[], object]]:
     """Calls by name; all but ``products`` compute the layer."""
-    generator = torch.Generator().manual_seed(0)
+    assert layer.grid is not None
+    side, dim = layer.grid[0], layer.dim
+    layer.to(dtype)
+    x = torch.randn(batch, side * side, dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    geometry = Geometry(side, side, 0)
+    value, proj = layer.value, layer.proj
 
-    def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
-
-    x, geometry = draw(batch, side * side, dim), Geometry(side, side, 0)
-    wv, wo = draw(width, dim, scale=dim**-0.5), draw(dim, width, scale=width**-0.5)
-    bv, bo, kernel = draw(width), draw(dim), draw(width, 3, 3, scale=0.1)
-    mu, beta = draw(width), draw(width)
-
-    def layer(backend: str) -> Tensor:
+    def run(backend: str) -> Tensor:
         return functional.dw_layer(
-            x, wv, bv, kernel, wo, bo, geometry, None, mu, beta, backend=backend
-        )
+            x, value.weight, value.bias, layer.kernel, proj.weight, proj.bias, geometry,
+            None, layer.mu, layer.beta, backend=backend,
+        )  # fmt: skip
 
-    calls: dict[str, Callable[[], Tensor]] = {
-        "products": lambda: F.linear(F.linear(x, wv, bv), wo, bo),
-        "cpp": lambda: layer("cpp"),
-        "torch": lambda: layer("torch"),
+    def products() -> Tensor:
+        v = F.linear(x, value.weight, value.bias)
+        return F.linear(v, proj.weight, proj.bias)
+
+    calls: dict[str, Callable[[], object]] = {
+        "products": products,
+        "cpp": lambda: run("cpp"),
+        "torch": lambda: run("torch"),
     }
     if compiled:
         torch._dynamo.reset()
-        fast = torch.compile(layer)
+        fast = torch.compile(run)
         calls["compiled"] = lambda: fast("torch")
-    return calls
+    return {**calls, **runtimes(layer, x, threads)}
+
+
+def explanation(ratios: dict[str, float]) -> dict[str, str]:
+    """Who was faster than the operator by more than 2%, and why."""
+    faster = (name for name in WHY if ratios.get(name, float("inf")) < 0.98 * ratios["cpp"])
+    return {name: WHY[name] for name in faster}
 
 
 def main() -> None:
@@ -71,34 +133,41 @@ def main() -> None:
     if not library.AVAILABLE:
         raise SystemExit(library.load_error())
     results: list[dict[str, Any]] = []
-    print(f"{'':46}products ms  cpp/products  torch/products  compiled/products")
+    missing = [name for name in RUNTIMES if importlib.util.find_spec(name) is None]
+    for name in missing:
+        print(f"{name} is not installed and left out: pip install 'dwattn[bench]'")
+    columns = ("products ms", "cpp/products", "torch", "compiled", *RUNTIMES)
+    print(f"{'':46}{''.join(f'{column:>13}' for column in columns)}  faster than cpp")
     for threads, batch in ((1, 1), (2, 8)):
         torch.set_num_threads(threads)
         for size in options.size:
             for dtype in options.dtype:
                 side, dim = SIZES[size]
                 for width in (dim, *RANKS):
-                    calls = candidates(
-                        side, dim, width, batch, DTYPES[dtype], compiled=not options.no_compile
-                    )
                     with torch.inference_mode():
+                        calls = candidates(
+                            layer_of(side, dim, width), batch, DTYPES[dtype], threads,
+                            compiled=not options.no_compile,
+                        )  # fmt: skip
                         times = measure(calls, options.seconds)
                     ratios = {name: ratio(times, name, "products") for name in calls}
                     median = sorted(times["products"])[len(times["products"]) // 2]
                     case = f"{size} r={width} {dtype} batch={batch} threads={threads}"
+                    why = explanation(ratios)
                     results.append({
                         "case": case, "products_ms": median, "rounds": len(times["products"]),
-                        "over_products": ratios,
+                        "over_products": ratios, "faster_than_cpp": why,
                     })  # fmt: skip
                     shown = "".join(
-                        f"{ratios.get(name, float('nan')):15.3f}"
-                        for name in calls
-                        if name != "products"
+                        f"{ratios[name]:13.3f}" if name in ratios else f"{'-':>13}"
+                        for name in ("cpp", "torch", "compiled", *RUNTIMES)
                     )
-                    print(f"{case:46}{median:11.3f}{shown}", flush=True)
+                    print(f"{case:46}{median:13.3f}{shown}  {', '.join(why)}", flush=True)
+    for name in sorted({name for result in results for name in result["faster_than_cpp"]}):
+        print(f"{name}: {WHY[name]}.")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {"machine": machine(), "results": results}
+        document = {"machine": machine(), "not_installed": missing, "results": results}
         options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

@@ -168,8 +168,8 @@ def _layer() -> str:
     return (
         f"- A whole layer over its two products alone, fp32, n=576/D=1024: `dw` {single:.2f} (1 thread, batch 1) and "
         f"{double:.2f} (2 threads,\n  batch 8); `lowrank_dw` of width 64 to 256 {span(of(large, narrow, both, 'cpp'))}, "
-        f"where plain PyTorch takes {span(of(large, narrow, both, 'torch'))}. At n=256/D=384 and\n  batch 1 the fixed cost "
-        f"of a call shows: `dw` {of(small, [384], one, 'cpp')[0]:.2f}, `lowrank_dw` {span(of(small, narrow, one, 'cpp'))}, "
+        f"where plain PyTorch takes {span(of(large, narrow, both, 'torch'))}. At n=256/D=384 and\n  batch 1: "
+        f"`dw` {of(small, [384], one, 'cpp')[0]:.2f}, `lowrank_dw` {span(of(small, narrow, one, 'cpp'))}, "
         f"against\n  {span(of(small, (384, *narrow), one, 'torch'))} in plain PyTorch ({link('cpu-layer')})."
     )
 
@@ -210,6 +210,51 @@ def table1() -> str:
 
 
 NOT_RUN = "Not run yet."
+
+#: Columns of the table of rivals in cpu-layer.json.
+RIVALS = {
+    "cpp": "`cpp`", "torch": "PyTorch", "compiled": "`torch.compile`",
+    "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO",
+}  # fmt: skip
+
+
+def cpu_layers() -> str:
+    """Every case of cpu-layer.json over its two products, and why where another is faster."""
+    found = load("cpu-layer")
+    shown = [name for name in RIVALS if any(name in r["over_products"] for r in found["results"])]
+    columns = ("case", "products", *(RIVALS[name] for name in shown), "faster than `cpp`")
+    lines = [row(*columns), row("---", *["---:"] * (len(columns) - 2), "---")]
+    reasons: dict[str, str] = {}
+    for r in found["results"]:
+        ratios, faster = r["over_products"], r.get("faster_than_cpp", {})
+        cells = (f"{ratios[name]:.2f}" if name in ratios else "-" for name in shown)
+        ms = f"{r['products_ms']:.2f} ms"
+        lines.append(row(r["case"], ms, *cells, ", ".join(RIVALS[name] for name in faster)))
+        reasons.update(faster)
+    lines += ["", f"{day(found['machine']['created'])}, {found['machine']['CPU']}."]
+    lines += [f"{RIVALS[name]}: {reason}." for name, reason in reasons.items()]
+    return "\n".join(lines)
+
+
+def vit_l() -> str:
+    """Shares of the possible gain in a whole ViT-L."""
+    if not (RESULTS / "vit-l.json").exists():
+        return NOT_RUN
+    found = load("vit-l")
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{value:.1%}"
+
+    lines = [
+        row("model", "layers replaced", "of its two products", "of removing them"),
+        row("---", "---", "---:", "---:"),
+    ]
+    lines += [
+        row(s["case"], s["candidate"], percent(s["of_products"]), percent(s["of_removal"]))
+        for s in found["shares"]
+    ]
+    machine = found["machine"]
+    return "\n".join([*lines, "", f"{day(machine['created'])}, {machine['CPU']}. {found['note']}"])
 
 
 def studies() -> dict[str, Any]:
@@ -304,6 +349,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "latency": latency,
     "kernels": kernels,
     "table1": table1,
+    "cpu_layers": cpu_layers,
+    "vit_l": vit_l,
     "study_setting": study_setting,
     "study_classify": lambda: _study("classify"),
     "study_segment": lambda: _study("segment"),

@@ -22,9 +22,11 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench_cpu_layer  # noqa: E402
 import bench_distill  # noqa: E402
 import bench_growth  # noqa: E402
 import bench_table1  # noqa: E402
+import bench_vit_l  # noqa: E402
 import compare  # noqa: E402
 import peers_page  # noqa: E402
 import render  # noqa: E402
@@ -35,7 +37,7 @@ import study_page  # noqa: E402
 @pytest.mark.parametrize("page", render.PAGES)
 def test_pages_say_what_the_results_say(page: str) -> None:
     text = (ROOT / page).read_text("utf-8")
-    assert len(render.PART.findall(text)) >= 3
+    assert len(render.PART.findall(text)) >= 2
     assert render.render(text) == text, "run python benchmarks/render.py"
 
 
@@ -95,6 +97,28 @@ def doubled(value: Any) -> Any:
     if isinstance(value, list):
         return [doubled(item) for item in value]
     return 2 * value if isinstance(value, float) else value
+
+
+def test_the_layer_says_who_was_faster_and_why() -> None:
+    ratios = {"products": 1.0, "cpp": 1.0, "torch": 0.5, "onnxruntime": 0.97, "openvino": 0.99}
+    assert bench_cpu_layer.explanation(ratios) == {
+        "onnxruntime": bench_cpu_layer.WHY["onnxruntime"]
+    }
+
+
+def test_shares_of_the_possible_gain_are_taken_within_a_round() -> None:
+    times = {
+        "original": [100.0, 200.0, 110.0], "12 dw": [80.0, 160.0, 95.0], "12 removed": [75.0, 150.0, 90.0],
+    }  # fmt: skip
+    assert bench_vit_l.share(times, "12 dw", "12 removed") == pytest.approx(0.8)  # 0.8, 0.8, 0.75
+
+
+def test_rounds_stop_in_time_and_the_first_warms_up() -> None:
+    calls = {"original": lambda: None, "other": lambda: None}
+    once = bench_vit_l.measure(calls, 0, rest=2)
+    assert [len(values) for values in once.values()] == [1, 1]
+    many = bench_vit_l.measure(calls, 0.01, rest=2)
+    assert len(many["original"]) == len(many["other"]) > 2
 
 
 def document(*rows: tuple[str, float, float, float], cpu: str = "x") -> dict[str, Any]:

@@ -10,8 +10,9 @@
 #include <vector>
 
 #include "kernels/cpu/dw_aggregate.h"
-#include "kernels/cpu/gemm.h"
+#include "kernels/cpu/dw_layer.h"
 #include "kernels/cpu/half.h"
+#include "kernels/cpu/scratch.h"
 #include "python/checks.h"
 
 namespace py = pybind11;
@@ -34,7 +35,7 @@ cpu::ParallelFor thread_for(int& threads) {
             if (tasks > 0) body(body_context, 0, tasks / count);
             for (std::thread& thread : pool) thread.join();
           },
-          &threads};
+          &threads, threads};
 }
 
 cpu::Isa isa_of(const std::string& name) {
@@ -146,13 +147,6 @@ std::vector<float> widen(const void* values, int64_t count) {
   return wide;
 }
 
-// The values of a matrix in fp32 or fp64: itself, or widened from 16 bits into `buffer`.
-const void* wide_data(const py::array& array, DType dtype, std::vector<float>& buffer) {
-  if (dtype == DType::kFloat16) buffer = widen<cpu::Float16>(array.data(), array.size());
-  if (dtype == DType::kBFloat16) buffer = widen<cpu::BFloat16>(array.data(), array.size());
-  return dtype == DType::kFloat16 || dtype == DType::kBFloat16 ? buffer.data() : array.data();
-}
-
 // Biases come in the dtype of x, which for bfloat16 is not a number type of numpy.
 OptionalArray wide_bias(const char* name, const OptionalArray& bias, DType dtype) {
   if (!bias.has_value() || dtype != DType::kBFloat16) return bias;
@@ -169,7 +163,6 @@ struct Values {
          const OptionalArray& mu, const OptionalArray& beta)
       : sizes((check_tokens("x", shape_of(x_given), sizes_), sizes_)),
         dtype(dtype_of("x", x_given)),
-        acc(dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32),
         x(dense(x_given)),
         wv(weight("wv", wv_given, "C", x.shape(2), dtype)),
         batch(x.shape(0)),
@@ -186,38 +179,49 @@ struct Values {
     return dense(given);
   }
 
-  bool wide() const { return acc == DType::kFloat64; }
+  bool wide() const { return dtype == DType::kFloat64; }
 
-  // y (B, H*W, C) in the dtype of x or in the accumulation dtype; without Python's lock.
-  Status run(void* y, DType y_dtype, const cpu::ParallelFor& parallel, cpu::Isa isa) const {
-    DwAggregateParams p = params_of(coefficients, sizes, batch, channels);
-    p.v_bias = bias.data();
-    p.v_dtype = acc;
-    p.v_stride_token = p.y_stride_token = channels;
-    p.v_stride_batch = tokens * channels;
-    p.y = y;
-    p.y_dtype = y_dtype;
-    p.y_stride_batch = sizes.patches() * channels;
-    std::vector<float> x_buffer, wv_buffer;
-    std::vector<char> v(static_cast<size_t>(batch * tokens * channels * dtype_size(acc)));
-    std::vector<char> workspace(static_cast<size_t>(cpu::dw_aggregate_workspace(p)));
-    p.v = v.data();
-    const cpu::GemmParams gemm{acc,      wide_data(x, dtype, x_buffer),
-                               dim,      wide_data(wv, dtype, wv_buffer),
-                               dim,      v.data(),
-                               channels, batch * tokens,
-                               channels, dim};
-    const Status status = cpu::gemm_nt(gemm, parallel, isa);
-    return status == Status::kOk ? cpu::dw_aggregate(p, workspace.data(), parallel, isa) : status;
+  // A layer without an output projection; the output is still to be set.
+  cpu::DwLayerParams params() const {
+    cpu::DwLayerParams p{};
+    p.dtype = dtype;
+    p.x = x.data();
+    p.x_stride_token = p.wv_stride = p.dim = dim;
+    p.x_stride_batch = tokens * dim;
+    p.wv = wv.data();
+    p.bv = bias.data();
+    p.kernel = coefficients.kernel.data();
+    p.kappa = coefficients.kappa.data();
+    p.mu = coefficients.mu.data();
+    p.beta = coefficients.beta.data();
+    p.batch = batch;
+    p.height = sizes.height;
+    p.width = sizes.width;
+    p.num_prefix = sizes.num_prefix;
+    p.channels = channels;
+    return p;
   }
 
   const Sizes sizes;
-  const DType dtype, acc;
+  const DType dtype;
   const py::array x, wv;
   const int64_t batch, tokens, dim, channels;
   const Coefficients coefficients;
   const Coefficient bias;
 };
+
+// Without Python's lock.
+void run(const cpu::DwLayerParams& p, int num_threads, cpu::Isa isa) {
+  Status status;
+  {
+    py::gil_scoped_release unlocked;
+    const cpu::ParallelFor parallel = thread_for(num_threads);
+    const int64_t bytes = cpu::dw_layer_workspace(p, parallel.threads);
+    cpu::Scratch scratch(cpu::Scratch::padded(bytes));
+    status = cpu::dw_layer(p, scratch.take(bytes), parallel, isa);
+  }
+  check(status);
+}
 
 py::array dw_attention(const py::array& x, const py::array& wv, const OptionalArray& bv,
                        const py::array& kernel, int64_t height, int64_t width, int64_t num_prefix,
@@ -225,39 +229,12 @@ py::array dw_attention(const py::array& x, const py::array& wv, const OptionalAr
                        const OptionalArray& beta, int num_threads, const std::string& isa) {
   const Values values(x, wv, bv, kernel, {height, width, num_prefix}, kappa, mu, beta);
   py::array y(values.x.dtype(), Shape{values.batch, values.sizes.patches(), values.channels});
-  void* const memory = y.mutable_data();
-  const cpu::Isa chosen = isa_of(isa);
-  Status status;
-  {
-    py::gil_scoped_release unlocked;
-    status = values.run(memory, values.dtype, thread_for(num_threads), chosen);
-  }
-  check(status);
+  cpu::DwLayerParams p = values.params();
+  p.out = y.mutable_data();
+  p.out_stride_token = values.channels;
+  p.out_stride_batch = values.sizes.patches() * values.channels;
+  run(p, num_threads, isa_of(isa));
   return y;
-}
-
-// out = rows + bias, rounded to the dtype of `out`.
-template <class Acc, class T>
-void place(const Acc* rows, const Acc* bias, int64_t count, int64_t dim, T* out) {
-  for (int64_t i = 0; i < count * dim; ++i) {
-    cpu::from_float(rows[i] + (bias != nullptr ? bias[i % dim] : Acc(0)), out + i);
-  }
-}
-
-void place(DType dtype, const void* rows, const void* bias, int64_t count, int64_t dim, void* out) {
-  const auto* narrow = static_cast<const float*>(rows);
-  const auto* narrow_bias = static_cast<const float*>(bias);
-  switch (dtype) {
-    case DType::kFloat64:
-      return place(static_cast<const double*>(rows), static_cast<const double*>(bias), count, dim,
-                   static_cast<double*>(out));
-    case DType::kFloat32:
-      return place(narrow, narrow_bias, count, dim, static_cast<float*>(out));
-    case DType::kFloat16:
-      return place(narrow, narrow_bias, count, dim, static_cast<cpu::Float16*>(out));
-    case DType::kBFloat16:
-      return place(narrow, narrow_bias, count, dim, static_cast<cpu::BFloat16*>(out));
-  }
 }
 
 py::array dw_layer(const py::array& x, const py::array& wv, const OptionalArray& bv,
@@ -278,33 +255,21 @@ py::array dw_layer(const py::array& x, const py::array& wv, const OptionalArray&
     finished = dense(*prefix_out);
   }
   py::array out(values.x.dtype(), Shape{batch, prefix + patches, dim});
+  const int64_t row = dim * dtype_size(values.dtype), image = (prefix + patches) * row;
   char* const memory = static_cast<char*>(out.mutable_data());
-  const cpu::Isa chosen = isa_of(isa);
-  Status status;
-  {
-    py::gil_scoped_release unlocked;
-    const cpu::ParallelFor parallel = thread_for(num_threads);
-    const int64_t size = dtype_size(values.acc), row = dim * dtype_size(values.dtype);
-    std::vector<char> y(static_cast<size_t>(batch * patches * channels * size));
-    std::vector<char> rows(static_cast<size_t>(batch * patches * dim * size));
-    std::vector<float> wo_buffer;
-    const cpu::GemmParams gemm{
-        values.acc, y.data(),    channels, wide_data(wo, values.dtype, wo_buffer),
-        channels,   rows.data(), dim,      batch * patches,
-        dim,        channels};
-    status = values.run(y.data(), values.acc, parallel, chosen);
-    if (status == Status::kOk) status = cpu::gemm_nt(gemm, parallel, chosen);
-    for (int64_t b = 0; b < batch; ++b) {
-      char* const image = memory + b * (prefix + patches) * row;
-      if (prefix > 0) {
-        std::memcpy(image, static_cast<const char*>(finished->data()) + b * prefix * row,
-                    static_cast<size_t>(prefix * row));
-      }
-      place(values.dtype, rows.data() + b * patches * dim * size, bias.data(), patches, dim,
-            image + prefix * row);
-    }
+  for (int64_t b = 0; prefix > 0 && b < batch; ++b) {
+    std::memcpy(memory + b * image, static_cast<const char*>(finished->data()) + b * prefix * row,
+                static_cast<size_t>(prefix * row));
   }
-  check(status);
+  cpu::DwLayerParams p = values.params();
+  p.wo = wo.data();
+  p.wo_stride = channels;
+  p.bo = bias.data();
+  p.dim_out = dim;
+  p.out = memory + prefix * row;
+  p.out_stride_token = dim;
+  p.out_stride_batch = (prefix + patches) * dim;
+  run(p, num_threads, isa_of(isa));
   return out;
 }
 

@@ -13,7 +13,7 @@ inline cpu::ParallelFor torch_parallel_for() {
                 0, tasks, cpu::min_tasks_per_thread(cost),
                 [&](int64_t begin, int64_t end) { body(context, begin, end); });
           },
-          nullptr};
+          nullptr, static_cast<int64_t>(torch::stable::get_num_threads())};
 }
 
 }  // namespace dwattn::torch_ops

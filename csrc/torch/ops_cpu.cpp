@@ -1,11 +1,22 @@
 // The operators on CPU tensors.
 #include "kernels/cpu/dw_aggregate.h"
+#include "kernels/cpu/dw_layer.h"
 #include "kernels/cpu/scratch.h"
 #include "torch/checks.h"
 #include "torch/cpu_parallel.h"
 
 namespace dwattn::torch_ops {
 namespace {
+
+void check_status(Status status) {
+  DWATTN_CHECK(status == Status::kOk, "The CPU kernel failed: ", status_text(status), ".");
+}
+
+// Unit stride along the last dimension.
+Tensor dense_rows(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.size(last) == 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+}
 
 int64_t workspace_bytes(ScalarType v_type, int64_t batch, int64_t channels) {
   DwAggregateParams p{};
@@ -37,8 +48,7 @@ void aggregate(const Tensor& v, const OptionalTensor& v_bias, const Coefficients
   p.width = g.width;
   p.num_prefix = g.num_prefix;
   p.channels = v.size(2);
-  const Status status = cpu::dw_aggregate(p, workspace, torch_parallel_for());
-  DWATTN_CHECK(status == Status::kOk, "The CPU kernel failed: ", status_text(status), ".");
+  check_status(cpu::dw_aggregate(p, workspace, torch_parallel_for()));
 }
 
 Tensor dw_aggregate_cpu(const Tensor& v, const Tensor& kernel, const OptionalTensor& kappa,
@@ -49,7 +59,7 @@ Tensor dw_aggregate_cpu(const Tensor& v, const Tensor& kernel, const OptionalTen
   check_tokens("v", v, geometry);
   check_coefficients(v, v.size(2), geometry, given);
   const ScalarType type = v.scalar_type();
-  const Tensor rows = v.size(2) == 1 || v.stride(2) == 1 ? v : torch::stable::contiguous(v);
+  const Tensor rows = dense_rows(v);
   const Tensor y = empty_cpu({v.size(0), height * width, v.size(2)}, type);
   if (y.numel() == 0) return y;
   const int64_t bytes = workspace_bytes(type, v.size(0), v.size(2));
@@ -60,9 +70,60 @@ Tensor dw_aggregate_cpu(const Tensor& v, const Tensor& kernel, const OptionalTen
 }
 
 // Whether products in this dtype are emulated on this CPU, several times slower than in fp32.
-bool product_in_float(ScalarType type) {
+bool emulated(ScalarType type) {
   return (type == ScalarType::BFloat16 && !cpu::native_bf16_gemm()) ||
          (type == ScalarType::Half && !cpu::native_fp16_gemm());
+}
+
+// Whether the kernels compute the products of a layer of this inner width too. Up to kNarrow they
+// are as fast as the BLAS of PyTorch on x86, and need neither a pass for the bias nor calls through
+// the dispatcher (measured: benchmarks/bench_cpu_layer.py); emulated dtypes they convert on the
+// way.
+bool own_products(ScalarType type, int64_t channels) {
+  constexpr int64_t kNarrow = 512;
+  return emulated(type) ||
+         (type == ScalarType::Float && channels <= kNarrow && cpu::features().avx2);
+}
+
+// `out (B, H*W, D_out)`, or without wo `(B, H*W, C)`, by the kernels alone.
+void run_layer(const Tensor& x, const Tensor& wv, const OptionalTensor& bv,
+               const Coefficients& given, const Geometry& g, const OptionalTensor& wo,
+               const OptionalTensor& bo, const Tensor& out) {
+  const ScalarType wide = accumulation_type(x.scalar_type());
+  const Tensor tokens = dense_rows(x), value = dense_rows(wv);
+  OptionalTensor back;
+  if (wo.has_value()) back = dense_rows(*wo);
+  const OptionalTensor value_bias = dense(bv, wide), back_bias = dense(bo, wide);
+  const Coefficients k = given.prepared(wide);
+  cpu::DwLayerParams p{};
+  p.dtype = kernel_dtype(x.scalar_type());
+  p.x = tokens.const_data_ptr();
+  p.x_stride_batch = tokens.stride(0);
+  p.x_stride_token = tokens.stride(1);
+  p.out = out.mutable_data_ptr();
+  p.out_stride_batch = out.stride(0);
+  p.out_stride_token = out.stride(1);
+  p.wv = value.const_data_ptr();
+  p.wv_stride = value.stride(0);
+  p.bv = data_or_null(value_bias);
+  p.kernel = k.kernel.const_data_ptr();
+  p.kappa = data_or_null(k.kappa);
+  p.mu = data_or_null(k.mu);
+  p.beta = data_or_null(k.beta);
+  p.wo = data_or_null(back);
+  p.wo_stride = back.has_value() ? back->stride(0) : 0;
+  p.bo = data_or_null(back_bias);
+  p.batch = x.size(0);
+  p.height = g.height;
+  p.width = g.width;
+  p.num_prefix = g.num_prefix;
+  p.dim = x.size(2);
+  p.channels = wv.size(0);
+  p.dim_out = out.size(2);
+  const cpu::ParallelFor parallel = torch_parallel_for();
+  const int64_t bytes = cpu::dw_layer_workspace(p, parallel.threads);
+  cpu::Scratch scratch(cpu::Scratch::padded(bytes));
+  check_status(cpu::dw_layer(p, scratch.take(bytes), parallel));
 }
 
 // Rows of V whose stride is a multiple of a page fall into the same few cache sets.
@@ -81,7 +142,8 @@ int64_t images_per_chunk(int64_t batch, int64_t image_bytes) {
   return fitting < 1 ? 1 : fitting > batch ? batch : fitting;
 }
 
-// The values of a batch, chunk by chunk of images: sizes, scratch tensors and the loop.
+// The values of a batch with PyTorch's products, chunk by chunk of images: sizes, scratch tensors
+// and the loop.
 //
 // V of a chunk is aggregated while it is still in the cache, and V of the whole batch never exists.
 // The bias of the projection is added by the aggregation, where it costs nothing.
@@ -92,8 +154,7 @@ class ValueChunks {
       : x_(x),
         wv_(wv),
         geometry_(geometry),
-        type_(product_in_float(x.scalar_type()) ? ScalarType::Float : x.scalar_type()),
-        convert_(type_ != x.scalar_type()),
+        type_(x.scalar_type()),
         element_(dtype_size(kernel_dtype(type_))),
         batch_(x.size(0)),
         tokens_(x.size(1)),
@@ -115,26 +176,14 @@ class ValueChunks {
   // The whole layer: aggregated values, then `out (B, H*W, D_out) = Y wo^T + bo`; images of `out`
   // may lie apart.
   void run(const Tensor& wo, const OptionalTensor& bo, const Tensor& out) const {
-    const int64_t rows = geometry_.height * geometry_.width, dim_out = wo.size(0);
+    const int64_t rows = geometry_.height * geometry_.width;
     const int64_t y_bytes = chunk_ * rows * row_ * element_;
-    const int64_t out_bytes = convert_ ? chunk_ * rows * dim_out * element_ : 0;
-    const int64_t w_bytes = convert_ ? dim_out * channels_ * element_ : 0;
-    using cpu::Scratch;
-    Scratch scratch(scratch_bytes() + Scratch::padded(y_bytes) + Scratch::padded(out_bytes) +
-                    Scratch::padded(w_bytes));
+    cpu::Scratch scratch(scratch_bytes() + cpu::Scratch::padded(y_bytes));
     void* const y_memory = scratch.take(y_bytes);
-    void* const out_memory = scratch.take(out_bytes);
-    const Tensor weight = converted(wo, scratch.take(w_bytes));
-    const OptionalTensor bias = dense(bo, type_);
     each_chunk(scratch, [&](int64_t first, int64_t images, const Tensor& v, void* workspace) {
       const Tensor y = blob(y_memory, {images, rows, channels_}, {rows * row_, row_, 1});
       aggregate(v, bias_, coefficients_, geometry_, y, workspace);
-      Tensor target = slice(out, first, images);
-      const Tensor written =
-          convert_ ? blob(out_memory, {images, rows, dim_out}, {rows * dim_out, dim_out, 1})
-                   : target;
-      project(y, weight, bias, written);
-      if (convert_) torch::stable::copy_(target, written);
+      project(y, wo, bo, slice(out, first, images));
     });
   }
 
@@ -143,12 +192,8 @@ class ValueChunks {
 
   int64_t v_bytes() const { return chunk_ * tokens_ * row_ * element_; }
   int64_t work_bytes() const { return workspace_bytes(type_, chunk_, channels_); }
-  int64_t x_bytes() const { return convert_ ? chunk_ * tokens_ * dim_ * element_ : 0; }
-  int64_t w_bytes() const { return convert_ ? channels_ * dim_ * element_ : 0; }
   int64_t scratch_bytes() const {
-    using cpu::Scratch;
-    return Scratch::padded(v_bytes()) + Scratch::padded(work_bytes()) + Scratch::padded(x_bytes()) +
-           Scratch::padded(w_bytes());
+    return cpu::Scratch::padded(v_bytes()) + cpu::Scratch::padded(work_bytes());
   }
 
   // body(first image, images, V (images, N, C), workspace of the aggregation)
@@ -156,14 +201,12 @@ class ValueChunks {
   void each_chunk(cpu::Scratch& scratch, const Body& body) const {
     void* const v_memory = scratch.take(v_bytes());
     void* const workspace = scratch.take(work_bytes());
-    void* const x_memory = scratch.take(x_bytes());
-    const Tensor weight = converted(wv_, scratch.take(w_bytes()));
     for (int64_t first = 0; first < batch_; first += chunk_) {
       const int64_t images = batch_ - first < chunk_ ? batch_ - first : chunk_;
       const int64_t rows = images * tokens_;
-      const Tensor inputs = as_rows(converted(slice(x_, first, images), x_memory));
+      const Tensor inputs = as_rows(slice(x_, first, images));
       const Tensor v = blob(v_memory, {images, tokens_, channels_}, {tokens_ * row_, row_, 1});
-      linear_out(blob(v_memory, {rows, channels_}, {row_, 1}), inputs, weight, std::nullopt);
+      linear_out(blob(v_memory, {rows, channels_}, {row_, 1}), inputs, wv_, std::nullopt);
       body(first, images, v, workspace);
     }
   }
@@ -202,20 +245,10 @@ class ValueChunks {
     return torch::stable::narrow(whole, 0, first, images);
   }
 
-  // `t` in the dtype of the product: itself, or a copy in `memory`.
-  Tensor converted(const Tensor& t, void* memory) const {
-    if (!convert_) return t;
-    Tensor copy = t.dim() == 2 ? blob(memory, {t.size(0), t.size(1)}, {t.size(1), 1})
-                               : blob(memory, {t.size(0), t.size(1), t.size(2)},
-                                      {t.size(1) * t.size(2), t.size(2), 1});
-    return torch::stable::copy_(copy, t);
-  }
-
   const Tensor& x_;
   const Tensor& wv_;
   const Geometry geometry_;
   const ScalarType type_;  // of the products, of V and of Y
-  const bool convert_;     // whether that differs from the dtype of x
   const int64_t element_, batch_, tokens_, dim_, channels_;
   const int64_t row_;    // stride between tokens of V and of Y
   const int64_t chunk_;  // images
@@ -233,7 +266,12 @@ Tensor dw_attention_cpu(const Tensor& x, const Tensor& wv, const OptionalTensor&
   check_projection(x, wv, bv);
   check_coefficients(x, wv.size(0), geometry, given);
   const Tensor y = empty_cpu({x.size(0), height * width, wv.size(0)}, x.scalar_type());
-  if (y.numel() > 0) ValueChunks(x, wv, bv, given, geometry).run(y);
+  if (y.numel() == 0) return y;
+  if (own_products(x.scalar_type(), wv.size(0))) {
+    run_layer(x, wv, bv, given, geometry, std::nullopt, std::nullopt, y);
+  } else {
+    ValueChunks(x, wv, bv, given, geometry).run(y);
+  }
   return y;
 }
 
@@ -256,8 +294,12 @@ Tensor dw_layer_cpu(const Tensor& x, const Tensor& wv, const OptionalTensor& bv,
     Tensor head = torch::stable::narrow(out, 1, 0, prefix);
     torch::stable::copy_(head, *prefix_out);
   }
-  ValueChunks(x, wv, bv, given, geometry)
-      .run(wo, bo, prefix > 0 ? torch::stable::narrow(out, 1, prefix, rows) : out);
+  const Tensor patches = prefix > 0 ? torch::stable::narrow(out, 1, prefix, rows) : out;
+  if (own_products(x.scalar_type(), wv.size(0))) {
+    run_layer(x, wv, bv, given, geometry, wo, bo, patches);
+  } else {
+    ValueChunks(x, wv, bv, given, geometry).run(wo, bo, patches);
+  }
   return out;
 }
 

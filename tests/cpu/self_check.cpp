@@ -126,31 +126,61 @@ void check_aggregate(int64_t height, int64_t width, int64_t prefix, int64_t chan
   judge(what, worst);
 }
 
+// Two blocks of rows that lie apart, with a bias and padded rows everywhere.
 template <class T>
 void check_product(int64_t m, int64_t n, int64_t k) {
-  const auto a = normal<T>(m * k), b = normal<T>(n * k);
-  std::vector<T> c(static_cast<size_t>(m * n));
-  const cpu::GemmParams p{kType<T>, a.data(), k, b.data(), k, c.data(), n, m, n, k};
-  const std::string what = "gemm_nt, dtype " + std::to_string(static_cast<int>(kType<T>));
-  if (cpu::gemm_nt(p, cpu::serial_for()) != Status::kOk) {
+  constexpr int64_t kBatch = 2;
+  const int64_t a_row = k + 3, out_row = n + 5;
+  const auto a = normal<T>(kBatch * (m + 1) * a_row), weight = normal<T>(n * (k + 1));
+  const auto bias = normal<Acc<T>>(n);
+  std::vector<T> out(static_cast<size_t>(kBatch * (m + 2) * out_row));
+  const std::string what = "gemm, dtype " + std::to_string(static_cast<int>(kType<T>)) + " " +
+                           std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k);
+  cpu::WeightParams w{weight.data(), kType<T>, k + 1, n, k, nullptr};
+  std::vector<char> packed(static_cast<size_t>(cpu::packed_weight_bytes(w)));
+  w.packed = packed.data();
+  const cpu::GemmParams p{a.data(),   kType<T>, (m + 1) * a_row,   a_row,   w.packed, bias.data(),
+                          out.data(), kType<T>, (m + 2) * out_row, out_row, kBatch,   m,
+                          n,          k};
+  std::vector<char> workspace(static_cast<size_t>(cpu::gemm_workspace(p) + 1));
+  if (cpu::pack_weight(w, cpu::serial_for()) != Status::kOk ||
+      cpu::gemm(p, workspace.data(), cpu::serial_for()) != Status::kOk) {
     ++failures;
     std::printf("FAIL %s: refused\n", what.c_str());
     return;
   }
   double worst = 0;
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      double sum = 0, magnitude = 0;
-      for (int64_t l = 0; l < k; ++l) {
-        const double term = static_cast<double>(a[i * k + l]) * b[j * k + l];
-        sum += term;
-        magnitude += std::fabs(term);
+  for (int64_t b = 0; b < kBatch; ++b) {
+    for (int64_t i = 0; i < m + 2; ++i) {
+      for (int64_t j = 0; j < out_row; ++j) {
+        double sum = 0, magnitude = 0;
+        if (i < m && j < n) {
+          sum = bias[j];
+          magnitude = std::fabs(sum);
+          for (int64_t l = 0; l < k; ++l) {
+            const double term =
+                static_cast<double>(cpu::to_float(a[(b * (m + 1) + i) * a_row + l])) *
+                cpu::to_float(weight[j * (k + 1) + l]);
+            sum += term;
+            magnitude += std::fabs(term);
+          }
+        }  // else nothing may have been written
+        const double got = cpu::to_float(out[(b * (m + 2) + i) * out_row + j]);
+        const double allowed =
+            1.01 * kRounding<T> * std::fabs(sum) + (k + 1) * kRounding<Acc<T>> * magnitude + 1e-300;
+        const double error = std::fabs(got - sum) / allowed;
+        worst = error >= 0 ? std::max(worst, error) : INFINITY;
       }
-      const double error = std::fabs(c[i * n + j] - sum) / (k * kRounding<T> * magnitude);
-      worst = error >= 0 ? std::max(worst, error) : INFINITY;
     }
   }
   judge(what, worst);
+}
+
+template <class T>
+void check_products() {
+  for (int64_t n : {1, 29, 64, 83, 130}) check_product<T>(37, n, 65);
+  check_product<T>(3, 96, 7);
+  check_product<T>(1, 16, 300);
 }
 
 template <class T>
@@ -168,8 +198,10 @@ int main() {
   check_aggregates<double>();
   check_aggregates<Float16>();
   check_aggregates<BFloat16>();
-  check_product<float>(37, 29, 65);
-  check_product<double>(17, 33, 40);
+  check_products<float>();
+  check_products<double>();
+  check_products<Float16>();
+  check_products<BFloat16>();
   std::printf("%d failure(s), instruction set %s\n", failures, cpu::isa_name(cpu::default_isa()));
   return failures == 0 ? 0 : 1;
 }

@@ -1,5 +1,7 @@
 #include "kernels/cpu/dw_aggregate.h"
 
+#include "kernels/cpu/dispatch.h"
+
 namespace dwattn::cpu {
 namespace {
 
@@ -19,20 +21,7 @@ Status dw_aggregate(const DwAggregateParams& params, void* workspace, const Para
                     Isa isa) {
   if (params.batch == 0 || params.channels == 0) return Status::kOk;
   if (!valid(params) || workspace == nullptr) return Status::kInvalidArgument;
-  if (isa == Isa::kAuto) isa = default_isa();
-  if (!isa_usable(isa)) return Status::kUnsupportedIsa;
-  switch (isa) {
-#ifdef DWATTN_HAVE_AVX512
-    case Isa::kAvx512:
-      return avx512::dw_aggregate(params, workspace, parallel);
-#endif
-#ifdef DWATTN_HAVE_AVX2
-    case Isa::kAvx2:
-      return avx2::dw_aggregate(params, workspace, parallel);
-#endif
-    default:
-      return generic::dw_aggregate(params, workspace, parallel);
-  }
+  DWATTN_DISPATCH_ISA(isa, dw_aggregate(params, workspace, parallel));
 }
 
 }  // namespace dwattn::cpu

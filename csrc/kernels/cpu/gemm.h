@@ -1,4 +1,6 @@
-// A plain blocked matrix product, for callers without a BLAS (the numpy interface).
+// Matrix products with the weight of a linear layer, for inner widths and dtypes at which a BLAS
+// spends much of its time on other things: out = a weight^T + bias, the bias for nothing, 16-bit
+// numbers converted on the way.
 #pragma once
 
 #include "kernels/cpu/features.h"
@@ -7,27 +9,51 @@
 
 namespace dwattn::cpu {
 
-// c (m, n) = a (m, k) * b (n, k)^T, row-major, leading dimensions in elements; fp32 or fp64.
-struct GemmParams {
+// A weight (n, k) in the order in which the product reads it. Packed numbers have the accumulation
+// type: double for fp64, else float.
+struct WeightParams {
+  const void* weight;
   DType dtype;
-  const void* a;
-  int64_t lda;
-  const void* b;
-  int64_t ldb;
-  void* c;
-  int64_t ldc;
-  int64_t m, n, k;
+  int64_t stride;  // elements between rows
+  int64_t n, k;
+  void* packed;  // packed_weight_bytes()
 };
 
-Status gemm_nt(const GemmParams& params, const ParallelFor& parallel, Isa isa = Isa::kAuto);
+int64_t packed_weight_bytes(const WeightParams& params);
+Status pack_weight(const WeightParams& params, const ParallelFor& parallel, Isa isa = Isa::kAuto);
 
-#define DWATTN_DECLARE_ISA(ISA)                                          \
-  namespace ISA {                                                        \
-  Status gemm_nt(const GemmParams& params, const ParallelFor& parallel); \
+// out (batch, m, n) = a (batch, m, k) weight (n, k)^T + bias (n); rows are dense, strides in
+// elements. `a` and `out` are both fp64, or each fp32, fp16 or bf16.
+struct GemmParams {
+  const void* a;
+  DType a_dtype;
+  int64_t a_stride_batch, a_stride_row;
+  const void* packed;
+  const void* bias;  // in the accumulation type, or null
+  void* out;
+  DType out_dtype;
+  int64_t out_stride_batch, out_stride_row;
+  int64_t batch, m, n, k;
+};
+
+int64_t gemm_workspace(const GemmParams& params);
+Status gemm(const GemmParams& params, void* workspace, const ParallelFor& parallel,
+            Isa isa = Isa::kAuto);
+
+#define DWATTN_DECLARE_ISA(ISA)                                                        \
+  namespace ISA {                                                                      \
+  Status pack_weight(const WeightParams& params, const ParallelFor& parallel);         \
+  Status gemm(const GemmParams& params, void* workspace, const ParallelFor& parallel); \
   }
 DWATTN_DECLARE_ISA(generic)
 DWATTN_DECLARE_ISA(avx2)
 DWATTN_DECLARE_ISA(avx512)
 #undef DWATTN_DECLARE_ISA
+
+// Columns of a packed weight are rounded up to this many, a multiple of every vector width.
+constexpr int64_t kColumnPad = 16;
+// Widened rows of `a` lie this far apart: not at a multiple of a page, which would put all rows of
+// a tile into one set of the cache.
+constexpr int64_t widened_stride(int64_t k) { return k + 16; }
 
 }  // namespace dwattn::cpu

@@ -1,6 +1,9 @@
-// The blocked matrix product, compiled once per instruction set. A task computes one panel of
-// columns: it packs a block of b so that the inner loop reads it in order, then runs over the rows
-// of a with a register tile of kRows x kPanel accumulators.
+// The matrix product, compiled once per instruction set.
+//
+// A tile of kRows x kPanel results stays in registers over the whole depth: an output is written
+// once, converted and with its bias. The weight is packed into panels of kPanel columns, which the
+// tile reads in order; a task is a block of rows, small enough to stay in the cache while the
+// panels pass by.
 #pragma once
 
 #include "kernels/cpu/gemm.h"
@@ -9,100 +12,270 @@
 namespace dwattn::cpu::DWATTN_ISA {
 namespace {
 
-template <class T>
-class Gemm {
-  using V = Vec<T>;
 #if defined(__AVX512F__)  // 32 registers
-  static constexpr int kRows = 6, kVectors = 4;
+constexpr int kRows = 6, kVectors = 4;
+#elif defined(__AVX2__)     // 16 registers
+constexpr int kRows = 6, kVectors = 2;
+#elif defined(__aarch64__)  // 32 registers
+constexpr int kRows = 4, kVectors = 4;
 #else
-  static constexpr int kRows = 4, kVectors = 2;
+constexpr int kRows = 4, kVectors = 2;
 #endif
-  static constexpr int kPanel = kVectors * V::width;
-  static constexpr int64_t kDepth = 256;
 
+template <class T>
+constexpr int kPanel = kVectors * Vec<T>::width;
+
+// Columns that are packed together, so that the weight is transposed in blocks.
+constexpr int64_t kColumns = 4;
+
+// Columns of the panel that begins at column j: whole vectors, and whole blocks.
+template <class T>
+int64_t panel_width(int64_t n, int64_t j) {
+  constexpr int64_t unit = Vec<T>::width > kColumns ? Vec<T>::width : kColumns;
+  const int64_t rest = (n - j + unit - 1) / unit * unit;
+  return rest < kPanel<T> ? rest : kPanel<T>;
+}
+
+// Widens `count` numbers.
+template <class T, class In>
+void widen(const In* from, int64_t count, T* to) {
+  using V = Vec<T>;
+  int64_t i = 0;
+  for (; i + V::width <= count; i += V::width) V::load(from + i).store(to + i);
+  if (i < count) {
+    const int rest = static_cast<int>(count - i);
+    V::load_n(from + i, rest).store_n(to + i, rest);
+  }
+}
+
+template <class T, class In>
+class Packing {
  public:
-  explicit Gemm(const GemmParams& p) : p_(p) {}
+  explicit Packing(const WeightParams& p) : p_(p) {}
 
   void run(const ParallelFor& parallel) const {
     auto panels = [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel) compute_panel(panel * kPanel);
+      for (int64_t panel = begin; panel < end; ++panel) pack_panel(panel * kPanel<T>);
     };
-    parallel((p_.n + kPanel - 1) / kPanel, p_.m * p_.k, panels);
+    parallel((p_.n + kPanel<T> - 1) / kPanel<T>, kPanel<T> * p_.k, panels);
   }
 
  private:
-  const T* a(int64_t i, int64_t k) const { return static_cast<const T*>(p_.a) + i * p_.lda + k; }
-  const T* b(int64_t j, int64_t k) const { return static_cast<const T*>(p_.b) + j * p_.ldb + k; }
-  T* c(int64_t i, int64_t j) const { return static_cast<T*>(p_.c) + i * p_.ldc + j; }
+  // So little of all columns at a time that what is written stays in the nearest cache.
+  static constexpr int64_t kDepth = 32;
 
-  void compute_panel(int64_t j) const {
-    alignas(64) T packed[kDepth * kPanel];
-    const int columns = static_cast<int>(p_.n - j < kPanel ? p_.n - j : kPanel);
-    int64_t k = 0;
-    do {  // also once for k == 0, to write zeros
+  void pack_panel(int64_t j) const {
+    const int64_t width = panel_width<T>(p_.n, j);
+    T* out = static_cast<T*>(p_.packed) + j * p_.k;
+    for (int64_t k = 0; k < p_.k; k += kDepth, out += kDepth * width) {
       const int64_t depth = p_.k - k < kDepth ? p_.k - k : kDepth;
-      pack(j, columns, k, depth, packed);
-      int64_t i = 0;
-      for (; i + kRows <= p_.m; i += kRows) tile<kRows>(i, j, columns, k, depth, packed);
-      for (; i < p_.m; ++i) tile<1>(i, j, columns, k, depth, packed);
-      k += depth;
-    } while (k < p_.k);
-  }
-
-  void pack(int64_t j, int columns, int64_t k, int64_t depth, T* packed) const {
-    for (int column = 0; column < kPanel; ++column) {
-      const T* source = column < columns ? b(j + column, k) : nullptr;
-      for (int64_t d = 0; d < depth; ++d) packed[d * kPanel + column] = source ? source[d] : T(0);
+      for (int64_t c = 0; c < width; c += kColumns) pack_block(j + c, k, depth, out + c, width);
     }
   }
 
-  template <int R>
-  void tile(int64_t i, int64_t j, int columns, int64_t k, int64_t depth, const T* packed) const {
-    V sum[R][kVectors];
-    for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = V::zero();
+  // Columns j..j+3 of the packed weight, rows of the given one; zeros behind the last.
+  void pack_block(int64_t j, int64_t k, int64_t depth, T* out, int64_t width) const {
+    T buffers[kColumns][kDepth];
+    const T* row[kColumns];
+    for (int64_t c = 0; c < kColumns; ++c) row[c] = numbers(j + c, k, depth, buffers[c]);
+    int64_t d = 0;
+    for (; d + kColumns <= depth; d += kColumns, out += kColumns * width) {
+      transpose4(row[0] + d, row[1] + d, row[2] + d, row[3] + d, out, width);
     }
-    const T* rows = a(i, k);
-    for (int64_t d = 0; d < depth; ++d, packed += kPanel) {
-      V right[kVectors];
-      for (int v = 0; v < kVectors; ++v) right[v] = V::load(packed + v * V::width);
-      for (int r = 0; r < R; ++r) {
-        const V left = V::all(rows[r * p_.lda + d]);
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
+    for (; d < depth; ++d, out += width) {
+      for (int64_t c = 0; c < kColumns; ++c) out[c] = row[c][d];
+    }
+  }
+
+  // `depth` numbers of row j from k on: in place, or in `buffer`.
+  const T* numbers(int64_t j, int64_t k, int64_t depth, T* buffer) const {
+    if (j >= p_.n) {
+      for (int64_t d = 0; d < depth; ++d) buffer[d] = T(0);
+      return buffer;
+    }
+    const In* from = static_cast<const In*>(p_.weight) + j * p_.stride + k;
+    if constexpr (std::is_same_v<T, In>) return from;
+    widen(from, depth, buffer);
+    return buffer;
+  }
+
+  const WeightParams& p_;
+};
+
+template <class T, class In, class Out>
+class Gemm {
+  using V = Vec<T>;
+
+ public:
+  Gemm(const GemmParams& p, void* workspace) : p_(p), widened_(static_cast<T*>(workspace)) {}
+
+  void run(const ParallelFor& parallel) const {
+    const int64_t block = rows_of_a_block(parallel.threads);
+    const int64_t blocks = (p_.m + block - 1) / block;
+    auto tasks = [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t i = task % blocks * block;
+        compute_rows(task / blocks, i, i + block < p_.m ? i + block : p_.m);
       }
-    }
-    for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < kVectors; ++v) {
-        const int rest = columns - v * V::width;
-        if (rest > 0) add_to(c(i + r, j + v * V::width), sum[r][v], k > 0, rest);
-      }
-    }
+    };
+    parallel(p_.batch * blocks, block * (p_.n + p_.k), tasks);
   }
 
-  static void add_to(T* at, V sum, bool accumulate, int rest) {
-    if (rest >= V::width) {
-      (accumulate ? sum + V::load(at) : sum).store(at);
+ private:
+  // A few tiles, so that the outputs of a block lie close together; many where the weight is too
+  // large for the cache and has to be read again by each block.
+  int64_t rows_of_a_block(int64_t threads) const {
+    constexpr int64_t kCached = 1 << 20, kFew = 4, kMany = 48;
+    const int64_t tiles = (p_.batch * p_.m + kRows - 1) / kRows / (threads > 0 ? threads : 1);
+    const bool cached = p_.n * p_.k * static_cast<int64_t>(sizeof(T)) <= kCached;
+    const int64_t most = cached ? kFew : kMany;
+    return kRows * (tiles < kFew ? (tiles < 1 ? 1 : tiles) : tiles < most ? tiles : most);
+  }
+
+  // Rows first..last-1 of one element of the batch.
+  void compute_rows(int64_t b, int64_t first, int64_t last) const {
+    const T* a;
+    int64_t stride;
+    if constexpr (std::is_same_v<T, In>) {
+      a = static_cast<const T*>(p_.a) + b * p_.a_stride_batch + first * p_.a_stride_row;
+      stride = p_.a_stride_row;
     } else {
-      (accumulate ? sum + V::load_n(at, rest) : sum).store_n(at, rest);
+      stride = widened_stride(p_.k);
+      T* rows = widened_ + (b * p_.m + first) * stride;
+      const In* from =
+          static_cast<const In*>(p_.a) + b * p_.a_stride_batch + first * p_.a_stride_row;
+      for (int64_t i = 0; i < last - first; ++i) {
+        widen(from + i * p_.a_stride_row, p_.k, rows + i * stride);
+      }
+      a = rows;
     }
+    Out* out = static_cast<Out*>(p_.out) + b * p_.out_stride_batch + first * p_.out_stride_row;
+    for (int64_t j = 0; j < p_.n; j += kPanel<T>) {
+      switch (panel_width<T>(p_.n, j) / V::width) {
+        case 1:
+          panel<1>(a, stride, last - first, j, out + j);
+          break;
+        case 2:
+          panel<2>(a, stride, last - first, j, out + j);
+          break;
+        case 3:
+          panel < kVectors<3 ? 1 : 3>(a, stride, last - first, j, out + j);
+          break;
+        default:
+          panel<kVectors>(a, stride, last - first, j, out + j);
+      }
+    }
+  }
+
+  template <int N>
+  void panel(const T* a, int64_t stride, int64_t rows, int64_t j, Out* out) const {
+    for (int64_t i = 0; i < rows; i += kRows) {
+      const int here = static_cast<int>(rows - i < kRows ? rows - i : kRows);
+      tile<N>(a + i * stride, stride, here, j, out + i * p_.out_stride_row);
+    }
+  }
+
+  // Rows behind the last are computed like the last, and not stored.
+  template <int N>
+  void tile(const T* a, int64_t stride, int rows, int64_t j, Out* out) const {
+    const T* row[kRows];
+    for (int r = 0; r < kRows; ++r) row[r] = a + (r < rows ? r : rows - 1) * stride;
+    V sum[kRows][N];
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < N; ++v) sum[r][v] = V::zero();
+    }
+    const T* packed = static_cast<const T*>(p_.packed) + j * p_.k;
+    for (int64_t d = 0; d < p_.k; ++d, packed += N * V::width) {
+      V right[N];
+      for (int v = 0; v < N; ++v) right[v] = V::load(packed + v * V::width);
+      for (int r = 0; r < kRows; ++r) {
+        const V left = V::all(row[r][d]);
+        for (int v = 0; v < N; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
+      }
+    }
+    // Last, so that the partial sums are not rounded at the magnitude of the bias.
+    V last[N];
+    for (int v = 0; v < N; ++v) last[v] = bias(j + v * V::width);
+    const int64_t columns = p_.n - j;
+    for (int r = 0; r < rows; ++r, out += p_.out_stride_row) {
+      for (int v = 0; v < N; ++v) {
+        const int64_t rest = columns - v * V::width;
+        if (rest >= V::width) {
+          (sum[r][v] + last[v]).store(out + v * V::width);
+        } else if (rest > 0) {
+          (sum[r][v] + last[v]).store_n(out + v * V::width, static_cast<int>(rest));
+        }
+      }
+    }
+  }
+
+  V bias(int64_t j) const {
+    if (p_.bias == nullptr) return V::zero();
+    const T* at = static_cast<const T*>(p_.bias) + j;
+    const int64_t rest = p_.n - j;
+    if (rest <= 0) return V::zero();
+    return rest >= V::width ? V::load(at) : V::load_n(at, static_cast<int>(rest));
   }
 
   const GemmParams& p_;
+  T* const widened_;  // rows of a 16-bit `a`
 };
 
-}  // namespace
+template <class T, class In>
+Status run_pack(const WeightParams& p, const ParallelFor& parallel) {
+  Packing<T, In>(p).run(parallel);
+  return Status::kOk;
+}
 
-Status gemm_nt(const GemmParams& p, const ParallelFor& parallel) {
-  switch (p.dtype) {
+template <class T, class In, class Out>
+Status run_gemm(const GemmParams& p, void* workspace, const ParallelFor& parallel) {
+  Gemm<T, In, Out>(p, workspace).run(parallel);
+  return Status::kOk;
+}
+
+template <class In>
+Status run_gemm(const GemmParams& p, void* workspace, const ParallelFor& parallel) {
+  switch (p.out_dtype) {
     case DType::kFloat32:
-      Gemm<float>(p).run(parallel);
-      return Status::kOk;
-    case DType::kFloat64:
-      Gemm<double>(p).run(parallel);
-      return Status::kOk;
+      return run_gemm<float, In, float>(p, workspace, parallel);
+    case DType::kFloat16:
+      return run_gemm<float, In, Float16>(p, workspace, parallel);
+    case DType::kBFloat16:
+      return run_gemm<float, In, BFloat16>(p, workspace, parallel);
     default:
       return Status::kUnsupportedDType;
   }
+}
+
+}  // namespace
+
+Status pack_weight(const WeightParams& p, const ParallelFor& parallel) {
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return run_pack<float, float>(p, parallel);
+    case DType::kFloat64:
+      return run_pack<double, double>(p, parallel);
+    case DType::kFloat16:
+      return run_pack<float, Float16>(p, parallel);
+    case DType::kBFloat16:
+      return run_pack<float, BFloat16>(p, parallel);
+  }
+  return Status::kUnsupportedDType;
+}
+
+Status gemm(const GemmParams& p, void* workspace, const ParallelFor& parallel) {
+  switch (p.a_dtype) {
+    case DType::kFloat32:
+      return run_gemm<float>(p, workspace, parallel);
+    case DType::kFloat16:
+      return run_gemm<Float16>(p, workspace, parallel);
+    case DType::kBFloat16:
+      return run_gemm<BFloat16>(p, workspace, parallel);
+    case DType::kFloat64:
+      if (p.out_dtype != DType::kFloat64) return Status::kUnsupportedDType;
+      return run_gemm<double, double, double>(p, workspace, parallel);
+  }
+  return Status::kUnsupportedDType;
 }
 
 }  // namespace dwattn::cpu::DWATTN_ISA

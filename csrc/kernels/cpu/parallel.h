@@ -14,6 +14,7 @@ struct ParallelFor {
   // everything together is not worth waking a thread.
   void (*run)(void* context, int64_t tasks, int64_t cost, LoopBody body, void* body_context);
   void* context;
+  int64_t threads;  // that it may use, the caller's among them
 
   template <class F>
   void operator()(int64_t tasks, int64_t cost, F& body) const {
@@ -33,7 +34,7 @@ inline ParallelFor serial_for() {
   return {[](void*, int64_t tasks, int64_t, LoopBody body, void* body_context) {
             if (tasks > 0) body(body_context, 0, tasks);
           },
-          nullptr};
+          nullptr, 1};
 }
 
 }  // namespace dwattn::cpu

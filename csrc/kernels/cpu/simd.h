@@ -8,9 +8,11 @@
 //   store, store_n       converts back to the stored type, rounding to nearest even
 //   low_half, high_half  the lanes of a Vec<float> as two Vec<double>
 //   times_power(p, n, limit)  p * 2^n for a whole number n of at least limit, else 0
+//   transpose4           a 4x4 block
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/cpu/half.h"
 
@@ -307,6 +309,31 @@ static inline Vec<double> high_half(Vec<float> a) {
   return half;
 }
 
+#endif
+
+// out[i * stride + c] = row c [i], for i, c in 0..3
+template <class T>
+static inline void transpose4(const T* r0, const T* r1, const T* r2, const T* r3, T* out,
+                              int64_t stride) {
+  for (int i = 0; i < 4; ++i, out += stride) {
+    out[0] = r0[i];
+    out[1] = r1[i];
+    out[2] = r2[i];
+    out[3] = r3[i];
+  }
+}
+
+#if defined(__AVX2__)
+template <>
+inline void transpose4(const float* r0, const float* r1, const float* r2, const float* r3,
+                       float* out, int64_t stride) {
+  __m128 a = _mm_loadu_ps(r0), b = _mm_loadu_ps(r1), c = _mm_loadu_ps(r2), d = _mm_loadu_ps(r3);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(out, a);
+  _mm_storeu_ps(out + stride, b);
+  _mm_storeu_ps(out + 2 * stride, c);
+  _mm_storeu_ps(out + 3 * stride, d);
+}
 #endif
 
 }  // namespace dwattn::cpu::DWATTN_ISA
