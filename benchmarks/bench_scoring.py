@@ -6,6 +6,9 @@ it image by image. Times are medians; the ratios are those of the same turn, so 
 disturbs both alike. Peak memory is the high-water mark of a fresh process each::
 
     python benchmarks/bench_scoring.py --size 224 336 --threads 1 --json scoring.json
+
+The statistics alone (queries, keys and values in, attention output and moments out) are timed for
+``--tokens``, with one thread and with ``--threads``.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from scoring_operator import measure_operator, sentence
+
 import dwattn
 from dwattn.adapters import adapter_for, describe
 from dwattn.reference import split_heads
@@ -166,7 +171,8 @@ def state_bytes(size: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, nargs="+", default=[224, 336], help="pixels")
+    parser.add_argument("--size", type=int, nargs="*", default=[224, 336], help="pixels")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[257, 577], help="N")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
@@ -188,7 +194,13 @@ def main() -> None:
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "sizes": {},
+        "operator": [],
     }
+    for tokens in options.tokens:
+        for threads in sorted({1, options.threads}):
+            alone = measure_operator(tokens, threads, options.rounds)
+            print(sentence(alone), flush=True)
+            results["operator"].append(alone)
     for size in options.size:
         found = measure_time(size, options.images, options.batch, options.rounds)
         state = state_bytes(size)
