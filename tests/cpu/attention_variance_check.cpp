@@ -71,7 +71,7 @@ cpu::ParallelFor threads_for(int& count) {
             }
             for (std::thread& thread : pool) thread.join();
           },
-          &count};
+          &count, count};
 }
 
 // Q, K and V packed as (B, N, 3, heads, d_h), exactly as large as that: the sanitizer sees one
