@@ -7,7 +7,7 @@ ratios are medians over rounds. One thread at batch 1, two threads at batch 8::
 
     python benchmarks/bench_cpu_layer.py --json benchmarks/results/cpu-layer.json
 
-Where another candidate is faster, the table and the result file say which and why (:data:`WHY`).
+Where another candidate is faster, the table and the result file say which, and what it does differently (:data:`WHY`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ SIZES = {"n=256,D=384": (16, 384), "n=576,D=1024": (24, 1024), "n=1369,D=1024": 
 RANKS = (64, 128, 256)
 
 
-#: Why another candidate can be faster than the operator: what it does and the operator does not.
+#: Where another candidate is faster: what it does and the operator does not. Differences of design;
+#: what share of the time each is has not been measured.
 WHY = {
     "compiled": "its products are the same BLAS calls, without the operator's checks in the call",
     "onnxruntime": "it packs the weights once, when the model is loaded; the operator packs at each "
@@ -61,30 +62,41 @@ def layer_of(side: int, dim: int, width: int) -> FusedDWAttention:
     return layer.eval()
 
 
-def runtimes(layer: FusedDWAttention, x: Tensor, threads: int) -> dict[str, Callable[[], object]]:
+def runtimes(
+    layer: FusedDWAttention, x: Tensor, threads: int, folder: Path
+) -> dict[str, Callable[[], object]]:
     """The layer on the other runtimes that are installed, once they agree with PyTorch.
 
     fp32 only: ONNX Runtime has no bf16 on the CPU, and OpenVINO would compute in fp32 here.
+
+    Args:
+        folder: of the exported layers, each of which serves several cases.
     """
     calls: dict[str, Callable[[], object]] = {}
     if x.dtype != torch.float32:
         return calls
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "layer.onnx"
-        dwattn.export(layer, path, layer.grid, check=False)
-        for name, load in RUNTIMES.items():
-            if importlib.util.find_spec(name) is None:
-                continue
-            call = load(path, x, threads)
-            torch.testing.assert_close(
-                torch.as_tensor(call()), layer(x), rtol=1e-3, atol=1e-3, msg=f"{name} differs"
-            )
-            calls[name] = call
+    path = folder / f"{layer.grid}-{layer.dim}-{layer.inner_dim}.onnx"
+    for name, load in RUNTIMES.items():
+        if importlib.util.find_spec(name) is None:
+            continue
+        if not path.exists():
+            dwattn.export(layer, path, layer.grid, check=False)
+        call = load(path, x, threads)
+        torch.testing.assert_close(
+            torch.as_tensor(call()), layer(x), rtol=1e-3, atol=1e-3, msg=f"{name} differs"
+        )
+        calls[name] = call
     return calls
 
 
 def candidates(
-    layer: FusedDWAttention, batch: int, dtype: torch.dtype, threads: int, *, compiled: bool
+    layer: FusedDWAttention,
+    batch: int,
+    dtype: torch.dtype,
+    threads: int,
+    folder: Path,
+    *,
+    compiled: bool,
 ) -> dict[str, Callable[[], object]]:
     """Calls by name; all but ``products`` compute the layer."""
     assert layer.grid is not None
@@ -113,7 +125,7 @@ def candidates(
         torch._dynamo.reset()
         fast = torch.compile(run)
         calls["compiled"] = lambda: fast("torch")
-    return {**calls, **runtimes(layer, x, threads)}
+    return {**calls, **runtimes(layer, x, threads, folder)}
 
 
 def explanation(ratios: dict[str, float]) -> dict[str, str]:
@@ -123,6 +135,12 @@ def explanation(ratios: dict[str, float]) -> dict[str, str]:
 
 
 def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run(Path(folder))
+
+
+def run(folder: Path) -> None:
+    """Everything the command line asks for; ``folder`` is for exported layers."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
@@ -146,7 +164,7 @@ def main() -> None:
                 for width in (dim, *RANKS):
                     with torch.inference_mode():
                         calls = candidates(
-                            layer_of(side, dim, width), batch, DTYPES[dtype], threads,
+                            layer_of(side, dim, width), batch, DTYPES[dtype], threads, folder,
                             compiled=not options.no_compile,
                         )  # fmt: skip
                         times = measure(calls, options.seconds)

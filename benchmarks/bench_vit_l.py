@@ -20,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import rounds
-import timm
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -28,6 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dwattn import FusedDWAttention, LowRankDWAttention
+from dwattn.demo._torchvision import make_importable
 from dwattn.demo.timing import RemovedAttention
 
 MODEL, PIXELS, GRID, DIM, HEADS = "vit_large_patch14_dinov2", 336, (24, 24), 1024, 16
@@ -83,6 +83,9 @@ def replacements() -> dict[str, Callable[[], nn.Module]]:
 
 def candidates(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """The model with no and with many layers replaced; one model, whose layers change places."""
+    make_importable()  # before timm, which imports torchvision
+    import timm
+
     model = timm.create_model(MODEL, pretrained=False, img_size=PIXELS, num_classes=0)
     model = model.eval().to(dtype)
     blocks = model.blocks
@@ -108,7 +111,7 @@ def candidates(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 def measure(
     calls: dict[str, Callable[[], object]], seconds: float, rest: int
 ) -> dict[str, list[float]]:
-    """Times in ms of interleaved rounds, as many as fit, at least one.
+    """Times in ms of interleaved rounds, as many as fit, at least two.
 
     Args:
         rest: rounds that the first one, which warms up, must leave time for; else it counts itself.
@@ -122,7 +125,7 @@ def measure(
             calls[name]()
             times[name].append((time.perf_counter() - begin) * 1e3)
         now = time.perf_counter()
-        if now - start + (now - began) > seconds:
+        if len(times["original"]) >= 2 and now - start + (now - began) > seconds:
             break
         names.append(names.pop(0))
     if len(times["original"]) > rest:
@@ -159,7 +162,7 @@ def show(case: str, times: dict[str, list[float]]) -> list[dict[str, object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=9, help="of measuring (default 9)")
+    parser.add_argument("--minutes", type=float, default=8, help="of measuring (default 8)")
     parser.add_argument("--all", action="store_true", help="bf16 on two threads too")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="only this one")
     parser.add_argument("--json", type=Path, help="write the results here and as CSV beside it")
