@@ -154,6 +154,8 @@ def onnxruntime(path: Path, x: Tensor, threads: int) -> Callable[[], Tensor]:
 
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
+    # Its threads would go on spinning after a call and take the cores from the next candidate.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = ort.InferenceSession(path.read_bytes(), settings, providers=["CPUExecutionProvider"])
     name, tokens = session.get_inputs()[0].name, x.numpy()
     return lambda: session.run(None, {name: tokens})[0]
