@@ -124,8 +124,8 @@ class Gemm {
  private:
   // A few tiles, so that the outputs of a block lie close together; many where the weight is too
   // large for the cache and has to be read again by each block. Where blocks are few, every thread
-  // gets as many, and all are about as long: 577 rows in blocks of 288 would leave the second of two
-  // threads a single row.
+  // gets as many, and all are about as long: 577 rows in blocks of 288 would leave the second of
+  // two threads a single row.
   int64_t rows_of_a_block(int64_t threads) const {
     constexpr int64_t kCached = 1 << 20, kFew = 4, kMany = 48, kEnough = 4;
     const bool cached = p_.n * p_.k * static_cast<int64_t>(sizeof(T)) <= kCached;
