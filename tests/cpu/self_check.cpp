@@ -183,6 +183,35 @@ void check_products() {
   check_product<T>(1, 16, 300);
 }
 
+// The first of `threads` threads, where a loop deals out consecutive tasks, computes its share of
+// the rows: 577 of them against a weight too large for the cache.
+void check_share(int64_t threads) {
+  constexpr int64_t kRows = 577, kColumns = 1040, kDepth = 300;
+  const auto a = normal<float>(kRows * kDepth), weight = normal<float>(kColumns * kDepth);
+  std::vector<float> out(static_cast<size_t>(kRows * kColumns), NAN);
+  cpu::WeightParams w{weight.data(), DType::kFloat32, kDepth, kColumns, kDepth, nullptr};
+  std::vector<char> packed(static_cast<size_t>(cpu::packed_weight_bytes(w)));
+  w.packed = packed.data();
+  const cpu::GemmParams p{a.data(),   DType::kFloat32, 0, kDepth,   w.packed, nullptr,
+                          out.data(), DType::kFloat32, 0, kColumns, 1,        kRows,
+                          kColumns,   kDepth};
+  const cpu::ParallelFor first{
+      [](void* context, int64_t tasks, int64_t, cpu::LoopBody body, void* body_context) {
+        const int64_t all = *static_cast<int64_t*>(context);
+        body(body_context, 0, (tasks + all - 1) / all);
+      },
+      &threads, threads};
+  cpu::pack_weight(w, cpu::serial_for());
+  cpu::gemm(p, nullptr, first);
+  int64_t rows = 0;
+  for (int64_t i = 0; i < kRows; ++i) rows += !std::isnan(out[i * kColumns]);
+  const double share = static_cast<double>(rows) * threads / kRows;
+  if (share > 0.8 && share < 1.25) return;
+  ++failures;
+  std::printf("FAIL the first of %d threads computes %.2f times its share of the rows\n",
+              static_cast<int>(threads), share);
+}
+
 template <class T>
 void check_aggregates() {
   check_aggregate<T>(5, 7, 1, 24);
@@ -202,6 +231,7 @@ int main() {
   check_products<double>();
   check_products<Float16>();
   check_products<BFloat16>();
+  for (int64_t threads : {2, 3}) check_share(threads);
   std::printf("%d failure(s), instruction set %s\n", failures, cpu::isa_name(cpu::default_isa()));
   return failures == 0 ? 0 : 1;
 }
