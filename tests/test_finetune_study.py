@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import dwattn
@@ -79,6 +80,33 @@ def run(folder: Path, grid: Grid = GRID, images: int = 12, **options: Any) -> St
 
 def measured(result: StudyResult) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "cpu_seconds"} for row in result.rows]
+
+
+def test_head_and_second_stage_have_recipes_of_their_own(tmp_path: Path) -> None:
+    grid = Grid(
+        comparisons={"one": {"blocks": (2,), "kernel_inits": ("gaussian",)}},
+        seeds=(0,), score_images=8, recipe=RECIPE,
+        head=Recipe(steps=3, batch_size=6, lr=1e-2), second=Recipe(steps=2, batch_size=6, lr=1e-4),
+    )  # fmt: skip
+    run(tmp_path, grid)
+
+    def log(*parts: str) -> list[str]:
+        return tmp_path.joinpath(*parts, "train.csv").read_text().splitlines()[1:]
+
+    assert len(log("head-seed0")) == 3
+    assert len(log("first-seed0")) == 4
+    for cell in ("mhsa-two-stage-seed0", "dw-variance-2-two-stage-gaussian-seed0"):
+        assert len(log("runs", cell, "second")) == 2
+    # The head alone moved before the first stage, and the first stage began with that head.
+    fitted = load_file(tmp_path / "head-seed0" / "state.safetensors")
+    fresh = classifier(FAMILY.build(), 3, seed=0).state_dict()
+    changed = {name for name, value in fresh.items() if not torch.equal(fitted[f"model.{name}"], value)}
+    assert changed == {"head.linear.weight", "head.linear.bias"}
+    (seen,) = {float(log("first-seed0")[0].split(",")[1])}
+    untouched = run(tmp_path / "without", grid.model_copy(update={"head": None}))
+    assert untouched.rows
+    first = (tmp_path / "without" / "first-seed0" / "train.csv").read_text().splitlines()[1]
+    assert seen < float(first.split(",")[1])
 
 
 def test_a_study_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ def train_in_stages(
     stages: Stages = "two-stage",
     kernel_init: KernelInit = "calibrated",
     calibrate: Any = None,
+    second: Recipe | None = None,
     folder: str | Path | None = None,
     first_folder: str | Path | None = None,
     trainer_options: dict[str, Any] | None = None,
@@ -68,6 +69,7 @@ def train_in_stages(
         kernel_init: ``calibrated`` in closed form on ``calibrate``, ``mean-attention`` (from the plan's maps), or
             ``gaussian`` (the paper's).
         calibrate: images for calibration.
+        second: recipe of the second stage; default: :func:`second_stage` of the first one's.
         folder: gets a folder for each stage; a call that is repeated there resumes. Replacing is done again then,
             so calibration images must be the same.
         first_folder: of the first stage, where several calls share it.
@@ -99,10 +101,12 @@ def train_in_stages(
     task.rebuild()
     if stages == "one-stage":
         results.append(fit("only", recipe))
-    elif stages == "two-stage":
-        results.append(fit("second", second_stage(recipe)))
+        return StagedResult(results, report)
+    second = second or second_stage(recipe)
+    if stages == "two-stage":
+        results.append(fit("second", second))
     else:
-        second = second_stage(recipe).but(train="replaced")
+        second = second.but(train="replaced")
         groups = param_groups(
             task, lr=second.lr, kernel_lr=second.kernel_lr, weight_decay=second.weight_decay, train="replaced"
         )  # fmt: skip

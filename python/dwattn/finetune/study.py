@@ -23,7 +23,7 @@ from dwattn.errors import DwattnError, TrainingError
 from dwattn.files import write_atomically
 from dwattn.finetune.gates import Annealing, add_gates, learned_plan, settle
 from dwattn.finetune.recipe import Recipe
-from dwattn.finetune.stages import second_stage, train_in_stages
+from dwattn.finetune.stages import train_in_stages
 from dwattn.finetune.state import STATE_FILE
 from dwattn.finetune.study_grid import Cell, Grid
 from dwattn.finetune.study_results import StudyResult
@@ -109,19 +109,29 @@ class _Study:
         """Train and measure one cell."""
         began = time.process_time()
         recipe = self.grid.recipe.but(seed=cell.seed)
-        task, folder = self.make(cell.seed), self.root / "runs" / cell.name
+        task, folder = self._task(cell.seed), self.root / "runs" / cell.name
         if cell.kind is None:
             replaced = self._unconverted(cell, task, recipe, folder)
         elif cell.criterion == "dsp-e2e":
             replaced = self._end_to_end(cell, task, recipe, folder)
         else:
             replaced = self._converted(cell, task, recipe, folder)
+        with recipe.autocast(next(task.parameters()).device.type):
+            metrics = evaluate(task, self.test)
         return {
             "cell": cell.name, "label": list(cell.label), "seed": cell.seed, "replaced": replaced,
             "parameters": sum(p.numel() for p in task.parameters()),
             "trained": sum(p.numel() for p in task.parameters() if p.requires_grad),
-            "metrics": evaluate(task, self.test), "cpu_seconds": round(time.process_time() - began, 1),
+            "metrics": metrics, "cpu_seconds": round(time.process_time() - began, 1),
         }  # fmt: skip
+
+    def _task(self, seed: int) -> Task:
+        """A fresh task, with the head of its seed."""
+        task = self.make(seed)
+        if self.grid.head is not None:
+            recipe = self.grid.head.but(seed=seed, train="head")
+            self._fit(task, recipe, self.root / f"head-seed{seed}")
+        return task
 
     def clean(self, cell: Cell) -> None:
         """Remove the checkpoints of a run that is done; its logs stay."""
@@ -131,7 +141,7 @@ class _Study:
     def _unconverted(self, cell: Cell, task: Task, recipe: Recipe, folder: Path) -> list[str]:
         self._fit(task, recipe, self._first(cell))
         if cell.stages != "one-stage":
-            self._fit(task, second_stage(recipe), folder / "second")
+            self._fit(task, self.grid.second_recipe(cell.seed), folder / "second")
         return []
 
     def _converted(self, cell: Cell, task: Task, recipe: Recipe, folder: Path) -> list[str]:
@@ -145,8 +155,8 @@ class _Study:
             options |= self.grid.calibration
         result = train_in_stages(
             task, self.data, lambda backbone: self._plan(cell, task, backbone), recipe,
-            stages=cell.stages, kernel_init=cell.kernel_init, folder=folder, first_folder=self._first(cell),
-            trainer_options=self.trainer_options, **options,
+            stages=cell.stages, kernel_init=cell.kernel_init, second=self.grid.second_recipe(cell.seed), folder=folder,
+            first_folder=self._first(cell), trainer_options=self.trainer_options, **options,
         )  # fmt: skip
         return _names(result.replaced)
 
@@ -155,7 +165,8 @@ class _Study:
         self._fit(task, recipe, self._first(cell))
         gate = add_gates(task.backbone, cell.count, granularity=cell.unit, seed=cell.seed)  # type: ignore[arg-type]
         task.rebuild()
-        self._fit(task, second_stage(recipe), folder / "second", callbacks=[Annealing(gate)])
+        second = self.grid.second_recipe(cell.seed)
+        self._fit(task, second, folder / "second", callbacks=[Annealing(gate)])
         report = settle(task.backbone)
         task.rebuild()
         return _names(report)
@@ -179,8 +190,7 @@ class _Study:
         copied = copy.deepcopy(task)
         gate = add_gates(copied.backbone, cell.count, granularity=cell.unit, seed=cell.seed)  # type: ignore[arg-type]
         copied.rebuild()
-        recipe = second_stage(self.grid.recipe.but(seed=cell.seed))
-        self._fit(copied, recipe, None, callbacks=[Annealing(gate)])
+        self._fit(copied, self.grid.second_recipe(cell.seed), None, callbacks=[Annealing(gate)])
         return learned_plan(copied.backbone)
 
     def _scores(self, cell: Cell, backbone: nn.Module) -> Scores:

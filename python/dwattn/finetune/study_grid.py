@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dwattn.errors import TrainingError
 from dwattn.finetune.recipe import Recipe
-from dwattn.finetune.stages import KernelInit, Stages
+from dwattn.finetune.stages import KernelInit, Stages, second_stage
 from dwattn.plan import problems
 
 Criterion = Literal["variance", "residual", "perturbation", "highest-variance", "dsp", "dsp-e2e"]
@@ -84,6 +84,9 @@ class Grid(BaseModel):
         score_images: to measure the criteria on; calibration_images: for ``calibrated``.
         calibration: options of the closed-form fit, see :mod:`dwattn.calibration`.
         recipe: of the first (or only) stage; its seed is replaced by the cell's.
+        second: recipe of the second stage; default: half the epochs at half the batch size, as in the paper.
+        head: recipe that fits the head to the frozen backbone before anything else, once for each seed; default: the
+            head starts from nothing.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -96,6 +99,12 @@ class Grid(BaseModel):
     calibration_images: Annotated[int, Field(ge=1)] = 120
     calibration: dict[str, Any] = {}
     recipe: Recipe
+    second: Recipe | None = None
+    head: Recipe | None = None
+
+    def second_recipe(self, seed: int) -> Recipe:
+        """Of the second stage of the cells with this seed."""
+        return (self.second or second_stage(self.recipe)).but(seed=seed)
 
     @classmethod
     def load(cls, path: str | Path) -> Grid:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -103,11 +103,18 @@ def classifier(
         return _task(backbone, LinearHead(token_width(backbone), classes, pool), split)
 
 
-def segmenter(backbone: nn.Module, classes: int, *, split: bool = False, seed: int = 0) -> Task:
-    """A backbone with the paper's decoder, drawn from ``seed``; ``split``: frozen, behind :class:`SplitHead`."""
+def segmenter(
+    backbone: nn.Module,
+    classes: int,
+    *,
+    widths: Sequence[int] = (256, 128, 64),
+    split: bool = False,
+    seed: int = 0,
+) -> Task:
+    """A backbone with the paper's decoder of these widths, drawn from ``seed``; ``split``: frozen, behind :class:`SplitHead`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _task(backbone, SegmentationDecoder(token_width(backbone), classes), split)
+        return _task(backbone, SegmentationDecoder(token_width(backbone), classes, widths), split)
 
 
 def _task(backbone: nn.Module, head: Head, split: bool) -> Task:

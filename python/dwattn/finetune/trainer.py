@@ -25,8 +25,6 @@ from dwattn.finetune.recipe import Recipe
 from dwattn.finetune.state import Progress, load_state, read_progress, remove_leftovers, save_state
 from dwattn.finetune.views import Order, Views, collate, mix
 
-_AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class Callback:
     """What a user may hang into the loop; every method may be left as it is. ``trainer.stop()`` ends the run."""
@@ -152,7 +150,8 @@ class Trainer:
             prepare(self.device)
         if groups is None:
             groups = recipe_groups(module, recipe)
-        self.optimizer = torch.optim.AdamW(groups, betas=recipe.betas)
+        # One pass over each parameter instead of eight: on a CPU a quarter of the time.
+        self.optimizer = torch.optim.AdamW(groups, betas=recipe.betas, fused=True)
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self._trained = [p for group in groups for p in group["params"]]
         self.average = None if recipe.ema is None else Average(module, recipe.ema)
@@ -315,7 +314,7 @@ class Trainer:
         for number, (part, share) in enumerate(parts):
             last = number == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(module):
-                with self._autocast():
+                with self.recipe.autocast(self.device.type):
                     losses = module(move(part, self.device))
                 self.scaler.scale(losses["loss"] * share).backward()
             for name, value in losses.items():
@@ -333,11 +332,6 @@ class Trainer:
         self.step += 1
         self._updating = False
         return means
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.recipe.amp == "no":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=_AMP[self.recipe.amp])
 
     def _reduced(self, losses: dict[str, Tensor]) -> dict[str, float]:
         stacked = torch.stack([value.float() for value in losses.values()])
