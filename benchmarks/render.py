@@ -274,13 +274,14 @@ def study_setting() -> str:
     """What was run, and how."""
     lines = []
     for task, found in studies().items():
-        s, recipe = found["setting"], found["grid"]["recipe"]
+        s, grid = found["setting"], found["grid"]
+        head, first, second = (grid[name] for name in ("head", "recipe", "second"))
         lines.append(
             f"- {study_page.NAMES[task]} (`benchmarks/results/study-{task}.json` and `.csv`, "
             f"{day(found['created'])}): {s['train_images']} training and "
-            f"{s['test_images']} test images of {s['size']} x {s['size']} pixels, {recipe['steps']} steps of "
-            f"{recipe['batch_size']} images, then {recipe['steps']} of {recipe['batch_size'] // 2}; "
-            f"{len(found['runs'])} runs; `{found['command']}`."
+            f"{s['test_images']} test images of {s['size']} x {s['size']} pixels; {head['steps']} steps of the head alone, "
+            f"{first['steps']} of all weights at {first['lr']:g}, {second['steps']} behind the replacement at "
+            f"{second['lr']:g}, {first['batch_size']} images each; {len(found['runs'])} runs; `{found['command']}`."
         )
     return "\n".join(lines) or NOT_RUN
 
