@@ -1,6 +1,7 @@
 // The operators on CPU tensors.
 #include "kernels/cpu/dw_aggregate.h"
 #include "kernels/cpu/dw_layer.h"
+#include "kernels/cpu/gemm.h"
 #include "kernels/cpu/scratch.h"
 #include "torch/checks.h"
 #include "torch/cpu_parallel.h"
@@ -81,7 +82,7 @@ bool emulated(ScalarType type) {
 // way.
 bool own_products(ScalarType type, int64_t channels) {
   constexpr int64_t kNarrow = 512;
-  return emulated(type) ||
+  return emulated(type) || cpu::by_tiles(kernel_dtype(type), cpu::Isa::kAuto) ||
          (type == ScalarType::Float && channels <= kNarrow && cpu::features().avx2);
 }
 
