@@ -2,11 +2,11 @@
 //
 // A tile register holds 16 rows of 64 bytes. Tiles of the left factor are 16 rows by 32 numbers as
 // they lie; those of the right one want pairs of numbers of a column side by side. Two by two tiles
-// of sums, 32 x 32 outputs, stay in registers over kSteps tiles in depth.
+// of sums, 32 x 32 outputs, stay in registers over the whole depth.
 //
 // A task is some bands of 32 rows times some bands of 32 columns. It packs a group of bands of the
-// weight that stays in the second-level cache, and passes its rows by them: so much of a band of
-// rows as is kSteps deep stays in the nearest cache meanwhile.
+// weight that stays in the second-level cache, and passes its rows by them, so that an input is
+// read as often as there are groups, and the weight once.
 #include "kernels/cpu/gemm_amx.h"
 
 #include <immintrin.h>
@@ -23,7 +23,6 @@ constexpr int64_t kTile = 16, kDepth = 32;  // rows of a tile, and numbers in on
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kBand = 2 * kTile;
 constexpr int64_t kSumsBytes = kBand * kBand * 4;
-constexpr int64_t kSteps = 16;  // tiles in depth: 32 KiB of a band
 
 constexpr int64_t pieces(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
@@ -78,57 +77,76 @@ class Tiles {
 // Bytes of two tiles side by side over the whole depth.
 int64_t band_bytes(int64_t k) { return pieces(k, kDepth) * 2 * kTileBytes; }
 
-// Two tiles of rows, `stride` bytes apart.
+// 32 rows, `stride` bytes apart.
 struct Rows {
-  const char *upper, *lower;
+  const char* from;
   int64_t stride;
 };
 
-// Lines first..last-1 of the next band of rows, `stride` bytes apart, and those behind them at each
-// step: the hardware does not foresee the loads of tiles.
-struct Ahead {
-  const char* from;
+// What happens between the instructions of a product, which leave most of the core idle.
+struct Meanwhile {
+  // Lines first..last-1 of the next band of rows, `stride` bytes apart, and at each step those
+  // behind them are fetched: the hardware does not foresee the loads of tiles.
+  const char* ahead;
   int64_t stride, first, last;
+
+  void fetch() {
+    for (int64_t line = first; line < last; ++line) {
+      _mm_prefetch(ahead + line * stride, _MM_HINT_T1);
+    }
+    ahead += 2 * kDepth;
+  }
 };
 
-// sums (32, 32) = rows times columns, or with `more` that is added to them.
-void multiply(Rows rows, const char* columns, int64_t steps, bool more, Ahead ahead, float* sums) {
-  constexpr int64_t kRow = kBand * sizeof(float);
-  float* const quarter[] = {sums, sums + kTile, sums + kTile * kBand, sums + kTile * kBand + kTile};
+// Finished sums (rows, 32) on their way to the output, with the bias.
+struct Results {
+  const float* sums;
+  BFloat16* out;
+  int64_t stride, rows;
+  __m512 left, right;  // the bias
+  __mmask32 columns;   // that exist
+
+  void store(int64_t count) {
+    for (count = std::min(count, rows); count > 0; --count, --rows) {
+      const __m512 a = _mm512_add_ps(_mm512_load_ps(sums), left);
+      const __m512 b = _mm512_add_ps(_mm512_load_ps(sums + kTile), right);
+      const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+      _mm512_mask_storeu_epi16(out, columns, rounded);
+      sums += kBand;
+      out += stride;
+    }
+  }
+};
+
+// sums (32, 32) = rows times columns. Meanwhile the results of an earlier product are stored.
+void multiply(Rows rows, const char* columns, int64_t steps, Meanwhile meanwhile, Results& results,
+              float* sums) {
   // The intrinsics are assembly that does not tell the compiler what memory it reads.
   __asm__ volatile("" ::: "memory");
-  if (more) {
-    _tile_loadd(0, quarter[0], kRow);
-    _tile_loadd(1, quarter[1], kRow);
-    _tile_loadd(2, quarter[2], kRow);
-    _tile_loadd(3, quarter[3], kRow);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  const int64_t per_step = steps > 0 ? pieces(results.rows, steps) : 0;
   for (int64_t step = 0; step < steps; ++step) {
-    _tile_loadd(4, rows.upper, rows.stride);
+    _tile_loadd(4, rows.from, rows.stride);
     _tile_loadd(6, columns, 64);
     _tile_loadd(7, columns + kTileBytes, 64);
-    _tile_loadd(5, rows.lower, rows.stride);
+    _tile_loadd(5, rows.from + kTile * rows.stride, rows.stride);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
-    rows.upper += 2 * kDepth;
-    rows.lower += 2 * kDepth;
+    rows.from += 2 * kDepth;
     columns += 2 * kTileBytes;
-    for (int64_t line = ahead.first; line < ahead.last; ++line) {
-      _mm_prefetch(ahead.from + line * ahead.stride, _MM_HINT_T1);
-    }
-    ahead.from += 2 * kDepth;
+    meanwhile.fetch();
+    results.store(per_step);
   }
-  _tile_stored(0, quarter[0], kRow);
-  _tile_stored(1, quarter[1], kRow);
-  _tile_stored(2, quarter[2], kRow);
-  _tile_stored(3, quarter[3], kRow);
+  constexpr int64_t kRow = kBand * sizeof(float);
+  _tile_stored(0, sums, kRow);
+  _tile_stored(1, sums + kTile, kRow);
+  _tile_stored(2, sums + kTile * kBand, kRow);
+  _tile_stored(3, sums + kTile * kBand + kTile, kRow);
 }
 
 // How a product is cut into tasks, and the memory of each.
@@ -139,8 +157,9 @@ struct Plan {
       images = 1;
       rows = p.batch * p.m;
     }
-    // Tiles are read whole: rows that end within one, or are fewer than one has, are copied first.
-    copied = p.k % kDepth != 0 || rows < kTile;
+    // Tiles are read whole: rows that end within one, or are fewer than a band has, are copied
+    // first.
+    copied = p.k % kDepth != 0 || rows < kBand;
     image_bands = pieces(rows, kBand);
     row_bands = images * image_bands;
     column_bands = pieces(p.n, kBand);
@@ -161,14 +180,13 @@ struct Plan {
     const int64_t most = kCachedBytes / (band_bytes(p.k) + 1);
     group = pieces(task_columns, pieces(task_columns, most < 1 ? 1 : most));
     packed_bytes = group * band_bytes(p.k);
-    sums_bytes = group * kSumsBytes;
     copy_bytes = copied ? kBand * copied_stride(p.k) * 2 : 0;
   }
 
   // Not at a multiple of a page, which would put all rows of a tile into one set of the cache.
   static int64_t copied_stride(int64_t k) { return (pieces(k, kDepth) | 1) * kDepth; }
 
-  int64_t task_bytes() const { return packed_bytes + sums_bytes + copy_bytes; }
+  int64_t task_bytes() const { return packed_bytes + 2 * kSumsBytes + copy_bytes; }
 
   int64_t images, rows;  // of each image
   bool copied;
@@ -176,7 +194,7 @@ struct Plan {
   int64_t task_rows = 1, task_columns = 1;  // bands
   int64_t ranges, tasks;
   int64_t group;  // bands of columns that are packed together
-  int64_t packed_bytes, sums_bytes, copy_bytes;
+  int64_t packed_bytes, copy_bytes;
 };
 
 class Gemm {
@@ -208,71 +226,70 @@ class Gemm {
       for (int64_t c = 0; c < group; ++c) {
         pack_columns((columns + c) * kBand, memory + c * band_bytes(p_.k));
       }
+      Results results{};
       for (int64_t band = first; band < last; ++band) {
-        multiply_band(band, band + 1 < last, columns, group, memory);
+        multiply_band(band, band + 1 < last, columns, group, results, memory);
       }
+      results.store(kBand);
     }
   }
 
   // A band of rows times a packed group of bands of columns. Meanwhile the next band of rows is
   // fetched, if there is one.
-  void multiply_band(int64_t band, bool another, int64_t columns, int64_t group,
+  void multiply_band(int64_t band, bool another, int64_t columns, int64_t group, Results& results,
                      char* memory) const {
     const int64_t image = band / plan_.image_bands, i = band % plan_.image_bands * kBand;
-    const BFloat16* const a = rows_of(image);
-    const int64_t stride = p_.a_stride_row;
-    // The last tile of an image overlaps the one before rather than exceed the image.
-    const int64_t upper = std::min(i, plan_.rows - kTile);
-    const int64_t lower = std::min(i + kTile, plan_.rows - kTile);
-    Rows rows{bytes(a + upper * stride), bytes(a + lower * stride), 2 * stride};
-    const int64_t middle = std::min(i + kTile, plan_.rows),
-                  bottom = std::min(i + kBand, plan_.rows);
-    int64_t skip_upper = i - upper, skip_lower = middle - lower;
-    float* const sums = reinterpret_cast<float*>(memory + plan_.packed_bytes);
+    const int64_t count = std::min(kBand, plan_.rows - i);
+    // The last band of an image overlaps the one before rather than exceed the image.
+    const int64_t skipped = plan_.copied ? 0 : kBand - count;
+    const BFloat16* a = row_of(image, i - skipped);
+    int64_t stride = p_.a_stride_row;
     if (plan_.copied) {
       BFloat16* const copy =
-          reinterpret_cast<BFloat16*>(memory + plan_.packed_bytes + plan_.sums_bytes);
-      copy_rows(a + i * stride, bottom - i, copy);
-      const int64_t apart = Plan::copied_stride(p_.k);
-      rows = {bytes(copy), bytes(copy + kTile * apart), 2 * apart};
-      skip_upper = skip_lower = 0;
+          reinterpret_cast<BFloat16*>(memory + plan_.packed_bytes + 2 * kSumsBytes);
+      copy_rows(a, count, copy);
+      a = copy;
+      stride = Plan::copied_stride(p_.k);
     }
-    const BFloat16* next = nullptr;
+    const BFloat16* next = a;
     int64_t next_rows = 0;
     if (another) {
       const int64_t below = (band + 1) % plan_.image_bands * kBand;
-      next = rows_of((band + 1) / plan_.image_bands) + below * stride;
+      next = row_of((band + 1) / plan_.image_bands, below);
       next_rows = std::min(kBand, plan_.rows - below);
     }
-    BFloat16* const out = static_cast<BFloat16*>(p_.out) + image * p_.out_stride_batch;
-    int64_t step = 0;
-    do {
-      const int64_t steps = std::min(kSteps, steps_ - step);
-      for (int64_t c = 0; c < group; ++c) {
-        float* const here = sums + c * kBand * kBand;
-        const int64_t j = (columns + c) * kBand;
-        const bool done = step + kSteps >= steps_;
-        if (done) {
-          for (int64_t r = i; r < bottom; ++r) {
-            __builtin_prefetch(out + r * p_.out_stride_row + j, 1);
-          }
-        }
-        multiply(rows, memory + c * band_bytes(p_.k) + step * 2 * kTileBytes, steps, step > 0,
-                 {bytes(next) + step * 2 * kDepth, 2 * stride, c * next_rows / group,
-                  (c + 1) * next_rows / group},
-                 here);
-        if (!done) continue;
-        store(here + skip_upper * kBand, i, middle, j, out);
-        store(here + (kTile + skip_lower) * kBand, middle, bottom, j, out);
-      }
-      step += steps;
-      rows.upper += steps * 2 * kDepth;
-      rows.lower += steps * 2 * kDepth;
-    } while (step < steps_);
+    BFloat16* const out = static_cast<BFloat16*>(p_.out) + image * p_.out_stride_batch +
+                          i * p_.out_stride_row + columns * kBand;
+    for (int64_t c = 0; c < group; ++c) {
+      // The sums before these are still being stored.
+      float* const sums = reinterpret_cast<float*>(memory + plan_.packed_bytes +
+                                                   (band * group + c) % 2 * kSumsBytes);
+      multiply(
+          {bytes(a), 2 * stride}, memory + c * band_bytes(p_.k), steps_,
+          {bytes(next), 2 * p_.a_stride_row, c * next_rows / group, (c + 1) * next_rows / group},
+          results, sums);
+      results.store(kBand);
+      results = results_of(sums + skipped * kBand, out + c * kBand, count, (columns + c) * kBand);
+    }
   }
 
-  const BFloat16* rows_of(int64_t image) const {
-    return static_cast<const BFloat16*>(p_.a) + image * p_.a_stride_batch;
+  Results results_of(const float* sums, BFloat16* out, int64_t rows, int64_t j) const {
+    const int64_t columns = std::min(p_.n - j, kBand);
+    const __mmask32 there = static_cast<__mmask32>((uint64_t{1} << columns) - 1);
+    __m512 left = _mm512_setzero_ps(), right = left;
+    if (p_.bias != nullptr) {
+      const float* const bias = static_cast<const float*>(p_.bias) + j;
+      left = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there), bias);
+      right = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> kTile), bias + kTile);
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      __builtin_prefetch(out + row * p_.out_stride_row, 1);
+    }
+    return {sums, out, p_.out_stride_row, rows, left, right, there};
+  }
+
+  const BFloat16* row_of(int64_t image, int64_t row) const {
+    return static_cast<const BFloat16*>(p_.a) + image * p_.a_stride_batch + row * p_.a_stride_row;
   }
   const BFloat16* weight_row(int64_t j) const {
     return static_cast<const BFloat16*>(p_.weight->weight) + j * p_.weight->stride;
@@ -306,29 +323,6 @@ class Gemm {
           std::memcpy(padded[row], weight_row(half + row) + k, static_cast<size_t>(2 * depth));
         }
         transpose_pairs(bytes(padded[0]), sizeof padded[0], at);
-      }
-    }
-  }
-
-  // Sums of 32 columns plus the bias, as rows first..last-1 of the output, columns j..j+31.
-  void store(const float* sums, int64_t first, int64_t last, int64_t j, BFloat16* out) const {
-    const int64_t columns = p_.n - j < kBand ? p_.n - j : kBand;
-    const __mmask32 there = static_cast<__mmask32>((uint64_t{1} << columns) - 1);
-    __m512 left = _mm512_setzero_ps(), right = left;
-    if (p_.bias != nullptr) {
-      const float* const bias = static_cast<const float*>(p_.bias) + j;
-      left = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there), bias);
-      right = _mm512_maskz_loadu_ps(static_cast<__mmask16>(there >> kTile), bias + kTile);
-    }
-    out += first * p_.out_stride_row + j;
-    for (; first < last; ++first, sums += kBand, out += p_.out_stride_row) {
-      const __m512 a = _mm512_add_ps(_mm512_load_ps(sums), left);
-      const __m512 b = _mm512_add_ps(_mm512_load_ps(sums + kTile), right);
-      const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(b, a);
-      if (columns == kBand) {
-        _mm512_storeu_si512(out, rounded);
-      } else {
-        _mm512_mask_storeu_epi16(out, there, rounded);
       }
     }
   }
