@@ -42,9 +42,12 @@ class Layer {
 
     Workspace workspace(memory);
     wv_ = {p.wv, p.dtype, p.wv_stride, p.channels, p.dim, nullptr};
-    wv_.packed = workspace.take(packed_weight_bytes(wv_, isa));
     wo_ = {p.wo, p.dtype, p.wo_stride, p.dim_out, p.channels, nullptr};
-    if (p.wo != nullptr) wo_.packed = workspace.take(packed_weight_bytes(wo_, isa));
+    const int64_t first = packed_weight_bytes(wv_, isa);
+    const int64_t second = p.wo == nullptr ? 0 : packed_weight_bytes(wo_, isa);
+    once_ = groups_ == 1 && chunk_ == p.batch;
+    wv_.packed = workspace.take(once_ && second > first ? second : first);
+    wo_.packed = once_ ? wv_.packed : workspace.take(second);
     Workspace region(nullptr);
     Region().take(region, *this, value);
     region_bytes_ = region.used();
@@ -56,7 +59,7 @@ class Layer {
 
   Status run(const ParallelFor& parallel) const {
     Status status = pack_weight(wv_, parallel, isa_);
-    if (status == Status::kOk && p_.wo != nullptr) status = pack_weight(wo_, parallel, isa_);
+    if (status == Status::kOk && !once_) status = pack_output_weight(parallel);
     if (status != Status::kOk) return status;
     if (groups_ == 1) return images(0, 0, p_.batch, parallel);
     auto body = [&](int64_t begin, int64_t end) {
@@ -113,12 +116,17 @@ class Layer {
         status =
             dw_aggregate(aggregation(region, first, count), region.aggregation, parallel, isa_);
       }
+      if (status == Status::kOk && once_) status = pack_output_weight(parallel);
       if (status == Status::kOk && p_.wo != nullptr) {
         status = gemm(output(region, first, count), region.rows, parallel, isa_);
       }
       if (status != Status::kOk) return status;
     }
     return Status::kOk;
+  }
+
+  Status pack_output_weight(const ParallelFor& parallel) const {
+    return p_.wo == nullptr ? Status::kOk : pack_weight(wo_, parallel, isa_);
   }
 
   const void* images_of_x(int64_t first) const {
@@ -194,6 +202,7 @@ class Layer {
   int64_t groups_;  // of threads; one group shares its images, several have their own
   int64_t row_;     // stride between tokens of V and of Y: rows a page apart share cache sets
   int64_t chunk_;   // images
+  bool once_;       // all images are one chunk: its second weight is packed where the first one was
   WeightParams wv_, wo_;
   int64_t region_bytes_, bytes_;
   char* regions_;
