@@ -45,10 +45,10 @@ void transpose_pairs(const char* from, int64_t stride, char* to) {
     const __m512i low23 = _mm512_unpacklo_epi32(r[2], r[3]);
     const __m512i high01 = _mm512_unpackhi_epi32(r[0], r[1]);
     const __m512i high23 = _mm512_unpackhi_epi32(r[2], r[3]);
-    _mm512_store_si512(to, _mm512_unpacklo_epi64(low01, low23));
-    _mm512_store_si512(to + 64, _mm512_unpackhi_epi64(low01, low23));
-    _mm512_store_si512(to + 128, _mm512_unpacklo_epi64(high01, high23));
-    _mm512_store_si512(to + 192, _mm512_unpackhi_epi64(high01, high23));
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi64(low01, low23));
+    _mm512_storeu_si512(to + 64, _mm512_unpackhi_epi64(low01, low23));
+    _mm512_storeu_si512(to + 128, _mm512_unpacklo_epi64(high01, high23));
+    _mm512_storeu_si512(to + 192, _mm512_unpackhi_epi64(high01, high23));
     to += 256;
   }
 }
@@ -108,8 +108,8 @@ struct Results {
 
   void store(int64_t count) {
     for (count = std::min(count, rows); count > 0; --count, --rows) {
-      const __m512 a = _mm512_add_ps(_mm512_load_ps(sums), left);
-      const __m512 b = _mm512_add_ps(_mm512_load_ps(sums + kTile), right);
+      const __m512 a = _mm512_add_ps(_mm512_loadu_ps(sums), left);
+      const __m512 b = _mm512_add_ps(_mm512_loadu_ps(sums + kTile), right);
       const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(b, a);
       _mm512_mask_storeu_epi16(out, columns, rounded);
       sums += kBand;
