@@ -1,5 +1,8 @@
 // The CPU kernels against loops in fp64, for machines where the Python tests do not run: built by a
 // cross compiler and run in an emulator (tests/test_aarch64.py).
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -134,13 +137,42 @@ cpu::ParallelFor threads_for(int64_t threads) {
   return loop;
 }
 
+// Numbers in front of a page that may not be touched: a tile that is read too far fails, which the
+// sanitizers do not see.
+template <class T>
+class Guarded {
+ public:
+  explicit Guarded(const std::vector<T>& values) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)),
+                 bytes = values.size() * sizeof(T);
+    length_ = (bytes + page - 1) / page * page + page;
+    memory_ = mmap(nullptr, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    char* const end = static_cast<char*>(memory_) + length_ - page;
+    data_ = reinterpret_cast<T*>(end - bytes);
+    std::copy(values.begin(), values.end(), data_);
+    mprotect(end, page, PROT_NONE);
+  }
+  ~Guarded() { munmap(memory_, length_); }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+
+  const T* data() const { return data_; }
+  const T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  void* memory_;
+  size_t length_;
+  T* data_;
+};
+
 // Two blocks of rows that lie `gap` rows apart, with a bias and padded rows everywhere.
 template <class T>
 void check_product(int64_t m, int64_t n, int64_t k, cpu::Isa isa = cpu::Isa::kAuto, int64_t gap = 1,
                    int64_t threads = 1) {
   constexpr int64_t kBatch = 2;
   const int64_t a_row = k + 3, out_row = n + 5;
-  const auto a = normal<T>(kBatch * (m + gap) * a_row), weight = normal<T>(n * (k + 1));
+  const Guarded<T> a(normal<T>((kBatch * (m + gap) - gap - 1) * a_row + k));
+  const Guarded<T> weight(normal<T>((n - 1) * (k + 1) + k));
   const auto bias = normal<Acc<T>>(n);
   std::vector<T> out(static_cast<size_t>(kBatch * (m + gap) * out_row));
   const std::string what = std::string("gemm, ") + cpu::isa_name(isa) + ", dtype " +

@@ -118,7 +118,8 @@ struct Results {
   }
 };
 
-// sums (32, 32) = rows times columns. Meanwhile the results of an earlier product are stored.
+// sums (32, 32) = rows times columns. Meanwhile the results of an earlier product are stored,
+// before its sums are overwritten.
 void multiply(Rows rows, const char* columns, int64_t steps, Meanwhile meanwhile, Results& results,
               float* sums) {
   // The intrinsics are assembly that does not tell the compiler what memory it reads.
@@ -142,6 +143,7 @@ void multiply(Rows rows, const char* columns, int64_t steps, Meanwhile meanwhile
     meanwhile.fetch();
     results.store(per_step);
   }
+  results.store(kBand);  // those of a product without depth
   constexpr int64_t kRow = kBand * sizeof(float);
   _tile_stored(0, sums, kRow);
   _tile_stored(1, sums + kTile, kRow);
@@ -186,7 +188,7 @@ struct Plan {
   // Not at a multiple of a page, which would put all rows of a tile into one set of the cache.
   static int64_t copied_stride(int64_t k) { return (pieces(k, kDepth) | 1) * kDepth; }
 
-  int64_t task_bytes() const { return packed_bytes + 2 * kSumsBytes + copy_bytes; }
+  int64_t task_bytes() const { return packed_bytes + kSumsBytes + copy_bytes; }
 
   int64_t images, rows;  // of each image
   bool copied;
@@ -245,8 +247,7 @@ class Gemm {
     const BFloat16* a = row_of(image, i - skipped);
     int64_t stride = p_.a_stride_row;
     if (plan_.copied) {
-      BFloat16* const copy =
-          reinterpret_cast<BFloat16*>(memory + plan_.packed_bytes + 2 * kSumsBytes);
+      BFloat16* const copy = reinterpret_cast<BFloat16*>(memory + plan_.packed_bytes + kSumsBytes);
       copy_rows(a, count, copy);
       a = copy;
       stride = Plan::copied_stride(p_.k);
@@ -260,15 +261,12 @@ class Gemm {
     }
     BFloat16* const out = static_cast<BFloat16*>(p_.out) + image * p_.out_stride_batch +
                           i * p_.out_stride_row + columns * kBand;
+    float* const sums = reinterpret_cast<float*>(memory + plan_.packed_bytes);
     for (int64_t c = 0; c < group; ++c) {
-      // The sums before these are still being stored.
-      float* const sums = reinterpret_cast<float*>(memory + plan_.packed_bytes +
-                                                   (band * group + c) % 2 * kSumsBytes);
       multiply(
           {bytes(a), 2 * stride}, memory + c * band_bytes(p_.k), steps_,
           {bytes(next), 2 * p_.a_stride_row, c * next_rows / group, (c + 1) * next_rows / group},
           results, sums);
-      results.store(kBand);
       results = results_of(sums + skipped * kBand, out + c * kBand, count, (columns + c) * kBand);
     }
   }
