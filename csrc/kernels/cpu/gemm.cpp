@@ -27,7 +27,8 @@ Status pack_weight(const WeightParams& p, const ParallelFor& parallel, Isa isa) 
   DWATTN_DISPATCH_ISA(isa, pack_weight(p, parallel));
 }
 
-int64_t gemm_workspace(const GemmParams& p, [[maybe_unused]] int64_t threads, Isa isa) {
+int64_t gemm_workspace(const GemmParams& p, [[maybe_unused]] int64_t threads,
+                       [[maybe_unused]] Isa isa) {
 #ifdef DWATTN_HAVE_AMX
   if (by_tiles(p.a_dtype, isa)) return amx::gemm_workspace(p, threads);
 #endif
