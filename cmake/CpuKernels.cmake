@@ -3,6 +3,7 @@ include(CheckCXXCompilerFlag)
 
 set(DWATTN_AVX2_FLAGS -mavx2 -mfma -mf16c)
 set(DWATTN_AVX512_FLAGS -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c)
+set(DWATTN_AMX_FLAGS ${DWATTN_AVX512_FLAGS} -mavx512bf16 -mamx-tile -mamx-bf16)
 set(DWATTN_CPU_ISAS generic)
 set(DWATTN_CPU_ISA_DEFINITIONS)
 
@@ -32,6 +33,17 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
       list(PREPEND DWATTN_CPU_ISAS ${lower})
     endif()
   endforeach()
+  # AMX on top of AVX-512: products of bf16 by tiles.
+  string(JOIN " " flags ${DWATTN_AMX_FLAGS})
+  check_cxx_compiler_flag("${flags}" DWATTN_COMPILER_HAS_AMX)
+  if(DWATTN_COMPILER_HAS_AMX AND DWATTN_COMPILER_HAS_AVX512)
+    target_sources(dwattn_cpu_kernels PRIVATE csrc/kernels/cpu/gemm_amx.cpp)
+    set_source_files_properties(
+      csrc/kernels/cpu/gemm_amx.cpp
+      PROPERTIES COMPILE_OPTIONS "${DWATTN_AMX_FLAGS};-Wno-uninitialized;-Wno-maybe-uninitialized")
+    list(APPEND DWATTN_CPU_ISA_DEFINITIONS DWATTN_HAVE_AMX)
+    list(PREPEND DWATTN_CPU_ISAS amx)
+  endif()
 endif()
 target_compile_definitions(dwattn_cpu_kernels PUBLIC ${DWATTN_CPU_ISA_DEFINITIONS})
 message(STATUS "dwattn: CPU instruction sets: ${DWATTN_CPU_ISAS}")

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "kernels/cpu/features.h"
+#include "kernels/cpu/gemm.h"
 #include "python/cuda_ops.h"
 #include "python/numpy_ops.h"
 
@@ -46,7 +47,10 @@ py::dict cpu_info() {
   info["features"] = features;
   info["usable_isas"] = names_of_isas(dwattn::cpu::isa_usable);
   info["chosen_isa"] = dwattn::cpu::isa_name(dwattn::cpu::default_isa());
-  info["bf16_products"] = dwattn::cpu::native_bf16_gemm() ? "bfloat16" : "float32";
+  info["bf16_products"] = dwattn::cpu::by_tiles(dwattn::DType::kBFloat16, Isa::kAuto)
+                              ? "bfloat16 by AMX tiles"
+                          : dwattn::cpu::native_bf16_gemm() ? "bfloat16"
+                                                            : "float32";
   info["fp16_products"] = dwattn::cpu::native_fp16_gemm() ? "float16" : "float32";
   return info;
 }

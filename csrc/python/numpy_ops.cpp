@@ -39,10 +39,11 @@ cpu::ParallelFor thread_for(int& threads) {
 }
 
 cpu::Isa isa_of(const std::string& name) {
-  for (cpu::Isa isa : {cpu::Isa::kAuto, cpu::Isa::kAvx512, cpu::Isa::kAvx2, cpu::Isa::kGeneric}) {
+  if (name == cpu::isa_name(cpu::Isa::kAuto)) return cpu::Isa::kAuto;
+  for (cpu::Isa isa : cpu::kAllIsas) {
     if (name == cpu::isa_name(isa)) return isa;
   }
-  fail("isa=", name, " is not one of auto, avx512, avx2, generic.");
+  fail("isa=", name, " is not one of auto, amx, avx512, avx2, generic.");
 }
 
 DType dtype_of(const char* name, const py::array& array) {
@@ -216,7 +217,7 @@ void run(const cpu::DwLayerParams& p, int num_threads, cpu::Isa isa) {
   {
     py::gil_scoped_release unlocked;
     const cpu::ParallelFor parallel = thread_for(num_threads);
-    const int64_t bytes = cpu::dw_layer_workspace(p, parallel.threads);
+    const int64_t bytes = cpu::dw_layer_workspace(p, parallel.threads, isa);
     cpu::Scratch scratch(cpu::Scratch::padded(bytes));
     status = cpu::dw_layer(p, scratch.take(bytes), parallel, isa);
   }
@@ -283,7 +284,7 @@ void bind_numpy_ops(py::module_& module) {
       arg("beta") = py::none(), py::kw_only(), arg("num_threads") = 1, arg("isa") = "auto",
       "3x3 depthwise aggregation plus context: v (B, N, C) -> (B, H*W, C).\n\n"
       "kernel (C, 3, 3), kappa (P, C), mu (C,), beta (C,). v is float32, float64, float16, or\n"
-      "uint16 holding the bits of bfloat16. isa is auto, avx512, avx2 or generic.");
+      "uint16 holding the bits of bfloat16. isa is auto, amx, avx512, avx2 or generic.");
   module.def("dw_attention", &dw_attention, arg("x"), arg("wv"), arg("bv"), arg("kernel"),
              arg("height"), arg("width"), arg("num_prefix") = 0, arg("kappa") = py::none(),
              arg("mu") = py::none(), arg("beta") = py::none(), py::kw_only(),

@@ -7,14 +7,13 @@ namespace {
 
 void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
   bool same = t.dim() == static_cast<int64_t>(shape.size());
-  std::ostringstream expected;
   int64_t d = 0;
-  for (int64_t size : shape) {
-    expected << (d ? ", " : "") << size;
-    same = same && t.size(d) == size;
-    ++d;
-  }
-  DWATTN_CHECK(same, name, " must have shape (", expected.str(), shape.size() == 1 ? ",)" : ")",
+  for (int64_t size : shape) same = same && t.size(d++) == size;
+  if (same) return;
+  std::ostringstream expected;
+  d = 0;
+  for (int64_t size : shape) expected << (d++ ? ", " : "") << size;
+  DWATTN_CHECK(false, name, " must have shape (", expected.str(), shape.size() == 1 ? ",)" : ")",
                ", got ", shape_text(t), ".");
 }
 

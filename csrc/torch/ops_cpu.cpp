@@ -1,6 +1,10 @@
 // The operators on CPU tensors.
+#include <vector>
+
 #include "kernels/cpu/dw_aggregate.h"
 #include "kernels/cpu/dw_layer.h"
+#include "kernels/cpu/gemm.h"
+#include "kernels/cpu/half.h"
 #include "kernels/cpu/scratch.h"
 #include "torch/checks.h"
 #include "torch/cpu_parallel.h"
@@ -75,15 +79,49 @@ bool emulated(ScalarType type) {
          (type == ScalarType::Half && !cpu::native_fp16_gemm());
 }
 
-// Whether the kernels compute the products of a layer of this inner width too. Up to kNarrow they
-// are as fast as the BLAS of PyTorch on x86, and need neither a pass for the bias nor calls through
-// the dispatcher (measured: benchmarks/bench_cpu_layer.py); emulated dtypes they convert on the
-// way.
+// Whether the kernels compute the products of a layer of this inner width too (measured:
+// benchmarks/bench_cpu_layer.py). Up to kNarrow they are as fast as the BLAS of PyTorch on x86, and
+// need neither a pass for the bias nor calls through the dispatcher; fp16 they convert to fp32 on
+// the way, at which the products of a CPU with instructions for fp16 are no faster. By AMX tiles
+// they are faster at every width, and emulated dtypes they convert, too.
 bool own_products(ScalarType type, int64_t channels) {
   constexpr int64_t kNarrow = 512;
-  return emulated(type) ||
-         (type == ScalarType::Float && channels <= kNarrow && cpu::features().avx2);
+  if (emulated(type) || cpu::by_tiles(kernel_dtype(type), cpu::Isa::kAuto)) return true;
+  return type != ScalarType::Double && type != ScalarType::BFloat16 && channels <= kNarrow &&
+         cpu::features().avx2;
 }
+
+// Coefficients in the accumulation dtype, one after another. Narrower ones are converted here: a
+// call of the dispatcher for each of them is what a small layer spends much of its time on.
+class Widened {
+ public:
+  Widened(const OptionalTensor& t, ScalarType type) {
+    if (!t.has_value()) return;
+    const ScalarType given = t->scalar_type();
+    if (type == ScalarType::Float && given == ScalarType::BFloat16 && t->is_contiguous()) {
+      convert<cpu::BFloat16>(*t);
+    } else if (type == ScalarType::Float && given == ScalarType::Half && t->is_contiguous()) {
+      convert<cpu::Float16>(*t);
+    } else {
+      tensor_ = dense(*t, type);
+      data_ = tensor_->const_data_ptr();
+    }
+  }
+  const void* data() const { return data_; }
+
+ private:
+  template <class Half>
+  void convert(const Tensor& t) {
+    const Half* const from = static_cast<const Half*>(t.const_data_ptr());
+    values_.resize(static_cast<size_t>(t.numel()));
+    for (size_t i = 0; i < values_.size(); ++i) values_[i] = cpu::to_float(from[i]);
+    data_ = values_.data();
+  }
+
+  OptionalTensor tensor_;
+  std::vector<float> values_;
+  const void* data_ = nullptr;
+};
 
 // `out (B, H*W, D_out)`, or without wo `(B, H*W, C)`, by the kernels alone.
 void run_layer(const Tensor& x, const Tensor& wv, const OptionalTensor& bv,
@@ -93,8 +131,8 @@ void run_layer(const Tensor& x, const Tensor& wv, const OptionalTensor& bv,
   const Tensor tokens = dense_rows(x), value = dense_rows(wv);
   OptionalTensor back;
   if (wo.has_value()) back = dense_rows(*wo);
-  const OptionalTensor value_bias = dense(bv, wide), back_bias = dense(bo, wide);
-  const Coefficients k = given.prepared(wide);
+  const Widened value_bias(bv, wide), back_bias(bo, wide), kernel(given.kernel, wide),
+      kappa(given.kappa, wide), mu(given.mu, wide), beta(given.beta, wide);
   cpu::DwLayerParams p{};
   p.dtype = kernel_dtype(x.scalar_type());
   p.x = tokens.const_data_ptr();
@@ -105,14 +143,14 @@ void run_layer(const Tensor& x, const Tensor& wv, const OptionalTensor& bv,
   p.out_stride_token = out.stride(1);
   p.wv = value.const_data_ptr();
   p.wv_stride = value.stride(0);
-  p.bv = data_or_null(value_bias);
-  p.kernel = k.kernel.const_data_ptr();
-  p.kappa = data_or_null(k.kappa);
-  p.mu = data_or_null(k.mu);
-  p.beta = data_or_null(k.beta);
+  p.bv = value_bias.data();
+  p.kernel = kernel.data();
+  p.kappa = kappa.data();
+  p.mu = mu.data();
+  p.beta = beta.data();
   p.wo = data_or_null(back);
   p.wo_stride = back.has_value() ? back->stride(0) : 0;
-  p.bo = data_or_null(back_bias);
+  p.bo = back_bias.data();
   p.batch = x.size(0);
   p.height = g.height;
   p.width = g.width;

@@ -1,5 +1,8 @@
 // The CPU kernels against loops in fp64, for machines where the Python tests do not run: built by a
 // cross compiler and run in an emulator (tests/test_aarch64.py).
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -8,6 +11,7 @@
 #include <vector>
 
 #include "kernels/cpu/dw_aggregate.h"
+#include "kernels/cpu/features.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/half.h"
 
@@ -126,32 +130,74 @@ void check_aggregate(int64_t height, int64_t width, int64_t prefix, int64_t chan
   judge(what, worst);
 }
 
-// Two blocks of rows that lie apart, with a bias and padded rows everywhere.
+// Tasks one after another, as if by so many threads.
+cpu::ParallelFor threads_for(int64_t threads) {
+  cpu::ParallelFor loop = cpu::serial_for();
+  loop.threads = threads;
+  return loop;
+}
+
+// Numbers in front of a page that may not be touched: a tile that is read too far fails, which the
+// sanitizers do not see.
 template <class T>
-void check_product(int64_t m, int64_t n, int64_t k) {
+class Guarded {
+ public:
+  explicit Guarded(const std::vector<T>& values) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)),
+                 bytes = values.size() * sizeof(T);
+    length_ = (bytes + page - 1) / page * page + page;
+    memory_ = mmap(nullptr, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    char* const end = static_cast<char*>(memory_) + length_ - page;
+    data_ = reinterpret_cast<T*>(end - bytes);
+    std::copy(values.begin(), values.end(), data_);
+    mprotect(end, page, PROT_NONE);
+  }
+  ~Guarded() { munmap(memory_, length_); }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+
+  const T* data() const { return data_; }
+  const T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  void* memory_;
+  size_t length_;
+  T* data_;
+};
+
+// Two blocks of rows that lie `gap` rows apart, with a bias and padded rows everywhere.
+template <class T>
+void check_product(int64_t m, int64_t n, int64_t k, cpu::Isa isa = cpu::Isa::kAuto, int64_t gap = 1,
+                   int64_t threads = 1) {
   constexpr int64_t kBatch = 2;
   const int64_t a_row = k + 3, out_row = n + 5;
-  const auto a = normal<T>(kBatch * (m + 1) * a_row), weight = normal<T>(n * (k + 1));
+  const Guarded<T> a(normal<T>((kBatch * (m + gap) - gap - 1) * a_row + k));
+  const Guarded<T> weight(normal<T>((n - 1) * (k + 1) + k));
   const auto bias = normal<Acc<T>>(n);
-  std::vector<T> out(static_cast<size_t>(kBatch * (m + 2) * out_row));
-  const std::string what = "gemm, dtype " + std::to_string(static_cast<int>(kType<T>)) + " " +
-                           std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k);
+  std::vector<T> out(static_cast<size_t>(kBatch * (m + gap) * out_row));
+  const std::string what = std::string("gemm, ") + cpu::isa_name(isa) + ", dtype " +
+                           std::to_string(static_cast<int>(kType<T>)) + " " + std::to_string(m) +
+                           "x" + std::to_string(n) + "x" + std::to_string(k) + ", gap " +
+                           std::to_string(gap) + ", threads " + std::to_string(threads);
   cpu::WeightParams w{weight.data(), kType<T>, k + 1, n, k, nullptr};
-  std::vector<char> packed(static_cast<size_t>(cpu::packed_weight_bytes(w)));
+  std::vector<char> packed(static_cast<size_t>(cpu::packed_weight_bytes(w, isa)));
   w.packed = packed.data();
-  const cpu::GemmParams p{a.data(),   kType<T>, (m + 1) * a_row,   a_row,   w.packed, bias.data(),
-                          out.data(), kType<T>, (m + 2) * out_row, out_row, kBatch,   m,
+  const cpu::GemmParams p{a.data(),   kType<T>, (m + gap) * a_row,   a_row,   &w,     bias.data(),
+                          out.data(), kType<T>, (m + gap) * out_row, out_row, kBatch, m,
                           n,          k};
-  std::vector<char> workspace(static_cast<size_t>(cpu::gemm_workspace(p) + 1));
-  if (cpu::pack_weight(w, cpu::serial_for()) != Status::kOk ||
-      cpu::gemm(p, workspace.data(), cpu::serial_for()) != Status::kOk) {
+  const cpu::ParallelFor loop = threads_for(threads);
+  // Full of NaN, which must not reach the output.
+  std::vector<char> workspace(static_cast<size_t>(cpu::gemm_workspace(p, threads, isa) + 1),
+                              '\xff');
+  if (cpu::pack_weight(w, loop, isa) != Status::kOk ||
+      cpu::gemm(p, workspace.data(), loop, isa) != Status::kOk) {
     ++failures;
     std::printf("FAIL %s: refused\n", what.c_str());
     return;
   }
   double worst = 0;
   for (int64_t b = 0; b < kBatch; ++b) {
-    for (int64_t i = 0; i < m + 2; ++i) {
+    for (int64_t i = 0; i < m + gap; ++i) {
       for (int64_t j = 0; j < out_row; ++j) {
         double sum = 0, magnitude = 0;
         if (i < m && j < n) {
@@ -159,13 +205,13 @@ void check_product(int64_t m, int64_t n, int64_t k) {
           magnitude = std::fabs(sum);
           for (int64_t l = 0; l < k; ++l) {
             const double term =
-                static_cast<double>(cpu::to_float(a[(b * (m + 1) + i) * a_row + l])) *
+                static_cast<double>(cpu::to_float(a[(b * (m + gap) + i) * a_row + l])) *
                 cpu::to_float(weight[j * (k + 1) + l]);
             sum += term;
             magnitude += std::fabs(term);
           }
         }  // else nothing may have been written
-        const double got = cpu::to_float(out[(b * (m + 2) + i) * out_row + j]);
+        const double got = cpu::to_float(out[(b * (m + gap) + i) * out_row + j]);
         const double allowed =
             1.01 * kRounding<T> * std::fabs(sum) + (k + 1) * kRounding<Acc<T>> * magnitude + 1e-300;
         const double error = std::fabs(got - sum) / allowed;
@@ -183,6 +229,25 @@ void check_products() {
   check_product<T>(1, 16, 300);
 }
 
+// Rows that tiles read in place and copies of them, last bands of every kind, groups of columns,
+// and every way to share the work.
+void check_tiles() {
+  for (int64_t threads : {1, 2, 3, 8}) {
+    for (int64_t gap : {0, 1}) {
+      for (int64_t m : {1, 15, 16, 17, 31, 32, 33, 64, 75}) {
+        check_product<BFloat16>(m, 83, 64, cpu::Isa::kAmx, gap, threads);
+        check_product<BFloat16>(m, 32, 97, cpu::Isa::kAmx, gap, threads);
+      }
+      for (int64_t n : {1, 15, 16, 17, 31, 33, 96}) {
+        check_product<BFloat16>(40, n, 32, cpu::Isa::kAmx, gap, threads);
+      }
+      check_product<BFloat16>(5, 40, 1, cpu::Isa::kAmx, gap, threads);
+      check_product<BFloat16>(5, 40, 0, cpu::Isa::kAmx, gap, threads);
+    }
+  }
+  check_product<BFloat16>(70, 161, 4096, cpu::Isa::kAmx);
+}
+
 // The first of `threads` threads, where a loop deals out consecutive tasks, computes its share of
 // the rows: 577 of them against a weight too large for the cache.
 void check_share(int64_t threads) {
@@ -192,8 +257,8 @@ void check_share(int64_t threads) {
   cpu::WeightParams w{weight.data(), DType::kFloat32, kDepth, kColumns, kDepth, nullptr};
   std::vector<char> packed(static_cast<size_t>(cpu::packed_weight_bytes(w)));
   w.packed = packed.data();
-  const cpu::GemmParams p{a.data(),   DType::kFloat32, 0, kDepth,   w.packed, nullptr,
-                          out.data(), DType::kFloat32, 0, kColumns, 1,        kRows,
+  const cpu::GemmParams p{a.data(),   DType::kFloat32, 0, kDepth,   &w, nullptr,
+                          out.data(), DType::kFloat32, 0, kColumns, 1,  kRows,
                           kColumns,   kDepth};
   const cpu::ParallelFor first{
       [](void* context, int64_t tasks, int64_t, cpu::LoopBody body, void* body_context) {
@@ -232,6 +297,7 @@ int main() {
   check_products<Float16>();
   check_products<BFloat16>();
   for (int64_t threads : {2, 3}) check_share(threads);
+  if (cpu::isa_usable(cpu::Isa::kAmx)) check_tiles();
   std::printf("%d failure(s), instruction set %s\n", failures, cpu::isa_name(cpu::default_isa()));
   return failures == 0 ? 0 : 1;
 }

@@ -51,6 +51,7 @@ Status attention_variance(const AttentionVarianceParams& params, void* workspace
   const AttentionTiles tiles(params);
   switch (isa) {
 #ifdef DWATTN_HAVE_AVX512
+    case Isa::kAmx:
     case Isa::kAvx512:
       return avx512::attention_variance(params, tiles, workspace, workers, parallel);
 #endif

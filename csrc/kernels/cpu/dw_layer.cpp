@@ -28,12 +28,13 @@ class Workspace {
 // the images on its own.
 class Layer {
  public:
-  Layer(const DwLayerParams& p, int64_t threads, void* memory) : p_(p) {
+  Layer(const DwLayerParams& p, int64_t threads, void* memory, Isa isa)
+      : p_(p), isa_(isa), threads_(threads) {
     // With an even share of images for everybody, threads need not meet within an image, and what
     // one step leaves in a core's cache the next step finds there.
     const bool apart = threads > 1 && (p.batch % threads == 0 || p.batch >= 4 * threads);
     groups_ = apart ? threads : 1;
-    const int64_t value = p.dtype == DType::kFloat64 ? 8 : 4, together = apart ? 1 : threads;
+    const int64_t value = dtype_size(value_dtype()), together = apart ? 1 : threads;
     row_ = p.channels * value % 2048 == 0 ? p.channels + 64 / value : p.channels;
     const int64_t image = tokens() * row_ * value, fitting = together * kCachedBytes / (image + 1);
     const int64_t share = (p.batch + groups_ - 1) / groups_;
@@ -41,9 +42,12 @@ class Layer {
 
     Workspace workspace(memory);
     wv_ = {p.wv, p.dtype, p.wv_stride, p.channels, p.dim, nullptr};
-    wv_.packed = workspace.take(packed_weight_bytes(wv_));
     wo_ = {p.wo, p.dtype, p.wo_stride, p.dim_out, p.channels, nullptr};
-    if (p.wo != nullptr) wo_.packed = workspace.take(packed_weight_bytes(wo_));
+    const int64_t first = packed_weight_bytes(wv_, isa);
+    const int64_t second = p.wo == nullptr ? 0 : packed_weight_bytes(wo_, isa);
+    once_ = groups_ == 1 && chunk_ == p.batch;
+    wv_.packed = workspace.take(once_ && second > first ? second : first);
+    wo_.packed = once_ ? wv_.packed : workspace.take(second);
     Workspace region(nullptr);
     Region().take(region, *this, value);
     region_bytes_ = region.used();
@@ -53,15 +57,15 @@ class Layer {
 
   int64_t bytes() const { return bytes_; }
 
-  Status run(const ParallelFor& parallel, Isa isa) const {
-    Status status = pack_weight(wv_, parallel, isa);
-    if (status == Status::kOk && p_.wo != nullptr) status = pack_weight(wo_, parallel, isa);
+  Status run(const ParallelFor& parallel) const {
+    Status status = pack_weight(wv_, parallel, isa_);
+    if (status == Status::kOk && !once_) status = pack_output_weight(parallel);
     if (status != Status::kOk) return status;
-    if (groups_ == 1) return images(0, 0, p_.batch, parallel, isa);
+    if (groups_ == 1) return images(0, 0, p_.batch, parallel);
     auto body = [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; ++g) {
         const int64_t first = g * p_.batch / groups_, last = (g + 1) * p_.batch / groups_;
-        images(g, first, last, serial_for(), isa);  // its arguments were good in pack_weight
+        images(g, first, last, serial_for());  // its arguments were good in pack_weight
       }
     };
     parallel(groups_, p_.batch * tokens() * p_.dim, body);
@@ -81,33 +85,48 @@ class Layer {
       y = layer.p_.wo == nullptr ? nullptr
                                  : from.take(layer.chunk_ * layer.patches() * layer.row_ * value);
       aggregation = from.take(dw_aggregate_workspace(layer.aggregation(*this, 0, layer.chunk_)));
-      rows = from.take(gemm_workspace(layer.projection(*this, 0, layer.chunk_)));
+      // One product at a time.
+      const int64_t threads = layer.groups_ > 1 ? 1 : layer.threads_;
+      const int64_t first =
+          gemm_workspace(layer.projection(*this, 0, layer.chunk_), threads, layer.isa_);
+      const int64_t second =
+          layer.p_.wo == nullptr
+              ? 0
+              : gemm_workspace(layer.output(*this, 0, layer.chunk_), threads, layer.isa_);
+      rows = from.take(first < second ? second : first);
     }
   };
 
   int64_t patches() const { return p_.height * p_.width; }
   int64_t tokens() const { return p_.num_prefix + patches(); }
+  // Tiles read and write the dtype of the layer.
   DType value_dtype() const {
-    return p_.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    if (p_.dtype == DType::kFloat64 || by_tiles(p_.dtype, isa_)) return p_.dtype;
+    return DType::kFloat32;
   }
 
-  Status images(int64_t group, int64_t first, int64_t last, const ParallelFor& parallel,
-                Isa isa) const {
+  Status images(int64_t group, int64_t first, int64_t last, const ParallelFor& parallel) const {
     Workspace memory(regions_ + group * region_bytes_);
     Region region;
     region.take(memory, *this, dtype_size(value_dtype()));
     for (; first < last; first += chunk_) {
       const int64_t count = last - first < chunk_ ? last - first : chunk_;
-      Status status = gemm(projection(region, first, count), region.rows, parallel, isa);
+      Status status = gemm(projection(region, first, count), region.rows, parallel, isa_);
       if (status == Status::kOk) {
-        status = dw_aggregate(aggregation(region, first, count), region.aggregation, parallel, isa);
+        status =
+            dw_aggregate(aggregation(region, first, count), region.aggregation, parallel, isa_);
       }
+      if (status == Status::kOk && once_) status = pack_output_weight(parallel);
       if (status == Status::kOk && p_.wo != nullptr) {
-        status = gemm(output(region, first, count), nullptr, parallel, isa);
+        status = gemm(output(region, first, count), region.rows, parallel, isa_);
       }
       if (status != Status::kOk) return status;
     }
     return Status::kOk;
+  }
+
+  Status pack_output_weight(const ParallelFor& parallel) const {
+    return p_.wo == nullptr ? Status::kOk : pack_weight(wo_, parallel, isa_);
   }
 
   const void* images_of_x(int64_t first) const {
@@ -123,7 +142,7 @@ class Layer {
             p_.dtype,
             p_.x_stride_batch,
             p_.x_stride_token,
-            wv_.packed,
+            &wv_,
             p_.bv,
             region.v,
             value_dtype(),
@@ -165,7 +184,7 @@ class Layer {
             value_dtype(),
             patches() * row_,
             row_,
-            wo_.packed,
+            &wo_,
             p_.bo,
             images_of_out(first),
             p_.dtype,
@@ -178,9 +197,12 @@ class Layer {
   }
 
   const DwLayerParams& p_;
+  const Isa isa_;
+  const int64_t threads_;
   int64_t groups_;  // of threads; one group shares its images, several have their own
   int64_t row_;     // stride between tokens of V and of Y: rows a page apart share cache sets
   int64_t chunk_;   // images
+  bool once_;       // all images are one chunk: its second weight is packed where the first one was
   WeightParams wv_, wo_;
   int64_t region_bytes_, bytes_;
   char* regions_;
@@ -188,8 +210,8 @@ class Layer {
 
 }  // namespace
 
-int64_t dw_layer_workspace(const DwLayerParams& p, int64_t threads) {
-  return Layer(p, threads, nullptr).bytes();
+int64_t dw_layer_workspace(const DwLayerParams& p, int64_t threads, Isa isa) {
+  return Layer(p, threads, nullptr, isa).bytes();
 }
 
 Status dw_layer(const DwLayerParams& p, void* workspace, const ParallelFor& parallel, Isa isa) {
@@ -199,7 +221,7 @@ Status dw_layer(const DwLayerParams& p, void* workspace, const ParallelFor& para
     return Status::kInvalidArgument;
   }
   if (isa != Isa::kAuto && !isa_usable(isa)) return Status::kUnsupportedIsa;
-  return Layer(p, parallel.threads, workspace).run(parallel, isa);
+  return Layer(p, parallel.threads, workspace, isa).run(parallel);
 }
 
 }  // namespace dwattn::cpu

@@ -30,7 +30,7 @@ struct DwLayerParams {
   int64_t batch, height, width, num_prefix, dim, channels, dim_out;
 };
 
-int64_t dw_layer_workspace(const DwLayerParams& params, int64_t threads);
+int64_t dw_layer_workspace(const DwLayerParams& params, int64_t threads, Isa isa = Isa::kAuto);
 
 Status dw_layer(const DwLayerParams& params, void* workspace, const ParallelFor& parallel,
                 Isa isa = Isa::kAuto);

@@ -9,6 +9,10 @@
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#if defined(DWATTN_HAVE_AMX) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace dwattn::cpu {
 namespace {
@@ -55,6 +59,18 @@ Features detect() {
 Features detect() { return {}; }
 #endif
 
+// Linux keeps the tile registers from a process until it asks for them, since they make the frames
+// of its signal handlers larger; it may refuse.
+bool tiles_granted() {
+#if defined(DWATTN_HAVE_AMX) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of <asm/prctl.h>
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
 Isa choose_default() {
   if (const char* name = std::getenv("DWATTN_CPU_ISA")) {
     for (Isa isa : kAllIsas) {
@@ -79,6 +95,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAmx:
+      return "amx";
   }
   return "unknown";
 }
@@ -100,6 +118,10 @@ bool isa_compiled(Isa isa) {
     case Isa::kAvx512:
       return true;
 #endif
+#ifdef DWATTN_HAVE_AMX
+    case Isa::kAmx:
+      return true;
+#endif
     default:
       return false;
   }
@@ -109,6 +131,9 @@ bool isa_usable(Isa isa) {
   if (!isa_compiled(isa)) return false;
   if (isa == Isa::kAvx2) return features().avx2;
   if (isa == Isa::kAvx512) return features().avx512;
+  if (isa == Isa::kAmx) {
+    return features().amx_bf16 && features().avx512_bf16 && tiles_granted();
+  }
   return true;
 }
 

@@ -5,8 +5,9 @@
 
 namespace dwattn::cpu {
 
-enum class Isa : int32_t { kAuto = -1, kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
-constexpr Isa kAllIsas[] = {Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};  // best first
+// Each with those before it; kAmx is kAvx512 with the products of bf16 by AMX tiles.
+enum class Isa : int32_t { kAuto = -1, kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+constexpr Isa kAllIsas[] = {Isa::kAmx, Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};  // best first
 
 const char* isa_name(Isa isa);
 
@@ -24,10 +25,10 @@ struct Features {
 const Features& features();
 
 bool isa_compiled(Isa isa);
-bool isa_usable(Isa isa);  // compiled, and this CPU has it
+bool isa_usable(Isa isa);  // compiled, this CPU has it, and the system grants its registers
 
 // The best usable one, or the one named by the environment variable DWATTN_CPU_ISA
-// (generic, avx2, avx512) if that is usable. Read once.
+// (generic, avx2, avx512, amx) if that is usable. Read once.
 Isa default_isa();
 
 // Whether matrix products in this dtype have hardware instructions. Where they have none, libraries

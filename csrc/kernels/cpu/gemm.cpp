@@ -2,9 +2,18 @@
 
 #include "kernels/cpu/dispatch.h"
 
+#ifdef DWATTN_HAVE_AMX
+#include "kernels/cpu/gemm_amx.h"
+#endif
+
 namespace dwattn::cpu {
 
-int64_t packed_weight_bytes(const WeightParams& p) {
+bool by_tiles(DType dtype, Isa isa) {
+  return dtype == DType::kBFloat16 && (isa == Isa::kAuto ? default_isa() : isa) == Isa::kAmx;
+}
+
+int64_t packed_weight_bytes(const WeightParams& p, Isa isa) {
+  if (by_tiles(p.dtype, isa)) return 0;
   const int64_t columns = (p.n + kColumnPad - 1) / kColumnPad * kColumnPad;
   return columns * p.k * (p.dtype == DType::kFloat64 ? 8 : 4);
 }
@@ -12,11 +21,17 @@ int64_t packed_weight_bytes(const WeightParams& p) {
 Status pack_weight(const WeightParams& p, const ParallelFor& parallel, Isa isa) {
   if (p.n < 0 || p.k < 0) return Status::kInvalidArgument;
   if (p.n == 0 || p.k == 0) return Status::kOk;
-  if (p.weight == nullptr || p.packed == nullptr) return Status::kInvalidArgument;
+  if (p.weight == nullptr) return Status::kInvalidArgument;
+  if (by_tiles(p.dtype, isa)) return isa_usable(Isa::kAmx) ? Status::kOk : Status::kUnsupportedIsa;
+  if (p.packed == nullptr) return Status::kInvalidArgument;
   DWATTN_DISPATCH_ISA(isa, pack_weight(p, parallel));
 }
 
-int64_t gemm_workspace(const GemmParams& p) {
+int64_t gemm_workspace(const GemmParams& p, [[maybe_unused]] int64_t threads,
+                       [[maybe_unused]] Isa isa) {
+#ifdef DWATTN_HAVE_AMX
+  if (by_tiles(p.a_dtype, isa)) return amx::gemm_workspace(p, threads);
+#endif
   const bool widened = p.a_dtype == DType::kFloat16 || p.a_dtype == DType::kBFloat16;
   return widened ? p.batch * p.m * widened_stride(p.k) * 4 : 0;
 }
@@ -24,10 +39,21 @@ int64_t gemm_workspace(const GemmParams& p) {
 Status gemm(const GemmParams& p, void* workspace, const ParallelFor& parallel, Isa isa) {
   if (p.batch < 0 || p.m < 0 || p.n < 0 || p.k < 0) return Status::kInvalidArgument;
   if (p.batch == 0 || p.m == 0 || p.n == 0) return Status::kOk;
-  if (p.out == nullptr || (p.k > 0 && (p.a == nullptr || p.packed == nullptr))) {
+  if (p.out == nullptr || p.weight == nullptr || p.weight->n != p.n || p.weight->k != p.k) {
     return Status::kInvalidArgument;
   }
-  if (workspace == nullptr && gemm_workspace(p) > 0) return Status::kInvalidArgument;
+  if (workspace == nullptr && gemm_workspace(p, parallel.threads, isa) > 0) {
+    return Status::kInvalidArgument;
+  }
+#ifdef DWATTN_HAVE_AMX
+  if (by_tiles(p.a_dtype, isa)) {
+    if (!isa_usable(Isa::kAmx)) return Status::kUnsupportedIsa;
+    if (p.out_dtype != p.a_dtype || p.weight->dtype != p.a_dtype) return Status::kUnsupportedDType;
+    if (p.k > 0 && (p.a == nullptr || p.weight->weight == nullptr)) return Status::kInvalidArgument;
+    return amx::gemm(p, workspace, parallel);
+  }
+#endif
+  if (p.k > 0 && (p.a == nullptr || p.weight->packed == nullptr)) return Status::kInvalidArgument;
   DWATTN_DISPATCH_ISA(isa, gemm(p, workspace, parallel));
 }
 

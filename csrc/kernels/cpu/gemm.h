@@ -9,6 +9,10 @@
 
 namespace dwattn::cpu {
 
+// Whether products of this dtype are computed by AMX tiles: then weight, `a` and `out` all have it,
+// and the weight is packed in passing, not before.
+bool by_tiles(DType dtype, Isa isa);
+
 // A weight (n, k) in the order in which the product reads it. Packed numbers have the accumulation
 // type: double for fp64, else float.
 struct WeightParams {
@@ -19,7 +23,7 @@ struct WeightParams {
   void* packed;  // packed_weight_bytes()
 };
 
-int64_t packed_weight_bytes(const WeightParams& params);
+int64_t packed_weight_bytes(const WeightParams& params, Isa isa = Isa::kAuto);
 Status pack_weight(const WeightParams& params, const ParallelFor& parallel, Isa isa = Isa::kAuto);
 
 // out (batch, m, n) = a (batch, m, k) weight (n, k)^T + bias (n); rows are dense, strides in
@@ -28,7 +32,7 @@ struct GemmParams {
   const void* a;
   DType a_dtype;
   int64_t a_stride_batch, a_stride_row;
-  const void* packed;
+  const WeightParams* weight;
   const void* bias;  // in the accumulation type, or null
   void* out;
   DType out_dtype;
@@ -36,7 +40,7 @@ struct GemmParams {
   int64_t batch, m, n, k;
 };
 
-int64_t gemm_workspace(const GemmParams& params);
+int64_t gemm_workspace(const GemmParams& params, int64_t threads, Isa isa = Isa::kAuto);
 Status gemm(const GemmParams& params, void* workspace, const ParallelFor& parallel,
             Isa isa = Isa::kAuto);
 

@@ -187,7 +187,7 @@ class Gemm {
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < N; ++v) sum[r][v] = V::zero();
     }
-    const T* packed = static_cast<const T*>(p_.packed) + j * p_.k;
+    const T* packed = static_cast<const T*>(p_.weight->packed) + j * p_.k;
     for (int64_t d = 0; d < p_.k; ++d, packed += N * V::width) {
       V right[N];
       for (int v = 0; v < N; ++v) right[v] = V::load(packed + v * V::width);
