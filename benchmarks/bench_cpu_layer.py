@@ -28,7 +28,7 @@ from rounds import machine, measure, ratio
 from torch import Tensor
 
 import dwattn
-from dwattn import FusedDWAttention, LowRankDWAttention, functional, library
+from dwattn import FusedDWAttention, LowRankDWAttention, backends, functional, library
 from dwattn.geometry import Geometry
 
 #: grid side, D
@@ -106,7 +106,7 @@ def candidates(
     geometry = Geometry(side, side, 0)
     value, proj = layer.value, layer.proj
 
-    def run(backend: str) -> Tensor:
+    def run(backend: str | None) -> Tensor:
         return functional.dw_layer(
             x, value.weight, value.bias, layer.kernel, proj.weight, proj.bias, geometry,
             None, layer.mu, layer.beta, backend=backend,
@@ -116,9 +116,11 @@ def candidates(
         v = F.linear(x, value.weight, value.bias)
         return F.linear(v, proj.weight, proj.bias)
 
+    # As users call it: the compiled kernels are what the rules choose on a CPU.
+    assert backends.choose("dw_layer", device="cpu", dtype=dtype) == "cpp"
     calls: dict[str, Callable[[], object]] = {
         "products": products,
-        "cpp": lambda: run("cpp"),
+        "cpp": lambda: run(None),
         "torch": lambda: run("torch"),
     }
     if compiled:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import statistics
 import subprocess
 import time
@@ -45,18 +46,22 @@ class Measured:
 
 
 def measure(calls: Calls, seconds: float, minimum: int = 7) -> dict[str, list[float]]:
-    """Times in ms of interleaved rounds, until they have taken ``seconds`` (at least ``minimum`` rounds)."""
+    """Times in ms of interleaved rounds, until they have taken ``seconds`` (at least ``minimum`` rounds).
+
+    Every round has an order of its own, drawn from a fixed seed: what a candidate finds in the caches depends on which
+    one ran before it.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     start = time.perf_counter()
-    names = list(calls)
+    names, shuffle = list(calls), random.Random(0).shuffle
     while time.perf_counter() - start < seconds or len(times[names[0]]) < minimum:
+        shuffle(names)
         for name in names:
             begin = time.perf_counter()
             calls[name]()
             times[name].append((time.perf_counter() - begin) * 1e3)
-        names.append(names.pop(0))  # nobody always runs after the same one
     return times
 
 

@@ -42,7 +42,7 @@ def test_every_backend_computes_the_same() -> None:
 @compiled
 def test_forcing_from_weakest_to_strongest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backends.choose("dw_attention", **CPU) == "cpp"
-    monkeypatch.setenv("DWATTN_BACKEND", "reference")
+    monkeypatch.setattr(backends, "_forced", "reference")  # what the environment asked for
     assert backends.choose("dw_attention", **CPU) == "reference"
     with backends.use("torch"):
         assert backends.choose("dw_attention", **CPU) == "torch"
@@ -51,8 +51,16 @@ def test_forcing_from_weakest_to_strongest(monkeypatch: pytest.MonkeyPatch) -> N
             assert backends.choose("dw_attention", **CPU, backend="reference") == "reference"
         assert backends.choose("dw_attention", **CPU) == "torch"
     assert backends.choose("dw_attention", **CPU) == "reference"
-    monkeypatch.setenv("DWATTN_BACKEND", "")
-    assert backends.choose("dw_attention", **CPU) == "cpp"
+
+
+@pytest.mark.parametrize(("value", "expected"), [("reference", "reference"), ("", "None")])
+def test_the_environment_forces_what_it_names(value: str, expected: str) -> None:
+    code = "from dwattn import backends; print(backends.forced_backend())"
+    environment = {**os.environ, "DWATTN_BACKEND": value}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [expected]
 
 
 def test_use_ends_with_its_block_also_after_an_error() -> None:
@@ -67,7 +75,7 @@ def test_unknown_names_are_answered_with_the_known_ones(monkeypatch: pytest.Monk
         backends.use("cudnn"),
     ):
         pass
-    monkeypatch.setenv("DWATTN_BACKEND", "fastest")
+    monkeypatch.setattr(backends, "_forced", "fastest")
     with pytest.raises(BackendError, match=r"'fastest'.*DWATTN_BACKEND"):
         make_case().attention()
     with pytest.raises(BackendError, match="dw_atention"):

@@ -100,7 +100,9 @@ def test_head_and_second_stage_have_recipes_of_their_own(tmp_path: Path) -> None
     # The head alone moved before the first stage, and the first stage began with that head.
     fitted = load_file(tmp_path / "head-seed0" / "state.safetensors")
     fresh = classifier(FAMILY.build(), 3, seed=0).state_dict()
-    changed = {name for name, value in fresh.items() if not torch.equal(fitted[f"model.{name}"], value)}
+    changed = {
+        name for name, value in fresh.items() if not torch.equal(fitted[f"model.{name}"], value)
+    }
     assert changed == {"head.linear.weight", "head.linear.bias"}
     (seen,) = {float(log("first-seed0")[0].split(",")[1])}
     untouched = run(tmp_path / "without", grid.model_copy(update={"head": None}))

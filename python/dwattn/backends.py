@@ -6,7 +6,7 @@ in the order of ``backend_rules.json`` (a measured table), :func:`explain` gives
 text.
 
 Forcing, strongest first: ``backend=`` of a call, ``with backends.use(name)``, the environment
-variable ``DWATTN_BACKEND``.
+variable ``DWATTN_BACKEND`` (read when dwattn is imported).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ENVIRONMENT_VARIABLE = "DWATTN_BACKEND"
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _FLOATS_32_16 = (torch.float32, torch.float16, torch.bfloat16)
 # Process-wide on purpose: torch.compile and torch.export read it as a constant while they trace.
-_forced: str | None = None
+_forced: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def choose(op: str, *, device: str, dtype: torch.dtype, backend: str | None = No
         BackendError: the forced backend is unknown or cannot run this call (with its reasons), or
             no backend can.
     """
-    forced = backend or forced_backend()
+    forced = backend or _forced
     if forced is not None:
         _by_name(forced).can_run(op, device=device, dtype=dtype, raise_error=True)
         return forced
@@ -143,7 +143,9 @@ def choose(op: str, *, device: str, dtype: torch.dtype, backend: str | None = No
         torch.compiler.is_compiling()
     ):  # Dynamo cannot look into a cache; it evaluates this once anyway
         return _preferred(op, device, dtype)
-    return _cached_preferred(op, device, dtype, torch.onnx.is_in_onnx_export())
+    # Asking torch.onnx costs more than all the rest of a call, and no export runs outside of tracing.
+    exporting = torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+    return _cached_preferred(op, device, dtype, exporting)
 
 
 def _preferred(op: str, device: str, dtype: torch.dtype) -> str:
@@ -167,7 +169,7 @@ def _order(device: str) -> tuple[str, ...]:
 
 def forced_backend() -> str | None:
     """Backend forced by :func:`use` or by ``DWATTN_BACKEND``, or None."""
-    return _forced or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    return _forced
 
 
 @contextlib.contextmanager

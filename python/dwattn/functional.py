@@ -54,7 +54,8 @@ def dw_aggregate(
     name = backends.choose("dw_aggregate", device=v.device.type, dtype=v.dtype, backend=backend)
     if name in _COMPILED:
         return _run_compiled(
-            lambda: library.dw_aggregate(v, *coefficients, *_sizes(geometry)),
+            library.dw_aggregate,
+            (v, *coefficients, *_sizes(geometry)),
             lambda: _check_aggregate(v, geometry, *coefficients),
         )
     _check_aggregate(v, geometry, *coefficients)
@@ -87,13 +88,16 @@ def dw_attention(
     Raises:
         GeometryError, DwattnError, BackendError: as :func:`dw_aggregate`.
     """
-    x, wv, bv = _autocast(x, wv, bv)
+    device = _device(x)
+    if _autocast_enabled(device):
+        x, wv, bv = _cast(device, x, wv, bv)
     coefficients = (kernel, kappa, mu, beta)
-    device = x.device.type
     name = backends.choose("dw_attention", device=device, dtype=x.dtype, backend=backend)
-    if name in _COMPILED and not _needs_grad(x, wv, bv, *coefficients):
+    needs_grad = torch.is_grad_enabled() and _requires_grad(x, wv, bv, *coefficients)
+    if name in _COMPILED and not needs_grad:
         return _run_compiled(
-            lambda: library.dw_attention(x, wv, bv, *coefficients, *_sizes(geometry)),
+            library.dw_attention,
+            (x, wv, bv, *coefficients, *_sizes(geometry)),
             lambda: _check_attention(x, wv, bv, geometry, *coefficients),
         )
     _check_attention(x, wv, bv, geometry, *coefficients)
@@ -138,24 +142,27 @@ def dw_layer(
     Raises:
         GeometryError, DwattnError, BackendError: as :func:`dw_aggregate`.
     """
-    x, wv, bv, wo, bo, prefix_out = _autocast(x, wv, bv, wo, bo, prefix_out)
+    device = _device(x)
+    if _autocast_enabled(device):
+        x, wv, bv, wo, bo, prefix_out = _cast(device, x, wv, bv, wo, bo, prefix_out)
     coefficients = (kernel, kappa, mu, beta)
-    name = backends.choose("dw_layer", device=x.device.type, dtype=x.dtype, backend=backend)
+    name = backends.choose("dw_layer", device=device, dtype=x.dtype, backend=backend)
 
     def check() -> None:
         _check_attention(x, wv, bv, geometry, *coefficients)
         _check_output(x, wv, wo, bo, prefix_out, geometry)
 
-    needs_grad = _needs_grad(x, wv, bv, *coefficients, wo, bo, prefix_out)
+    needs_grad = torch.is_grad_enabled() and _requires_grad(
+        x, wv, bv, *coefficients, wo, bo, prefix_out
+    )
     if name in _COMPILED and not needs_grad:
         return _run_compiled(
-            lambda: library.dw_layer(
-                x, wv, bv, *coefficients, wo, bo, prefix_out, *_sizes(geometry)
-            ),
+            library.dw_layer,
+            (x, wv, bv, *coefficients, wo, bo, prefix_out, *_sizes(geometry)),
             check,
         )
     check()
-    with _autocast_off(x.device.type):
+    with _autocast_off(device):
         if name == "triton" and wv.shape[0] <= _TRITON_FUSED_WIDTH and not needs_grad:
             return _triton_dw_layer(x, wv, bv, geometry, *coefficients, wo, bo, prefix_out)
         y = dw_attention(x, wv, bv, kernel, geometry, kappa, mu, beta, backend=backend)
@@ -163,7 +170,9 @@ def dw_layer(
         return out if prefix_out is None else torch.cat([prefix_out, out], dim=1)
 
 
-def _run_compiled(run: Callable[[], Tensor], check: Callable[[], None]) -> Tensor:
+def _run_compiled(
+    operator: Callable[..., Tensor], arguments: tuple[Any, ...], check: Callable[[], None]
+) -> Tensor:
     """Run a compiled operator, which checks its arguments itself.
 
     Checking them here too would take as long as a small kernel, so it is done only to give the
@@ -171,9 +180,9 @@ def _run_compiled(run: Callable[[], Tensor], check: Callable[[], None]) -> Tenso
     """
     if torch.compiler.is_compiling():
         check()
-        return run()
+        return operator(*arguments)
     try:
-        return run()
+        return operator(*arguments)
     except RuntimeError:
         check()
         raise
@@ -270,8 +279,13 @@ def _sizes(geometry: Geometry) -> tuple[int, int, int]:
     return geometry.height, geometry.width, geometry.num_prefix
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _device(x: Tensor) -> str:
+    """The type of its device; a small layer on a CPU feels what ``x.device`` costs."""
+    return "cpu" if x.is_cpu else x.device.type
 
 
 def _autocast_enabled(device: str) -> bool:
@@ -279,18 +293,15 @@ def _autocast_enabled(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+def _cast(device: str, *tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast as autocast does for a linear layer: every floating dtype but fp64."""
-    device = x.device.type
-    if not _autocast_enabled(device):
-        return x, *others
     dtype = torch.get_autocast_dtype(device)
 
     def cast(t: Tensor | None) -> Tensor | None:
         narrow = t is not None and t.is_floating_point() and t.dtype != torch.float64
         return t.to(dtype) if t is not None and narrow else t
 
-    return tuple(cast(t) for t in (x, *others))
+    return tuple(cast(t) for t in tensors)
 
 
 def _autocast_off(device: str) -> contextlib.AbstractContextManager[Any]:

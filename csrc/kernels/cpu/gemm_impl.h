@@ -25,13 +25,10 @@ constexpr int kRows = 4, kVectors = 2;
 template <class T>
 constexpr int kPanel = kVectors * Vec<T>::width;
 
-// Columns that are packed together, so that the weight is transposed in blocks.
-constexpr int64_t kColumns = 4;
-
 // Columns of the panel that begins at column j: whole vectors, and whole blocks.
 template <class T>
 int64_t panel_width(int64_t n, int64_t j) {
-  constexpr int64_t unit = Vec<T>::width > kColumns ? Vec<T>::width : kColumns;
+  constexpr int64_t unit = Vec<T>::width > kTransposed<T> ? Vec<T>::width : kTransposed<T>;
   const int64_t rest = (n - j + unit - 1) / unit * unit;
   return rest < kPanel<T> ? rest : kPanel<T>;
 }
@@ -63,6 +60,8 @@ class Packing {
  private:
   // So little of all columns at a time that what is written stays in the nearest cache.
   static constexpr int64_t kDepth = 32;
+  // Columns that are packed together, so that the weight is transposed in blocks.
+  static constexpr int64_t kColumns = kTransposed<T>;
 
   void pack_panel(int64_t j) const {
     const int64_t width = panel_width<T>(p_.n, j);
@@ -73,17 +72,18 @@ class Packing {
     }
   }
 
-  // Columns j..j+3 of the packed weight, rows of the given one; zeros behind the last.
+  // Columns j..j+kColumns-1 of the packed weight, rows of the given one; zeros behind the last.
   void pack_block(int64_t j, int64_t k, int64_t depth, T* out, int64_t width) const {
     T buffers[kColumns][kDepth];
     const T* row[kColumns];
     for (int64_t c = 0; c < kColumns; ++c) row[c] = numbers(j + c, k, depth, buffers[c]);
     int64_t d = 0;
     for (; d + kColumns <= depth; d += kColumns, out += kColumns * width) {
-      transpose4(row[0] + d, row[1] + d, row[2] + d, row[3] + d, out, width);
+      transpose<T>(row, out, width);
+      for (int64_t c = 0; c < kColumns; ++c) row[c] += kColumns;
     }
     for (; d < depth; ++d, out += width) {
-      for (int64_t c = 0; c < kColumns; ++c) out[c] = row[c][d];
+      for (int64_t c = 0; c < kColumns; ++c) out[c] = *row[c]++;
     }
   }
 

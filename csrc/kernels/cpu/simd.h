@@ -8,7 +8,7 @@
 //   store, store_n       converts back to the stored type, rounding to nearest even
 //   low_half, high_half  the lanes of a Vec<float> as two Vec<double>
 //   times_power(p, n, limit)  p * 2^n for a whole number n of at least limit, else 0
-//   transpose4           a 4x4 block
+//   transpose            a square block, kTransposed<T> on a side
 #pragma once
 
 #include <cstdint>
@@ -311,23 +311,55 @@ static inline Vec<double> high_half(Vec<float> a) {
 
 #endif
 
-// out[i * stride + c] = row c [i], for i, c in 0..3
+// The side of the blocks that `transpose` takes.
+#if defined(__AVX512F__)
 template <class T>
-static inline void transpose4(const T* r0, const T* r1, const T* r2, const T* r3, T* out,
-                              int64_t stride) {
-  for (int i = 0; i < 4; ++i, out += stride) {
-    out[0] = r0[i];
-    out[1] = r1[i];
-    out[2] = r2[i];
-    out[3] = r3[i];
+constexpr int kTransposed = std::is_same_v<T, float> ? 16 : 4;
+#else
+template <class T>
+constexpr int kTransposed = 4;
+#endif
+
+// out[i * stride + c] = row[c][i] for i, c in 0..kTransposed<T> - 1
+template <class T>
+static inline void transpose(const T* const* row, T* out, int64_t stride) {
+  for (int i = 0; i < kTransposed<T>; ++i, out += stride) {
+    for (int c = 0; c < kTransposed<T>; ++c) out[c] = row[c][i];
   }
 }
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
 template <>
-inline void transpose4(const float* r0, const float* r1, const float* r2, const float* r3,
-                       float* out, int64_t stride) {
-  __m128 a = _mm_loadu_ps(r0), b = _mm_loadu_ps(r1), c = _mm_loadu_ps(r2), d = _mm_loadu_ps(r3);
+inline void transpose(const float* const* row, float* out, int64_t stride) {
+  for (int group = 0; group < 4; ++group) {
+    // Lane l of r[i] is a quarter of row 4 l + i.
+    __m512 r[4];
+    for (int i = 0; i < 4; ++i) {
+      const auto quarter = [&](int c) { return _mm_loadu_ps(row[c] + 4 * group); };
+      r[i] = _mm512_castps128_ps512(quarter(i));
+      r[i] = _mm512_insertf32x4(r[i], quarter(4 + i), 1);
+      r[i] = _mm512_insertf32x4(r[i], quarter(8 + i), 2);
+      r[i] = _mm512_insertf32x4(r[i], quarter(12 + i), 3);
+    }
+    const auto pairs = [](__m512 a) { return _mm512_castps_pd(a); };
+    const __m512d low01 = pairs(_mm512_unpacklo_ps(r[0], r[1]));
+    const __m512d low23 = pairs(_mm512_unpacklo_ps(r[2], r[3]));
+    const __m512d high01 = pairs(_mm512_unpackhi_ps(r[0], r[1]));
+    const __m512d high23 = pairs(_mm512_unpackhi_ps(r[2], r[3]));
+    const __m512d columns[4] = {_mm512_unpacklo_pd(low01, low23), _mm512_unpackhi_pd(low01, low23),
+                                _mm512_unpacklo_pd(high01, high23),
+                                _mm512_unpackhi_pd(high01, high23)};
+    for (const __m512d& column : columns) {
+      _mm512_storeu_ps(out, _mm512_castpd_ps(column));
+      out += stride;
+    }
+  }
+}
+#elif defined(__AVX2__)
+template <>
+inline void transpose(const float* const* row, float* out, int64_t stride) {
+  __m128 a = _mm_loadu_ps(row[0]), b = _mm_loadu_ps(row[1]), c = _mm_loadu_ps(row[2]),
+         d = _mm_loadu_ps(row[3]);
   _MM_TRANSPOSE4_PS(a, b, c, d);
   _mm_storeu_ps(out, a);
   _mm_storeu_ps(out + stride, b);
