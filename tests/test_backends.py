@@ -109,6 +109,7 @@ def test_explain_answers_for_every_backend() -> None:
 def test_an_onnx_export_never_gets_the_compiled_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backends.choose("dw_attention", **CPU) == "cpp"
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
     assert backends.choose("dw_attention", **CPU) == "torch"
     monkeypatch.undo()
     assert backends.choose("dw_attention", **CPU) == "cpp"

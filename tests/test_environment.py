@@ -76,7 +76,8 @@ def test_equal_answers_are_given_once(info: dict[str, object]) -> None:
 
 
 def test_a_forced_backend_that_cannot_run_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_forced", "cpp")
+    monkeypatch.setenv("DWATTN_BACKEND", "cpp")
+    monkeypatch.setattr(backends, "_forced", "cpp")  # read at import
     info = environment.collect()
     on_gpu = next(a for a in info["backends"] if a["device"] == "cuda")
     assert on_gpu["chosen"] is None
