@@ -142,7 +142,11 @@ def test_hopper_kernels_use_warpgroup_products(source: str, tmp_path: Path) -> N
 
 
 def check_instructions(
-    cubin: Path, tool: str, pattern: str, expected: set[str], forbidden: frozenset[str] = frozenset()
+    cubin: Path,
+    tool: str,
+    pattern: str,
+    expected: set[str],
+    forbidden: frozenset[str] = frozenset(),
 ) -> None:
     kernels = {
         name: opcodes
