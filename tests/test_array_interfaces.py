@@ -345,6 +345,45 @@ def test_the_smaller_operators_check_too() -> None:
     expect(aggregate, values | {"out": described(2, 7, 4)}, ValueError, ["out", "(2, 6, 4)"])
 
 
+def good_statistics() -> dict[str, Any]:
+    maps = {name: described(3, 2, 9, 8, typestr="<f2") for name in ("q", "k", "v", "out")}
+    state = {name: described(2, 8, 8, typestr="<f8") for name in ("mean", "m2")}
+    prefix = described(2, 8, 1, typestr="<f8")
+    return maps | state | {"prefix_mean": prefix, "num_prefix": 1, "seen": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"prefix_mean": None, "v": None, "out": None}, None),
+        ({"q": described(3, 2, 9, 8, typestr="<f2", strides=(432, 16, 48, 2))}, None),
+        ({name: described(2, 8, 8) for name in ("mean", "m2")} | {"prefix_mean": None}, None),
+        ({"q": described(2, 9, 8, typestr="<f2")}, ["q", "(batch, heads, tokens, width)"]),
+        ({"q": described(3, 2, 9, 8, typestr="<f8")}, ["q is float64", "float32"]),
+        ({"k": described(3, 2, 9, 8)}, ["k is float32", "q is float16"]),
+        ({"k": described(3, 2, 8, 8, typestr="<f2")}, ["k must have shape (3, 2, 9, 8)"]),
+        ({"mean": described(2, 9, 9, typestr="<f8")}, ["mean must have shape (2, 8, 8)"]),
+        ({"m2": described(2, 8, 8)}, ["m2 is float32", "mean is float64"]),
+        ({"m2": described(2, 8, 8, typestr="<f2")}, ["m2 is float16", "float64 or float32"]),
+        ({"m2": described(2, 8, 8, typestr="<f8", data=(64, True))}, ["m2 is read-only"]),
+        ({"mean": described(2, 8, 8, typestr="<f8", strides=(512, 8, 64))}, ["mean", "contiguous"]),
+        ({"prefix_mean": described(2, 8, 2, typestr="<f8")}, ["prefix_mean", "(2, 8, 1)"]),
+        ({"v": None}, ["v and out go together"]),
+        ({"out": None}, ["v and out go together"]),
+        ({"num_prefix": 9}, ["num_prefix=9 of N=9"]),
+        ({"seen": -1}, ["seen=-1"]),
+        ({name: described(1, 1, 2, 136) for name in "qk"} | {"v": None, "out": None}
+         | {"prefix_mean": None}, ["d_h=136", "1..128"]),
+        ({"v": described(3, 2, 9, 8, typestr="<f2", data=(4096, False)),
+          "out": described(3, 2, 9, 8, typestr="<f2", data=(4098, False))}, ["out and v share"]),
+    ],
+)  # fmt: skip
+def test_descriptions_of_statistics(changes: dict[str, Any], words: list[str] | None) -> None:
+    kind: type[Exception] = RuntimeError if words is None else ValueError
+    expect(native.cuda.attention_variance, good_statistics() | changes, kind, words or GOOD)
+
+
 # __cuda_array_interface__: on a GPU
 
 
@@ -372,3 +411,23 @@ def test_layers_on_the_gpu(dtype: torch.dtype, channels: int, on_own_stream: boo
         )  # fmt: skip
     stream.synchronize()
     assert_as_exact(out.cpu(), torch_layer(case, output, "torch"), exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not (HAS_KERNELS and torch.cuda.is_available()), reason="no GPU or no kernels")
+def test_statistics_on_the_gpu() -> None:
+    q, k, v = heads(3, 2, 39, 24, torch.float16)
+    state = {name: torch.from_numpy(a).cuda() for name, a in empty_state(2, 39, 3).items()}
+    expected = empty_state(2, 39, 3)
+    out = torch.full(q.shape, float("nan"), dtype=q.dtype, device="cuda")
+    for seen in (0, 3):
+        native.cuda.attention_variance(
+            q.cuda(), k.cuda(), seen=seen, num_prefix=3, v=v.cuda(), out=out, **state
+        )
+        torch.cuda.synchronize()
+        y = native.attention_variance(
+            q.numpy(), k.numpy(), seen=seen, num_prefix=3, v=v.numpy(), **expected
+        )
+    np.testing.assert_allclose(out.cpu().numpy(), y, rtol=0, atol=4e-3)
+    for name, array in expected.items():
+        np.testing.assert_allclose(state[name].cpu().numpy(), array, rtol=1e-3, atol=1e-6)

@@ -14,9 +14,6 @@ namespace py = pybind11;
 namespace dwattn::python {
 namespace {
 
-using OptionalObject = std::optional<py::object>;
-using OptionalStream = std::optional<uintptr_t>;
-
 // The arrays of one call, checked against each other while they are read.
 class Arguments {
  public:
@@ -89,7 +86,7 @@ void run(const Arguments& arguments, const Params& p, const OptionalStream& stre
 #ifdef DWATTN_WITH_CUDA
   if (arguments.all().back().numel() == 0) return;
   const py::gil_scoped_release unlocked;
-  launch({arguments.all(), stream, copy, workspace(p),
+  launch({arguments.all(), 1, stream, copy, workspace(p),
           [&p](void* memory, cuda::Stream s) { return kernel(p, memory, s); }});
 #else
   static_cast<void>(arguments), static_cast<void>(p), static_cast<void>(stream);
@@ -241,6 +238,7 @@ void bind_cuda_ops(py::module_& parent) {
       "dw_attention, then wo and bo: x (B, N, D) -> out (B, H*W, D_out), behind prefix_out\n"
       "(B, P, D_out) where it is given. Inner widths C up to 512 take one fused kernel: this\n"
       "is lowrank_dw and ens_dw too.");
+  bind_cuda_variance(module);
 }
 
 }  // namespace dwattn::python
