@@ -159,12 +159,12 @@ def runnable(device: str, dtype: torch.dtype, op: str = "dw_layer") -> list[str]
 def precision(dtype: str) -> Iterator[None]:
     """Products of fp32 tensors in TF32 for the cases that say so, and for no other."""
     settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    before = settings.allow_tf32
+    settings.allow_tf32 = dtype == "tf32"  # also what the compiler reads
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        settings.allow_tf32 = before
 
 
 def values_calls(sizes: Case, device: str) -> Calls:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dwattn import backends
+from dwattn import backends, library
 from test_benchmarks import BENCHMARKS
 
 sys.path.insert(0, str(BENCHMARKS))
@@ -221,12 +221,10 @@ def test_a_call_that_does_not_return_is_given_up() -> None:
 
 
 def test_tf32_is_allowed_for_its_own_cases_only() -> None:
-    setting = torch.backends.cuda.matmul
-    before = setting.fp32_precision
-    for dtype, expected in (("tf32", "tf32"), ("fp32", "ieee"), ("bf16", "ieee")):
+    for dtype in ("tf32", "fp32", "bf16"):
         with gpu_cases.precision(dtype):
-            assert setting.fp32_precision == expected
-        assert setting.fp32_precision == before
+            assert library.allow_tf32() == (dtype == "tf32")
+        assert not library.allow_tf32()
     cases = [sizes for part in gpu_cases.CASES.values() for sizes in part]
     assert any(sizes["dtype"] == "tf32" for sizes in cases)
 
