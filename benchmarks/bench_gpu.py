@@ -7,12 +7,17 @@ and later ones join the file of earlier ones::
     python benchmarks/bench_gpu.py                                  # results/<gpu>-<date>.json
     python benchmarks/bench_gpu.py --part values layers --seconds 2
     python benchmarks/bench_gpu.py --device cpu --quick             # that everything runs, not how fast
+
+A call that raises is left out, with its reason in the row. One that leaves the GPU in an error which only a
+new process can leave, or that does not return, is noted in the file, and the program starts itself anew
+without that call; the file is written after every case.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
@@ -30,32 +35,82 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import gpu_cases
 import gpu_scoring
 import gpu_targets
-from gpu_clock import Stopwatch, clocks, environment
+from gpu_clock import Calls, DeviceLost, Stopwatch, clocks, environment, watch_over
 
 from dwattn import backends
 
 KIND, SCHEMA_VERSION = "dwattn-gpu-bench", 1
 RESULTS = Path(__file__).parent / "results"
 PARTS = (*gpu_cases.PARTS, "scoring")
+RESUME = "--resume"
 Row = dict[str, Any]
 
 
-def measure_part(part: str, watch: Stopwatch, quick: bool, hopper: bool) -> Iterable[Row]:
-    """The rows of a part, one after the other."""
+def cases_of(part: str, quick: bool, hopper: bool) -> list[gpu_cases.Case]:
     if part == "scoring":
-        yield from gpu_scoring.measure(
-            gpu_scoring.QUICK if quick else gpu_scoring.FULL, watch.device
-        )
-        return
-    for given in (gpu_cases.QUICK if quick else gpu_cases.CASES)[part]:
-        sizes = {**given, "hopper": True} if hopper else given
-        if part == "backward":
-            times = watch.measure(gpu_cases.PARTS[part](sizes, watch.device))
-        else:
-            with torch.inference_mode():
-                times = watch.measure(gpu_cases.PARTS[part](sizes, watch.device))
-        torch._dynamo.reset()
-        yield {"part": part, "case": sizes, "times": times}
+        return [gpu_scoring.QUICK if quick else gpu_scoring.FULL]
+    cases = (gpu_cases.QUICK if quick else gpu_cases.CASES)[part]
+    return [{**sizes, "hopper": True} if hopper else sizes for sizes in cases]
+
+
+def measure_case(
+    part: str, sizes: gpu_cases.Case, watch: Stopwatch, without: set[str]
+) -> list[Row]:
+    """The rows of a case: one, or of scoring two.
+
+    Raises:
+        DeviceLost: see there.
+    """
+    watch.failures = {}
+    if part == "scoring":
+        return watch.attempt("scoring", lambda: gpu_scoring.measure(sizes, watch, without)) or []
+
+    def calls() -> Calls:
+        made = gpu_cases.PARTS[part](sizes, watch.device)
+        return {name: call for name, call in made.items() if name not in without}
+
+    with torch.inference_mode(part != "backward"), gpu_cases.precision(sizes["dtype"]):
+        times = watch.measure(watch.attempt("preparation", calls) or {})
+    torch._dynamo.reset()
+    return [{"part": part, "case": sizes, "times": times, "failures": watch.failures}]
+
+
+class Journal:
+    """The result file, written after every case, and the way to go on in a new process."""
+
+    def __init__(self, path: Path | None, about: dict[str, Any], rows: list[Row]) -> None:
+        self.path, self.about, self.rows = path, about, rows
+        self.lost: list[dict[str, Any]] = about.setdefault("lost", [])
+        self.at: tuple[str, gpu_cases.Case] | None = None
+
+    def has(self, part: str, sizes: gpu_cases.Case) -> bool:
+        return any(row["part"] == part and row["case"] == sizes for row in self.rows)
+
+    def without(self, part: str, sizes: gpu_cases.Case) -> set[str]:
+        """Calls of a case that took the GPU away before."""
+        return {
+            entry["call"] for entry in self.lost if (entry["part"], entry["case"]) == (part, sizes)
+        }
+
+    def write(self) -> None:
+        if self.path is not None:
+            write(self.path, self.about, self.rows)
+
+    def start_anew(self, call: str, reason: str) -> None:
+        """Replaces this process by one that goes on without this call."""
+        assert self.at is not None
+        part, sizes = self.at
+        if self.path is None:
+            print(f"{call}: {reason}. There is no file to go on with (--json).", flush=True)
+            os._exit(1)
+        print(f"  {call}: {reason}; going on in a new process", flush=True)
+        if call in self.without(part, sizes):  # nothing that can be left out: then without the case
+            failures = {call: reason}
+            self.rows.append({"part": part, "case": sizes, "times": {}, "failures": failures})
+        self.lost.append({"part": part, "case": sizes, "call": call, "reason": reason})
+        self.write()
+        arguments = [argument for argument in sys.argv if argument != RESUME]
+        os.execv(sys.executable, [sys.executable, *arguments, RESUME])
 
 
 def result_path(device: str) -> Path:
@@ -64,8 +119,11 @@ def result_path(device: str) -> Path:
     return RESULTS / f"{name}-{datetime.now(timezone.utc):%Y-%m-%d}.json"
 
 
-def earlier_rows(path: Path | None, parts: Iterable[str], about: dict[str, Any]) -> list[Row]:
-    """Rows of other parts in a file of the same machine and software; a part is measured as a whole.
+def earlier_rows(
+    path: Path | None, parts: Iterable[str], about: dict[str, Any], *, resume: bool = False
+) -> list[Row]:
+    """Rows of other parts in a file of the same machine and software; a part is measured as a whole, unless
+    it goes on where a process ended.
 
     Raises:
         SystemExit: the file is of something else, which is not overwritten.
@@ -80,6 +138,10 @@ def earlier_rows(path: Path | None, parts: Iterable[str], about: dict[str, Any])
         raise SystemExit(
             f"{path} holds results of another machine or version; name a new file with --json."
         )
+    if resume:
+        about["lost"] = document["environment"].get("lost", [])
+        rows: list[Row] = document["rows"]
+        return rows
     replaced = {*parts, *(["memory"] if "scoring" in parts else [])}
     return [row for row in document["rows"] if row["part"] not in replaced]
 
@@ -105,6 +167,10 @@ def main() -> None:
         help="also time dw_attention's kernel for Hopper, which is off by default (part values)",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument(
+        "--stall", type=float, default=100.0, help="seconds after which a call is given up"
+    )
+    parser.add_argument(RESUME, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("PyTorch finds no CUDA device here; --device cpu --quick tries the logic.")
@@ -115,19 +181,26 @@ def main() -> None:
     path = options.json
     if path is None and options.device == "cuda" and not options.quick:
         path = result_path(about["device"])
-    rows = earlier_rows(path, options.part, about)
+    rows = earlier_rows(path, options.part, about, resume=options.resume)
     watch = Stopwatch(options.device, 0.0 if options.quick else options.seconds)
     about["clocks_before"] = clocks() if options.device == "cuda" else None
+    journal = Journal(path, about, rows)
+    watch_over(watch, options.stall, lambda call: journal.start_anew(call, "it does not return"))
     for part in options.part:
         start = time.perf_counter()
         print(f"{part} ...", flush=True)
-        for row in measure_part(part, watch, options.quick, options.hopper):
-            rows.append(row)
-            print(f"  {gpu_targets.describe(row['case'])}", flush=True)
+        for sizes in cases_of(part, options.quick, options.hopper):
+            if not journal.has(part, sizes):
+                journal.at = part, sizes
+                print(f"  {gpu_targets.describe(sizes)}", flush=True)
+                try:
+                    rows += measure_case(part, sizes, watch, journal.without(part, sizes))
+                except DeviceLost as lost:
+                    journal.start_anew(lost.call, str(lost))
+                journal.write()  # what was measured is kept whatever follows
         print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
         about["clocks_after"] = clocks() if options.device == "cuda" else None
-        if path is not None:  # after every part: what was measured is kept whatever follows
-            write(path, about, rows)
+        journal.write()
 
     console = Console(width=120)
     console.print(gpu_targets.times_table(rows))
@@ -139,6 +212,8 @@ def main() -> None:
             )
     for missing in gpu_targets.unmeasured(rows):
         print(f"not measured: {missing}")
+    for entry in journal.lost:
+        print(f"lost: {entry['call']} on {gpu_targets.describe(entry['case'])}: {entry['reason']}")
     if path is not None:
         print(path)
 

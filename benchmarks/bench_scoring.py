@@ -42,11 +42,11 @@ from support.hub_dinov2 import DinoVisionTransformer
 DIM, DEPTH, HEADS, PATCH = 384, 12, 6, 14
 
 
-def build(size: int) -> nn.Module:
+def build(size: int, dim: int = DIM, depth: int = DEPTH, heads: int = HEADS) -> nn.Module:
     """Random weights, large enough for attention to vary between images."""
     torch.manual_seed(0)
     model = DinoVisionTransformer(
-        img_size=size, patch_size=PATCH, embed_dim=DIM, depth=DEPTH, num_heads=HEADS
+        img_size=size, patch_size=PATCH, embed_dim=dim, depth=depth, num_heads=heads
     )
     return model.eval()
 

@@ -10,8 +10,10 @@ A case is a dict of sizes; a part turns it into calls by name:
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +26,10 @@ from dwattn import backends, functional, library
 from dwattn.geometry import Geometry
 from dwattn.reference import merge_heads, split_heads
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+#: fp32 as PyTorch computes it by default, or with its products in TF32.
+DTYPES = {
+    "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
+}  # fmt: skip
 #: Backends that are timed where they run; ``best PyTorch`` below is among those without a name here.
 BACKENDS = ("cuda", "cpp", "triton")
 SDPA = {
@@ -50,6 +55,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         case(24, 1024, 16, 64, "bf16", 1024, compile=True),
         case(24, 1024, 16, 8, "fp16", 1024),
         case(24, 1024, 16, 8, "fp32", 1024),
+        case(24, 1024, 16, 8, "tf32", 1024),
         case(24, 1024, 16, 1, "bf16", 1024),
         case(37, 1024, 16, 64, "bf16", 1024),
         case(16, 384, 6, 64, "bf16", 384),
@@ -62,6 +68,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         *(case(37, 1024, 16, 64, "bf16", width) for width in (64, 128)),
         *(case(24, 1024, 16, 1, "bf16", width) for width in (64, 1024)),
         case(24, 1024, 16, 64, "fp32", 64),
+        case(24, 1024, 16, 64, "tf32", 64),
     ),
     "backward": (
         case(24, 1024, 16, 8, "bf16", 1024),
@@ -143,9 +150,21 @@ class Layer:
         return self.wqkv[: self.dim]
 
 
-def runnable(layer: Layer) -> list[str]:
-    verdicts = backends.explain("dw_layer", device=layer.x.device.type, dtype=layer.x.dtype)
+def runnable(device: str, dtype: torch.dtype, op: str = "dw_layer") -> list[str]:
+    verdicts = backends.explain(op, device=device, dtype=dtype)
     return [name for name in BACKENDS if any(v and v.backend == name for v in verdicts)]
+
+
+@contextlib.contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """Products of fp32 tensors in TF32 for the cases that say so, and for no other."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_tf32
+    settings.allow_tf32 = dtype == "tf32"  # also what the compiler reads
+    try:
+        yield
+    finally:
+        settings.allow_tf32 = before
 
 
 def values_calls(sizes: Case, device: str) -> Calls:
@@ -158,7 +177,7 @@ def values_calls(sizes: Case, device: str) -> Calls:
     if sizes["compile"]:
         compiled = torch.compile(layer.values)
         calls["compiled"] = lambda: compiled("torch")
-    for name in runnable(layer):
+    for name in runnable(device, layer.x.dtype):
         calls[name] = lambda name=name: layer.values(name)
     if sizes.get("hopper") and "cuda" in calls:
         calls["cuda, Hopper's kernel"] = lambda: _asking_for_hopper(lambda: layer.values("cuda"))
@@ -184,7 +203,7 @@ def layers_calls(sizes: Case, device: str) -> Calls:
     }
     for name, backend in SDPA.items():
         calls[f"attention {name}"] = lambda backend=backend: layer.attention(backend)
-    for name in runnable(layer):
+    for name in runnable(device, layer.x.dtype):
         calls[name] = lambda name=name: layer.layer(name)
     return calls
 
@@ -198,9 +217,16 @@ def backward_calls(sizes: Case, device: str) -> Calls:
         leaves += [t.requires_grad_() for t in (layer.wo, layer.bo)]
 
     def backward_of(form: Callable[[], Tensor]) -> Callable[[], object]:
-        y = form()
-        grad = torch.randn_like(y)
-        return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
+        @functools.cache  # formed by the first call: a forward pass that fails is that call's failure
+        def graph() -> tuple[Tensor, Tensor]:
+            y = form()
+            return y, torch.randn_like(y)
+
+        def call() -> object:
+            y, grad = graph()
+            return torch.autograd.grad(y, leaves, grad, retain_graph=True)
+
+        return call
 
     def whole(y: Tensor) -> Tensor:
         return F.linear(y, layer.wo, layer.bo) if layer.narrow else y
@@ -216,7 +242,7 @@ def backward_calls(sizes: Case, device: str) -> Calls:
         "conv2d channels-last": backward_of(lambda: whole(layer.convolution(channels_last=True))),
         "products": _gradient_products(layer),
     }
-    for name in runnable(layer):
+    for name in runnable(device, layer.x.dtype):
         form = layer.layer if layer.narrow else layer.values
         calls[name] = backward_of(lambda name=name, form=form: form(name))
         if name in ("cuda", "cpp"):

@@ -6,10 +6,11 @@ import os
 import platform
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +19,7 @@ from dwattn import library
 
 Calls = Mapping[str, Callable[[], object]]
 Times = dict[str, dict[str, float]]
+T = TypeVar("T")
 
 _FEWEST_ROUNDS = 5
 #: Cycles that the GPU waits before each call, about a millisecond: meanwhile the CPU queues all of the
@@ -28,8 +30,18 @@ _CLOCKS = (
 )
 
 
+class DeviceLost(Exception):
+    """After this call the GPU refuses all work of this process; the text is the reason."""
+
+    def __init__(self, call: str, reason: str) -> None:
+        super().__init__(reason)
+        self.call = call
+
+
 class Stopwatch:
     """Milliseconds of calls in turn; on CUDA with events and a flushed L2 cache before each call.
+
+    A call that raises is left out from then on, and :attr:`failures` says why.
 
     Args:
         seconds: time for one set of calls; at least a few rounds are made.
@@ -37,21 +49,52 @@ class Stopwatch:
 
     def __init__(self, device: str, seconds: float) -> None:
         self.device, self.seconds = device, seconds
+        self.failures: dict[str, str] = {}
+        #: The call that is running and since when, for :func:`watch_over`.
+        self.running: tuple[str, float] | None = None
         self.flush = (
             torch.empty(256 << 20, dtype=torch.int8, device=device) if device == "cuda" else None
         )
 
     def measure(self, calls: Calls) -> Times:
-        """Median, 20th and 80th percentile of each call; calls that raise are left out and reported."""
-        usable = {name: call for name, call in calls.items() if _works(name, call)}
+        """Median, 20th and 80th percentile of each call.
+
+        Raises:
+            DeviceLost: see there.
+        """
+        usable = {name: call for name, call in calls.items() if self.attempt(name, _warm(call))}
         times: dict[str, list[float]] = {name: [] for name in usable}
         deadline = time.perf_counter() + self.seconds
-        while usable and (
-            time.perf_counter() < deadline or len(next(iter(times.values()))) < _FEWEST_ROUNDS
-        ):
-            for name, call in usable.items():
-                times[name].append(self._once(call))
+        rounds = 0
+        while usable and (time.perf_counter() < deadline or rounds < _FEWEST_ROUNDS):
+            rounds += 1
+            for name, call in list(usable.items()):
+                elapsed = self.attempt(name, lambda call=call: self._once(call))
+                if elapsed is None:
+                    del usable[name], times[name]
+                else:
+                    times[name].append(elapsed)
         return {name: summary(values) for name, values in times.items()}
+
+    def attempt(self, name: str, call: Callable[[], T]) -> T | None:
+        """What the call returns; None where it raises: no kernel and no compiler ends the benchmark.
+
+        Raises:
+            DeviceLost: see there.
+        """
+        self.running = name, time.monotonic()
+        try:
+            return call()
+        except DeviceLost:  # of an attempt inside
+            raise
+        except Exception as error:
+            self.failures[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            print(f"  {name}: {self.failures[name]}", flush=True)
+        finally:
+            self.running = None
+        if self.device == "cuda" and not _answers():
+            raise DeviceLost(name, self.failures[name])
+        return None
 
     def _once(self, call: Callable[[], object]) -> float:
         if self.flush is None:
@@ -69,16 +112,39 @@ class Stopwatch:
         return elapsed
 
 
-def _works(name: str, call: Callable[[], object]) -> bool:
-    """Warms up; a compiler or a backend that fails must not end the benchmark."""
-    try:
+def _warm(call: Callable[[], object]) -> Callable[[], bool]:
+    def thrice() -> bool:
         for _ in range(3):
             call()
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        print(f"  {name}: {type(error).__name__}: {reason}", flush=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # so that a kernel's error is its own
+        return True
+
+    return thrice
+
+
+def _answers() -> bool:
+    """Whether the GPU still works for this process: an illegal access is final."""
+    try:
+        torch.cuda.empty_cache()
+        torch.ones(1, device="cuda").item()
+    except RuntimeError:
         return False
     return True
+
+
+def watch_over(watch: Stopwatch, limit: float, on_stall: Callable[[str], object]) -> None:
+    """Calls ``on_stall(name)``, in a thread, once a call of ``watch`` takes longer than ``limit`` seconds."""
+
+    def look() -> None:
+        while True:
+            time.sleep(min(1.0, limit / 4))
+            running = watch.running
+            if running is not None and time.monotonic() - running[1] > limit:
+                on_stall(running[0])
+                return
+
+    threading.Thread(target=look, daemon=True).start()
 
 
 def summary(values: list[float]) -> dict[str, float]:

@@ -7,19 +7,18 @@ image, which is the same for any number of them, then weighs more than it would.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import bench_scoring
 import torch
-from gpu_cases import DTYPES, Case
-from gpu_clock import summary
-from torch import nn
+from gpu_cases import DTYPES, Case, runnable
+from gpu_clock import Stopwatch, summary
+from torch import Tensor, nn
 
-import dwattn
+from dwattn import backends
 from dwattn.adapters import describe
 from dwattn.variance import AttentionVariance
-from support.hub_dinov2 import DinoVisionTransformer
 
 SCALED_TO = 1000
 _EXTRA_BYTES = 256 << 20
@@ -34,67 +33,73 @@ QUICK: Case = {
 }  # fmt: skip
 
 
-def measure(sizes: Case, device: str) -> list[dict[str, Any]]:
-    """A row with times in ms for 1000 images and, on CUDA, one with peaks of memory in bytes."""
-    model = build(sizes, device)
+PEAKS = "peaks of memory"
+#: Scoring by statistics that are chosen by name, beside those that come first by the rules.
+COMPILED = tuple(f"score on {backend}, no residual" for backend in ("cuda", "triton"))
+
+
+def measure(sizes: Case, watch: Stopwatch, without: Container[str] = ()) -> list[dict[str, Any]]:
+    """A row with times in ms for 1000 images and, on CUDA, one with peaks of memory in bytes.
+
+    Args:
+        without: names of ways that are not tried.
+
+    Raises:
+        DeviceLost: see there.
+    """
+    device, dtype = watch.device, DTYPES[sizes["dtype"]]
+    model = bench_scoring.build(*(sizes[name] for name in ("size", "dim", "depth", "heads")))
+    model.to(device, dtype)
     images = torch.randn(
         sizes["images"], 3, sizes["size"], sizes["size"],
         generator=torch.Generator().manual_seed(0),
-    ).to(device, DTYPES[sizes["dtype"]])  # fmt: skip
-    calls = ways(model, images, sizes["batch"])
+    ).to(device, dtype)  # fmt: skip
+    calls = {
+        name: call
+        for name, call in ways(model, images, sizes["batch"]).items()
+        if name not in without
+    }
     scale = SCALED_TO / sizes["images"]
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(sizes["rounds"] + 1):
-        for name, call in calls.items():
-            elapsed = _timed(call, device)
-            if turn:  # the first round warms up
+        for name, call in list(calls.items()):
+            elapsed = watch.attempt(name, lambda call=call: _timed(call, device))
+            if elapsed is None:
+                del calls[name], times[name]
+            elif turn:  # the first round warms up
                 times[name].append(elapsed * scale)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "part": "scoring", "case": sizes, "scaled_from_images": sizes["images"],
             "times": {name: summary(values) for name, values in times.items()},
+            "failures": watch.failures,
         }
     ]  # fmt: skip
-    if device == "cuda":
-        rows.append({"part": "memory", "case": sizes, "bytes": _peaks(calls, model, sizes)})
+    if device == "cuda" and "plain" in calls and PEAKS not in without:
+        peaks = watch.attempt(PEAKS, lambda: _peaks(calls, model, sizes))
+        rows += [{"part": "memory", "case": sizes, "bytes": peaks}] if peaks else []
     return rows
 
 
-def build(sizes: Case, device: str) -> nn.Module:
-    """Random weights: time does not depend on them."""
-    torch.manual_seed(0)
-    model = DinoVisionTransformer(
-        img_size=sizes["size"], patch_size=bench_scoring.PATCH, embed_dim=sizes["dim"],
-        depth=sizes["depth"], num_heads=sizes["heads"],
-    )  # fmt: skip
-    return model.eval().to(device, DTYPES[sizes["dtype"]])
+def ways(model: nn.Module, images: Tensor, batch: int) -> dict[str, Callable[[], Any]]:
+    """Those of :mod:`bench_scoring`, and scoring by every backend with statistics of its own."""
 
+    def scored_by(backend: str) -> Callable[[], None]:
+        def call() -> None:
+            with backends.use(backend):
+                shared["score, no residual"]()
 
-def ways(model: nn.Module, images: torch.Tensor, batch: int) -> dict[str, Callable[[], None]]:
-    @torch.no_grad()
-    def plain() -> None:
-        for part in images.split(batch):
-            model(part)
+        return call
 
-    def hooks() -> None:
-        installed = bench_scoring.NaiveHooks(model)
-        plain()
-        installed.remove()
-
-    def score(residual: bool) -> None:
-        dwattn.score(
-            model, images, len(images), batch_size=batch, residual=residual, progress=False
-        )
-
-    return {
-        "plain": plain,
-        "score, variance alone": lambda: score(False),
-        "score, with residual": lambda: score(True),
-        "hooks": hooks,
+    shared = bench_scoring.ways(model, images, batch)
+    runs = runnable(images.device.type, images.dtype, "attention_variance")
+    compiled = {name: name.split()[2].rstrip(",") for name in COMPILED}
+    return shared | {
+        name: scored_by(backend) for name, backend in compiled.items() if backend in runs
     }
 
 
-def _timed(call: Callable[[], None], device: str) -> float:
+def _timed(call: Callable[[], Any], device: str) -> float:
     """Milliseconds on the wall: scoring also works on the CPU between batches."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -105,7 +110,7 @@ def _timed(call: Callable[[], None], device: str) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def _peaks(calls: dict[str, Callable[[], None]], model: nn.Module, sizes: Case) -> dict[str, int]:
+def _peaks(calls: dict[str, Callable[[], Any]], model: nn.Module, sizes: Case) -> dict[str, int]:
     """By how much the peak of allocated memory rises over that of a plain pass, the size of the state, and
     what is allowed."""
 

@@ -1,4 +1,4 @@
-"""The kernels without torch: whole layers over numpy arrays, and ``__cuda_array_interface__``.
+"""The kernels without torch: layers and statistics over numpy arrays, and ``__cuda_array_interface__``.
 
 The GPU interface reads descriptions before anything else, so that what it refuses is tested with descriptions of
 memory that does not exist, with or without CUDA kernels in the build.
@@ -27,7 +27,13 @@ HAS_KERNELS = bool(native.build_info()["cuda_architectures"])
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-# numpy
+def expect(op: Any, arguments: dict[str, Any], kind: type[Exception], words: list[str]) -> None:
+    with pytest.raises(kind) as caught:
+        op(**arguments)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+# numpy: layers
 
 
 def to_numpy(t: Tensor) -> np.ndarray:
@@ -122,9 +128,95 @@ def test_mistakes_in_a_layer_over_numpy(arguments: dict[str, Any], words: list[s
     good |= {"bo": np.zeros(5, np.float32), "prefix_out": np.zeros((2, 1, 5), np.float32)}
     good |= {"height": 2, "width": 3, "num_prefix": 1}
     native.dw_layer(**good)
-    with pytest.raises(ValueError) as caught:
-        native.dw_layer(**{**good, **arguments})
-    assert [word for word in words if word not in str(caught.value)] == []
+    expect(native.dw_layer, {**good, **arguments}, ValueError, words)
+
+
+# numpy: attention statistics
+
+
+def heads(batch: int, count: int, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Queries, keys and values as a fused projection leaves them, ``(3, B, n_h, N, d_h)``."""
+    generator = torch.Generator().manual_seed(tokens)
+    fused = torch.randn(batch, tokens, 3 * count * width, generator=generator).to(dtype)
+    return fused.unflatten(2, (3, count, width)).permute(2, 0, 3, 1, 4)
+
+
+def empty_state(count: int, tokens: int, prefix: int) -> dict[str, np.ndarray]:
+    size = tokens - prefix
+    shapes = {"mean": (size, size), "m2": (size, size), "prefix_mean": (size, prefix)}
+    return {name: np.full((count, *shape), np.nan) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_statistics_over_numpy_are_those_of_whole_maps(dtype: torch.dtype, isa: str) -> None:
+    for batch, count, tokens, width, prefix in (
+        (3, 2, 85, 64, 1),
+        (2, 1, 37, 7, 0),
+        (1, 3, 6, 5, 5),
+    ):
+        state, scale, maps = empty_state(count, tokens, prefix), 1.3 * width**-0.5, []
+        for call in range(2):
+            q, k, v = heads(batch, count, tokens + call, width, dtype)[..., call:, :]
+            out = native.attention_variance(
+                to_numpy(q), to_numpy(k), state["mean"], state["m2"], call * batch, to_numpy(v),
+                state["prefix_mean"], prefix, scale, isa=isa, num_threads=1 + call,
+            )  # fmt: skip
+            maps.append(torch.softmax(q.double() @ k.double().transpose(2, 3) * scale, -1))
+            expected = maps[-1] @ v.double()
+            found = torch.from_numpy(out).view(dtype).double()
+            room = 0.51 * torch.finfo(dtype).eps * expected.abs() + 2e-6 * v.double().abs().max()
+            assert ((found - expected).abs() <= room).all()
+            assert out.transpose(0, 2, 1, 3).flags.c_contiguous  # joining the heads is a view
+        e = torch.cat(maps)[:, :, prefix:].numpy()
+        kept = e[..., prefix:]
+        np.testing.assert_allclose(state["mean"], kept.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(state["prefix_mean"], e[..., :prefix].mean(0), rtol=1e-5)
+        np.testing.assert_allclose(np.sqrt(state["m2"] / len(e)), kept.std(0), rtol=1e-4, atol=1e-9)
+
+
+def test_statistics_over_numpy_need_no_values_and_no_layout() -> None:
+    q, k, v = (t.numpy() for t in heads(4, 2, 39, 24, torch.float32))
+    expected = empty_state(2, 39, 3)
+    native.attention_variance(q, k, **expected, num_prefix=3, seen=0, v=v)
+    spread = np.ascontiguousarray(q.swapaxes(2, 3)).swapaxes(2, 3)  # no unit stride along d_h
+    turned = np.ascontiguousarray(k[:, :, ::-1])[:, :, ::-1]  # a negative one along the tokens
+    state = empty_state(2, 39, 3)
+    assert native.attention_variance(spread, turned, **state, num_prefix=3, seen=0) is None
+    for name, array in state.items():
+        np.testing.assert_array_equal(array, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"q": np.zeros((2, 9, 8), np.float32)}, ["q", "(batch, heads, tokens, width)", "(2, 9, 8)"]),
+        ({"q": np.zeros((3, 2, 9, 8))}, ["q is float64", "float32"]),
+        ({"k": np.zeros((3, 2, 8, 8), np.float32)}, ["k", "(3, 2, 9, 8)", "(3, 2, 8, 8)"]),
+        ({"k": np.zeros((3, 2, 9, 8), np.float16)}, ["k and q", "dtype"]),
+        ({"v": np.zeros((3, 2, 9, 4), np.float32)}, ["v", "(3, 2, 9, 8)", "(3, 2, 9, 4)"]),
+        ({"mean": np.zeros((2, 9, 9))}, ["mean", "(2, 8, 8)", "(2, 9, 9)"]),
+        ({"mean": np.zeros((2, 8, 8), np.float32)}, ["mean is float32", "float64"]),
+        ({"m2": np.zeros((2, 8, 16))[:, :, ::2]}, ["m2", "in place", "contiguous"]),
+        ({"m2": np.broadcast_to(np.float64(0), (2, 8, 8))}, ["m2", "in place", "writable"]),
+        ({"prefix_mean": np.zeros((2, 8, 2))}, ["prefix_mean", "(2, 8, 1)", "(2, 8, 2)"]),
+        ({"num_prefix": 9}, ["num_prefix=9 of N=9"]),
+        ({"seen": -1}, ["seen=-1"]),
+        ({"isa": "mmx"}, ["isa=mmx", "avx2"]),
+    ],
+)  # fmt: skip
+def test_mistakes_in_statistics_over_numpy(arguments: dict[str, Any], words: list[str]) -> None:
+    good: dict[str, Any] = {name: np.zeros((3, 2, 9, 8), np.float32) for name in "qkv"}
+    good |= {"mean": np.zeros((2, 8, 8)), "m2": np.zeros((2, 8, 8)), "num_prefix": 1, "seen": 0}
+    good |= {"prefix_mean": np.zeros((2, 8, 1))}
+    native.attention_variance(**good)
+    expect(native.attention_variance, {**good, **arguments}, ValueError, words)
+
+
+def test_a_state_that_is_no_array_is_not_updated_in_a_copy() -> None:
+    q = np.zeros((1, 1, 2, 4), np.float32)
+    with pytest.raises(TypeError):
+        native.attention_variance(q, q, [[[0.0, 0.0], [0.0, 0.0]]], np.zeros((1, 2, 2)), 0)
 
 
 # __cuda_array_interface__: what is refused
@@ -152,12 +244,6 @@ def good_layer() -> dict[str, Any]:
         "kappa": described(1, 4), "mu": described(4), "beta": described(4),
         "prefix_out": described(2, 1, 5), "out": described(2, 7, 5),
     }  # fmt: skip
-
-
-def expect(op: Any, arguments: dict[str, Any], kind: type[Exception], words: list[str]) -> None:
-    with pytest.raises(kind) as caught:
-        op(**arguments)
-    assert [word for word in words if word not in str(caught.value)] == []
 
 
 #: Where the description is good: then there are no kernels, or no memory at that address.
@@ -259,6 +345,45 @@ def test_the_smaller_operators_check_too() -> None:
     expect(aggregate, values | {"out": described(2, 7, 4)}, ValueError, ["out", "(2, 6, 4)"])
 
 
+def good_statistics() -> dict[str, Any]:
+    maps = {name: described(3, 2, 9, 8, typestr="<f2") for name in ("q", "k", "v", "out")}
+    state = {name: described(2, 8, 8, typestr="<f8") for name in ("mean", "m2")}
+    prefix = described(2, 8, 1, typestr="<f8")
+    return maps | state | {"prefix_mean": prefix, "num_prefix": 1, "seen": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"prefix_mean": None, "v": None, "out": None}, None),
+        ({"q": described(3, 2, 9, 8, typestr="<f2", strides=(432, 16, 48, 2))}, None),
+        ({name: described(2, 8, 8) for name in ("mean", "m2")} | {"prefix_mean": None}, None),
+        ({"q": described(2, 9, 8, typestr="<f2")}, ["q", "(batch, heads, tokens, width)"]),
+        ({"q": described(3, 2, 9, 8, typestr="<f8")}, ["q is float64", "float32"]),
+        ({"k": described(3, 2, 9, 8)}, ["k is float32", "q is float16"]),
+        ({"k": described(3, 2, 8, 8, typestr="<f2")}, ["k must have shape (3, 2, 9, 8)"]),
+        ({"mean": described(2, 9, 9, typestr="<f8")}, ["mean must have shape (2, 8, 8)"]),
+        ({"m2": described(2, 8, 8)}, ["m2 is float32", "mean is float64"]),
+        ({"m2": described(2, 8, 8, typestr="<f2")}, ["m2 is float16", "float64 or float32"]),
+        ({"m2": described(2, 8, 8, typestr="<f8", data=(64, True))}, ["m2 is read-only"]),
+        ({"mean": described(2, 8, 8, typestr="<f8", strides=(512, 8, 64))}, ["mean", "contiguous"]),
+        ({"prefix_mean": described(2, 8, 2, typestr="<f8")}, ["prefix_mean", "(2, 8, 1)"]),
+        ({"v": None}, ["v and out go together"]),
+        ({"out": None}, ["v and out go together"]),
+        ({"num_prefix": 9}, ["num_prefix=9 of N=9"]),
+        ({"seen": -1}, ["seen=-1"]),
+        ({name: described(1, 1, 2, 136) for name in "qk"} | {"v": None, "out": None}
+         | {"prefix_mean": None}, ["d_h=136", "1..128"]),
+        ({"v": described(3, 2, 9, 8, typestr="<f2", data=(4096, False)),
+          "out": described(3, 2, 9, 8, typestr="<f2", data=(4098, False))}, ["out and v share"]),
+    ],
+)  # fmt: skip
+def test_descriptions_of_statistics(changes: dict[str, Any], words: list[str] | None) -> None:
+    kind: type[Exception] = RuntimeError if words is None else ValueError
+    expect(native.cuda.attention_variance, good_statistics() | changes, kind, words or GOOD)
+
+
 # __cuda_array_interface__: on a GPU
 
 
@@ -286,3 +411,23 @@ def test_layers_on_the_gpu(dtype: torch.dtype, channels: int, on_own_stream: boo
         )  # fmt: skip
     stream.synchronize()
     assert_as_exact(out.cpu(), torch_layer(case, output, "torch"), exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not (HAS_KERNELS and torch.cuda.is_available()), reason="no GPU or no kernels")
+def test_statistics_on_the_gpu() -> None:
+    q, k, v = heads(3, 2, 39, 24, torch.float16)
+    state = {name: torch.from_numpy(a).cuda() for name, a in empty_state(2, 39, 3).items()}
+    expected = empty_state(2, 39, 3)
+    out = torch.full(q.shape, float("nan"), dtype=q.dtype, device="cuda")
+    for seen in (0, 3):
+        native.cuda.attention_variance(
+            q.cuda(), k.cuda(), seen=seen, num_prefix=3, v=v.cuda(), out=out, **state
+        )
+        torch.cuda.synchronize()
+        y = native.attention_variance(
+            q.numpy(), k.numpy(), seen=seen, num_prefix=3, v=v.numpy(), **expected
+        )
+    np.testing.assert_allclose(out.cpu().numpy(), y, rtol=0, atol=4e-3)
+    for name, array in expected.items():
+        np.testing.assert_allclose(state[name].cpu().numpy(), array, rtol=1e-3, atol=1e-6)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dwattn import backends, library
+import dwattn
+from dwattn import backends, library, triton_ops
+from dwattn.adapters import describe
 from dwattn.errors import BackendError
 from dwattn.variance import AttentionVariance
+from support.models import hub_vit
 
 pytestmark = pytest.mark.skipif(not library.AVAILABLE, reason=library.load_error())
 
@@ -150,6 +154,33 @@ def test_it_is_the_same_state_as_in_pytorch(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(mixed.mean, whole.mean, rtol=1e-5, atol=0)
     torch.testing.assert_close(mixed.sigma(), whole.sigma(), rtol=1e-6, atol=0)
     assert mixed.count == whole.count
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_scoring_uses_the_backend_that_is_asked_for(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, with the kernel of the CPU in its place: forcing the backend is all that it takes."""
+    compute, used = library.attention_variance_, []
+
+    def kernel(*args: Any, **kwargs: Any) -> Tensor | None:
+        used.append(name)
+        return compute(*args, **kwargs)
+
+    faked = tuple(
+        one._replace(can_run=lambda *_, **__: backends.Verdict(name)) if one.name == name else one
+        for one in backends.BACKENDS
+    )
+    monkeypatch.setattr(backends, "BACKENDS", faked)
+    monkeypatch.setattr(*{"cuda": (library, "attention_variance_"),
+                          "triton": (triton_ops, "attention_variance")}[name], kernel)  # fmt: skip
+    model, images = hub_vit(), torch.randn(5, 3, 28, 42)
+    expected = dwattn.score(model, images, 5, batch_size=2, progress=False)
+    used.clear()
+    with backends.use(name):
+        scores = dwattn.score(model, images, 5, batch_size=2, progress=False)
+    assert used == [name] * 3 * len(describe(model).blocks)  # batches of 2, 2 and 1
+    assert scores.sigma_blocks == expected.sigma_blocks
 
 
 def test_fp64_and_odd_values_run_in_pytorch() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dwattn import backends, library
 from test_benchmarks import BENCHMARKS
 
 sys.path.insert(0, str(BENCHMARKS))
@@ -75,7 +78,7 @@ def test_a_narrow_layer_is_held_to_the_copy_and_to_the_best_attention() -> None:
 
 
 def test_memory_is_judged_in_bytes() -> None:
-    used = {"score, variance alone": 900, "state": 800, "allowed": 1000}
+    used = {"score, no residual": 900, "state": 800, "allowed": 1000}
     rows = [{"part": "memory", "case": gpu_scoring.FULL, "bytes": used}]
     (found,) = gpu_targets.judge(rows)
     assert (found.ratio, found.floor, found.met) == (0.9, 0.8, True)
@@ -106,7 +109,7 @@ def test_every_part_runs_and_joins_the_file(
     assert {"value product", "eager", "channels-last", "cpp"} <= calls["values"]
     assert {"copy", "two products", "attention flash", "torch", "cpp"} <= calls["layers"]
     assert {"conv2d", "conv2d channels-last", "products", "cpp, V again"} <= calls["backward"]
-    assert {"plain", "score, variance alone", "hooks"} <= calls["scoring"]
+    assert {"plain", "score, no residual", "naive hooks"} <= calls["scoring"]
     judged = gpu_targets.judge(document["rows"], everywhere=True)
     assert {j.target for j in judged if j.ratio} == {
         t.name for t in gpu_targets.TARGETS if t.part != "memory"
@@ -120,9 +123,130 @@ def test_every_part_runs_and_joins_the_file(
     assert json.loads(path.read_text("utf-8")) == changed
 
 
-def test_the_forms_that_compete_compute_the_same() -> None:
-    import torch
+def breaking(call: str) -> Any:
+    """The calls of a part, one of which raises."""
 
+    def made(sizes: dict[str, Any], device: str) -> dict[str, Any]:
+        def refuse() -> None:
+            raise RuntimeError("CUDA error: an illegal memory access\nmore words")
+
+        return {"value product": lambda: None, "eager": lambda: None, call: refuse}
+
+    return made
+
+
+def test_a_call_that_fails_is_left_out_and_the_rest_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(gpu_cases.PARTS, "values", breaking("cuda"))
+    document = run(monkeypatch, tmp_path / "results.json", "--part", "values", "layers")
+    first = document["rows"][0]
+    assert set(first["times"]) == {"value product", "eager"}
+    assert first["failures"] == {"cuda": "RuntimeError: CUDA error: an illegal memory access"}
+    assert [r["part"] for r in document["rows"]] == ["values", "layers", "layers"]
+
+
+def test_a_case_that_cannot_be_prepared_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(sizes: dict[str, Any], device: str) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setitem(gpu_cases.PARTS, "values", refuse)
+    document = run(monkeypatch, tmp_path / "results.json", "--part", "values", "backward")
+    assert "OutOfMemoryError" in document["rows"][0]["failures"]["preparation"]
+    assert len(document["rows"]) == 3
+
+
+class Replaced(Exception):
+    """Instead of a new process."""
+
+
+def test_a_lost_gpu_goes_on_in_a_new_process_without_that_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[list[str]] = []
+
+    def replace(program: str, arguments: list[str]) -> None:
+        started.append(arguments)
+        raise Replaced
+
+    class Lost(bench_gpu.Stopwatch):
+        def attempt(self, name: str, call: Any) -> Any:
+            if name == lost:
+                raise bench_gpu.DeviceLost(name, "an illegal memory access")
+            return super().attempt(name, call)
+
+    monkeypatch.setattr(os, "execv", replace)
+    monkeypatch.setattr(bench_gpu, "Stopwatch", Lost)
+    path, parts = tmp_path / "results.json", ("--part", "backward", "values", "scoring")
+    lost = "channels-last"
+    with pytest.raises(Replaced):
+        run(monkeypatch, path, *parts)
+    written = json.loads(path.read_text("utf-8"))
+    assert [r["part"] for r in written["rows"]] == ["backward", "backward"]
+    assert started[0][-1] == "--resume"
+    kept = written["rows"]
+
+    lost = "score"  # now within an attempt; the call before is not tried again
+    with pytest.raises(Replaced):
+        run(monkeypatch, path, *parts, "--resume")
+    assert started[1].count("--resume") == 1
+    lost = "preparation"  # cannot be left out: the second time the case is
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"rows": kept}))
+    for _ in range(2):
+        with pytest.raises(Replaced):
+            run(monkeypatch, path, *parts, "--resume")
+    lost = ""
+    capsys.readouterr()
+    document = run(monkeypatch, path, *parts, "--resume")
+    assert document["rows"][:2] == kept  # not measured again
+    values, scoring = document["rows"][2:]
+    assert (values["part"], values["times"]) == ("values", {})
+    assert scoring["part"] == "scoring"
+    assert {"plain", "naive hooks"} <= set(scoring["times"])
+    assert "score" not in scoring["times"]
+    calls = [entry["call"] for entry in document["environment"]["lost"]]
+    assert calls == ["channels-last", "score", "preparation", "preparation"]
+    assert "lost: channels-last on n=16" in capsys.readouterr().out
+
+
+def test_a_call_that_does_not_return_is_given_up() -> None:
+    watch, given_up = bench_gpu.Stopwatch("cpu", 0.0), threading.Event()
+    bench_gpu.watch_over(watch, 0.2, lambda call: call == "endless" and given_up.set())
+    assert watch.attempt("quick", lambda: 1) == 1
+    assert not given_up.wait(0.5)
+    watch.attempt("endless", lambda: given_up.wait(20))
+    assert given_up.is_set()
+
+
+def test_tf32_is_allowed_for_its_own_cases_only() -> None:
+    for dtype in ("tf32", "fp32", "bf16"):
+        with gpu_cases.precision(dtype):
+            assert library.allow_tf32() == (dtype == "tf32")
+        assert not library.allow_tf32()
+    cases = [sizes for part in gpu_cases.CASES.values() for sizes in part]
+    assert any(sizes["dtype"] == "tf32" for sizes in cases)
+
+
+def test_scoring_is_measured_with_every_backend_of_the_statistics(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str | None] = []
+    plain = {"score, no residual": lambda: asked.append(backends.forced_backend())}
+    monkeypatch.setattr(gpu_scoring.bench_scoring, "ways", lambda *_: dict(plain))
+    monkeypatch.setattr(gpu_scoring, "runnable", lambda *_: ["cuda", "triton"])
+    calls = gpu_scoring.ways(torch.nn.Identity(), torch.zeros(1), 1)
+    assert set(calls) == {*plain, *gpu_scoring.COMPILED}
+    for call in calls.values():
+        call()
+    assert asked == [None, "cuda", "triton"]
+    times = {"plain": 1.0, "score, no residual": 2.0, "score on cuda, no residual": 1.4}
+    found = gpu_targets.judge([row("scoring", gpu_scoring.FULL, **times)])[0]
+    assert (found.ratio, found.met) == (1.4, True)
+
+
+def test_the_forms_that_compete_compute_the_same() -> None:
     layer = gpu_cases.Layer(gpu_cases.QUICK["values"][0], "cpu")
     torch.testing.assert_close(layer.eager_values(), layer.values("torch"), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(layer.convolution(True), layer.convolution(False))

@@ -32,6 +32,12 @@ TENSOR_KERNELS = {
     "attention_variance.cu": (rf"(attend|fold)_kernel{_SIXTEEN_BITS}", _STAGED),
 }
 
+#: Kernels that exist for fp32 twice: in TF32 on the tensor cores, and in fp32, which must not go there.
+TF32_KERNELS = {
+    "dw_attention.cu": "dw_attention_kernel",
+    "lowrank_dw_attention.cu": "lowrank_dw_kernel",
+    "linear.cu": "linear_kernel",
+}
 
 #: Kernels for Hopper, which compile to nothing elsewhere.
 HOPPER_KERNELS = {
@@ -84,7 +90,7 @@ def cuobjdump() -> str:
 
 
 def instructions(cubin: Path, tool: str) -> dict[str, set[str]]:
-    """Opcodes of every kernel."""
+    """Opcodes of every kernel, each with its modifiers and without."""
     environment = {**os.environ, "PATH": f"{Path(tool).parent}{os.pathsep}{os.environ['PATH']}"}
     text = subprocess.run(
         [tool, "-sass", str(cubin)], env=environment, capture_output=True, text=True, check=True
@@ -92,7 +98,8 @@ def instructions(cubin: Path, tool: str) -> dict[str, set[str]]:
     kernels = {}
     for part in re.split(r"\n\s*Function : ", text)[1:]:
         name, _, body = part.partition("\n")
-        kernels[name.strip()] = set(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", body))
+        full = set(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([\w.]+)", body))
+        kernels[name.strip()] = full | {opcode.partition(".")[0] for opcode in full}
     return kernels
 
 
@@ -110,6 +117,20 @@ def test_tensor_kernels_use_the_tensor_cores(
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("architecture", ["80", "87", "90a"])
+@pytest.mark.parametrize("source", sorted(TF32_KERNELS))
+def test_only_the_tf32_kernels_take_fp32_to_the_tensor_cores(
+    source: str, architecture: str, tmp_path: Path
+) -> None:
+    need_nvcc()
+    tool = cuobjdump()
+    cubin, name = tmp_path / "kernel.cubin", TF32_KERNELS[source]
+    compile_cubin(source, architecture, cubin)
+    check_instructions(cubin, tool, rf"{name}INS\w+4Tf32E", {"HMMA.1688.F32.TF32", "LDSM"})
+    check_instructions(cubin, tool, rf"{name}If", {"FFMA"}, forbidden=frozenset({"HMMA"}))
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize("source", sorted(HOPPER_KERNELS))
 def test_hopper_kernels_use_warpgroup_products(source: str, tmp_path: Path) -> None:
     need_nvcc()
@@ -120,7 +141,13 @@ def test_hopper_kernels_use_warpgroup_products(source: str, tmp_path: Path) -> N
     check_instructions(tmp_path / "kernel.cubin", tool, *HOPPER_KERNELS[source])
 
 
-def check_instructions(cubin: Path, tool: str, pattern: str, expected: set[str]) -> None:
+def check_instructions(
+    cubin: Path,
+    tool: str,
+    pattern: str,
+    expected: set[str],
+    forbidden: frozenset[str] = frozenset(),
+) -> None:
     kernels = {
         name: opcodes
         for name, opcodes in instructions(cubin, tool).items()
@@ -129,7 +156,7 @@ def check_instructions(cubin: Path, tool: str, pattern: str, expected: set[str])
     assert kernels, "no kernel has the expected name"
     for name, opcodes in kernels.items():
         assert expected <= opcodes, name
-        assert not {"LDL", "STL"} & opcodes, name
+        assert not ({"LDL", "STL"} | forbidden) & opcodes, name
 
 
 def test_a_build_for_a_pytorch_without_cuda_says_so(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def test_kernels_agree_with_the_definition(
         ("mixed-collectives", "different warp collectives"),
         ("unwaited-copy", "asynchronous copies in flight"),
         ("misaligned-copy", "not aligned"),
+        ("unrounded-tf32", "not rounded to TF32"),
     ],
 )
 def test_the_emulation_refuses_broken_kernels(

@@ -89,6 +89,23 @@ def test_error_is_at_most_twice_that_of_pytorch(
     assert_as_exact(aggregate(case), case.aggregate("torch"), exact.aggregate("reference"))
 
 
+@pytest.mark.parametrize("width", [64, 576], ids=["narrow", "wide"])
+def test_tf32_is_used_where_pytorch_allows_it_and_nowhere_else(width: int) -> None:
+    case = on_gpu(make_case(24, 24, 384, num_prefix=1, dim=384, dtype=torch.float32))
+    wide = case.to(torch.float64)
+    runs: tuple[Callable[[], Tensor], ...] = (lambda: attention(case), lambda: layer(case, width))
+    for run in runs:
+        single = run()
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        short = run()
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert torch.equal(run(), single)
+        assert not torch.equal(short, single)
+        torch.testing.assert_close(short, single, rtol=0, atol=2**-9 * single.abs().max().item())
+    exact = wide.attention("reference")
+    assert (attention(case) - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gap", [1, 16])
 def test_slices_of_larger_tensors(dtype: torch.dtype, gap: int) -> None:

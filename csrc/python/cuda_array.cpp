@@ -44,10 +44,11 @@ T cast(const char* name, const char* key, const py::handle& value) {
   }
 }
 
-DType dtype_of(const char* name, const std::string& typestr) {
+DType dtype_of(const char* name, const std::string& typestr, bool wide) {
   if (typestr == "<f4") return DType::kFloat32;
   if (typestr == "<f2") return DType::kFloat16;
   if (typestr == "<V2" || typestr == "<u2") return DType::kBFloat16;
+  if (typestr == "<f8" && wide) return DType::kFloat64;
   if (typestr == "<f8") {
     fail(name, " is float64, which the CUDA kernels do not compute in; convert it to float32.");
   }
@@ -125,7 +126,7 @@ const char* dtype_name(DType dtype) {
   return "unknown";
 }
 
-CudaArray cuda_array(const char* name, py::handle object, bool dense) {
+CudaArray cuda_array(const char* name, py::handle object, bool dense, bool wide) {
   const py::dict interface = interface_of(name, object);
   const auto version = cast<int>(name, "version", entry(name, interface, "version"));
   if (version < 2) {
@@ -137,7 +138,7 @@ CudaArray cuda_array(const char* name, py::handle object, bool dense) {
   CudaArray array;
   array.name = name;
   array.dtype =
-      dtype_of(name, cast<std::string>(name, "typestr", entry(name, interface, "typestr")));
+      dtype_of(name, cast<std::string>(name, "typestr", entry(name, interface, "typestr")), wide);
   array.shape = cast<Shape>(name, "shape", entry(name, interface, "shape"));
   const auto data = cast<std::pair<uintptr_t, bool>>(name, "data", entry(name, interface, "data"));
   array.data = reinterpret_cast<void*>(data.first);

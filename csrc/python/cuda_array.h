@@ -30,7 +30,8 @@ bool overlap(const CudaArray& a, const CudaArray& b);
 const char* dtype_name(DType dtype);
 
 // The array that `object` describes. Its last dimension must be contiguous, and so must all of it
-// where `dense`. bfloat16 comes as "<V2" (PyTorch, ml_dtypes) or as the bits in "<u2".
-CudaArray cuda_array(const char* name, pybind11::handle object, bool dense);
+// where `dense`. bfloat16 comes as "<V2" (PyTorch, ml_dtypes) or as the bits in "<u2"; float64 is
+// refused unless `wide`.
+CudaArray cuda_array(const char* name, pybind11::handle object, bool dense, bool wide = false);
 
 }  // namespace dwattn::python

@@ -67,9 +67,9 @@ void order(cudaStream_t earlier, cudaStream_t later) {
 }  // namespace
 
 void launch(const Launch& work) {
-  const CudaArray& written = work.arrays.back();
   const DeviceScope scope(device_of(work.arrays));
-  const cudaStream_t stream = stream_of(work.stream.value_or(written.stream.value_or(0)));
+  const cudaStream_t stream =
+      stream_of(work.stream.value_or(work.arrays.back().stream.value_or(0)));
   for (const CudaArray& array : work.arrays) {
     if (array.stream.has_value()) order(stream_of(*array.stream), stream);
   }
@@ -90,7 +90,9 @@ void launch(const Launch& work) {
   if (status != Status::kOk) {
     throw std::runtime_error(std::string("The CUDA kernel failed: ") + status_text(status) + ".");
   }
-  if (written.stream.has_value()) order(stream, stream_of(*written.stream));
+  for (size_t i = work.arrays.size() - work.written; i < work.arrays.size(); ++i) {
+    if (work.arrays[i].stream.has_value()) order(stream, stream_of(*work.arrays[i].stream));
+  }
 }
 
 }  // namespace dwattn::python

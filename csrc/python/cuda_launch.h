@@ -19,16 +19,17 @@ struct RowCopy {
 };
 
 struct Launch {
-  std::vector<CudaArray> arrays;    // everything that is read or written; the last one is written
+  std::vector<CudaArray> arrays;    // everything that is read or written
+  size_t written = 1;               // how many of them are written, the last ones
   std::optional<uintptr_t> stream;  // of the caller; 0 is the legacy default stream
   RowCopy copy;
   int64_t workspace_bytes = 0;
   std::function<Status(void* workspace, CUstream_st* stream)> kernel;
 };
 
-// Queues the work and returns. It runs on the caller's stream, else on that of the written array,
-// else on the legacy default stream, after what the owners' streams hold now; the written array's
-// owner continues after it. The workspace comes from the stream's memory pool and goes back to it
+// Queues the work and returns. It runs on the caller's stream, else on that of the last array, else
+// on the legacy default stream, after what the owners' streams hold now; the owners of what is
+// written continue after it. The workspace comes from the stream's memory pool and goes back to it
 // in the order of the stream, so the host never waits.
 void launch(const Launch& work);
 

@@ -14,9 +14,6 @@ namespace py = pybind11;
 namespace dwattn::python {
 namespace {
 
-using OptionalObject = std::optional<py::object>;
-using OptionalStream = std::optional<uintptr_t>;
-
 // The arrays of one call, checked against each other while they are read.
 class Arguments {
  public:
@@ -89,7 +86,7 @@ void run(const Arguments& arguments, const Params& p, const OptionalStream& stre
 #ifdef DWATTN_WITH_CUDA
   if (arguments.all().back().numel() == 0) return;
   const py::gil_scoped_release unlocked;
-  launch({arguments.all(), stream, copy, workspace(p),
+  launch({arguments.all(), 1, stream, copy, workspace(p),
           [&p](void* memory, cuda::Stream s) { return kernel(p, memory, s); }});
 #else
   static_cast<void>(arguments), static_cast<void>(p), static_cast<void>(stream);
@@ -124,34 +121,54 @@ void dw_aggregate(const py::object& v, const py::object& kernel, int64_t height,
   run<&cuda::dw_aggregate_workspace, &cuda::dw_aggregate>(arguments, p, stream);
 }
 
-void dw_attention(const py::object& x, const py::object& wv, const OptionalObject& bv,
-                  const py::object& kernel, int64_t height, int64_t width, int64_t num_prefix,
-                  const OptionalObject& kappa, const OptionalObject& mu, const OptionalObject& beta,
-                  const py::object& out, const OptionalStream& stream) {
-  const Sizes sizes{height, width, num_prefix};
-  Arguments arguments("x", x, sizes);
+// The objects that describe values and their aggregation, beside x and wv.
+struct ValueObjects {
+  const OptionalObject& bv;
+  const py::object& kernel;
+  const OptionalObject &kappa, &mu, &beta;
+  bool tf32;
+};
+
+// What DwAttentionParams and DwLayerParams have in common.
+template <class Params>
+Params values_params(Arguments& arguments, const CudaArray& wv, const ValueObjects& given,
+                     const Sizes& sizes) {
   const CudaArray& tokens = arguments.tokens();
-  const CudaArray weight = arguments.weight("wv", wv, "C", arguments.dim());
-  const int64_t channels = weight.shape[0];
-  cuda::DwAttentionParams p{};
+  const int64_t channels = wv.shape[0];
+  Params p{};
   p.dtype = tokens.dtype;
+  p.tf32 = given.tf32;
   p.x = tokens.data;
   p.x_stride_batch = tokens.strides[0];
   p.x_stride_token = tokens.strides[1];
-  p.wv = weight.data;
-  p.wv_stride = p.dim = arguments.dim();
-  p.bv = arguments.floats("bv", bv, {channels});
-  p.kernel = arguments.floats("kernel", kernel, {channels, 3, 3});
-  p.kappa = arguments.floats("kappa", kappa, {num_prefix, channels});
-  p.mu = arguments.floats("mu", mu, {channels});
-  p.beta = arguments.floats("beta", beta, {channels});
+  p.wv = wv.data;
+  p.bv = arguments.floats("bv", given.bv, {channels});
+  p.kernel = arguments.floats("kernel", given.kernel, {channels, 3, 3});
+  p.kappa = arguments.floats("kappa", given.kappa, {sizes.num_prefix, channels});
+  p.mu = arguments.floats("mu", given.mu, {channels});
+  p.beta = arguments.floats("beta", given.beta, {channels});
   p.batch = arguments.batch();
-  p.height = height;
-  p.width = width;
-  p.num_prefix = num_prefix;
-  p.channels = p.y_stride_token = channels;
-  p.y_stride_batch = sizes.patches() * channels;
-  p.y = arguments.output(out, {p.batch, sizes.patches(), channels}).data;
+  p.height = sizes.height;
+  p.width = sizes.width;
+  p.num_prefix = sizes.num_prefix;
+  p.dim = arguments.dim();
+  p.channels = channels;
+  return p;
+}
+
+void dw_attention(const py::object& x, const py::object& wv, const OptionalObject& bv,
+                  const py::object& kernel, int64_t height, int64_t width, int64_t num_prefix,
+                  const OptionalObject& kappa, const OptionalObject& mu, const OptionalObject& beta,
+                  const py::object& out, const OptionalStream& stream, bool tf32) {
+  const Sizes sizes{height, width, num_prefix};
+  Arguments arguments("x", x, sizes);
+  const CudaArray weight = arguments.weight("wv", wv, "C", arguments.dim());
+  auto p = values_params<cuda::DwAttentionParams>(arguments, weight,
+                                                  {bv, kernel, kappa, mu, beta, tf32}, sizes);
+  p.wv_stride = p.dim;
+  p.y_stride_token = p.channels;
+  p.y_stride_batch = sizes.patches() * p.channels;
+  p.y = arguments.output(out, {p.batch, sizes.patches(), p.channels}).data;
   run<&cuda::dw_attention_workspace, &cuda::dw_attention>(arguments, p, stream);
 }
 
@@ -162,47 +179,30 @@ void dw_layer(const py::object& x, const py::object& wv, const OptionalObject& b
               const py::object& kernel, const py::object& wo, const OptionalObject& bo,
               int64_t height, int64_t width, int64_t num_prefix, const OptionalObject& kappa,
               const OptionalObject& mu, const OptionalObject& beta,
-              const OptionalObject& prefix_out, const py::object& out,
-              const OptionalStream& stream) {
+              const OptionalObject& prefix_out, const py::object& out, const OptionalStream& stream,
+              bool tf32) {
   const Sizes sizes{height, width, num_prefix};
   Arguments arguments("x", x, sizes);
-  const CudaArray& tokens = arguments.tokens();
   const CudaArray weight = arguments.weight("wv", wv, "C", arguments.dim());
-  const int64_t channels = weight.shape[0], batch = arguments.batch();
-  const CudaArray back = arguments.weight("wo", wo, "D_out", channels);
+  const CudaArray back = arguments.weight("wo", wo, "D_out", weight.shape[0]);
+  auto p = values_params<cuda::DwLayerParams>(arguments, weight,
+                                              {bv, kernel, kappa, mu, beta, tf32}, sizes);
   const int64_t dim_out = back.shape[0], prefix = prefix_out.has_value() ? num_prefix : 0;
-  const int64_t row_bytes = dim_out * dtype_size(tokens.dtype), rows = prefix + sizes.patches();
-  cuda::DwLayerParams p{};
-  p.dtype = tokens.dtype;
-  p.x = tokens.data;
-  p.x_stride_batch = tokens.strides[0];
-  p.x_stride_token = tokens.strides[1];
-  p.wv = weight.data;
-  p.bv = arguments.floats("bv", bv, {channels});
-  p.kernel = arguments.floats("kernel", kernel, {channels, 3, 3});
-  p.kappa = arguments.floats("kappa", kappa, {num_prefix, channels});
-  p.mu = arguments.floats("mu", mu, {channels});
-  p.beta = arguments.floats("beta", beta, {channels});
+  const int64_t row_bytes = dim_out * dtype_size(p.dtype), rows = prefix + sizes.patches();
   p.wo = back.data;
   p.bo = arguments.floats("bo", bo, {dim_out});
   p.prefix = cuda::PrefixRows::kNone;
-  p.batch = batch;
-  p.height = height;
-  p.width = width;
-  p.num_prefix = num_prefix;
-  p.dim = arguments.dim();
-  p.channels = channels;
   p.dim_out = p.out_stride_token = dim_out;
   p.out_stride_batch = rows * dim_out;
-  p.narrow = channels <= kNarrow;
+  p.narrow = p.channels <= kNarrow;
   RowCopy copy;
   if (prefix > 0) {
-    copy.from = arguments.rows("prefix_out", *prefix_out, {batch, prefix, dim_out}).data;
+    copy.from = arguments.rows("prefix_out", *prefix_out, {p.batch, prefix, dim_out}).data;
     copy.to_pitch = rows * row_bytes;
     copy.from_pitch = copy.bytes = prefix * row_bytes;
-    copy.count = batch;
+    copy.count = p.batch;
   }
-  copy.to = arguments.output(out, {batch, rows, dim_out}).data;
+  copy.to = arguments.output(out, {p.batch, rows, dim_out}).data;
   p.out = static_cast<char*>(copy.to) + prefix * row_bytes;
   run<&cuda::dw_layer_workspace, &cuda::dw_layer>(arguments, p, stream, copy);
 }
@@ -227,16 +227,18 @@ void bind_cuda_ops(py::module_& parent) {
   module.def("dw_attention", &dw_attention, arg("x"), arg("wv"), arg("bv"), arg("kernel"),
              arg("height"), arg("width"), arg("num_prefix") = 0, arg("kappa") = py::none(),
              arg("mu") = py::none(), arg("beta") = py::none(), py::kw_only(), arg("out"),
-             arg("stream") = py::none(),
-             "Value projection x wv^T + bv, then dw_aggregate: x (B, N, D) -> out (B, H*W, C).");
+             arg("stream") = py::none(), arg("tf32") = false,
+             "Value projection x wv^T + bv, then dw_aggregate: x (B, N, D) -> out (B, H*W, C).\n\n"
+             "With tf32 the products of float32 arrays are taken in TF32.");
   module.def(
       "dw_layer", &dw_layer, arg("x"), arg("wv"), arg("bv"), arg("kernel"), arg("wo"), arg("bo"),
       arg("height"), arg("width"), arg("num_prefix") = 0, arg("kappa") = py::none(),
       arg("mu") = py::none(), arg("beta") = py::none(), arg("prefix_out") = py::none(),
-      py::kw_only(), arg("out"), arg("stream") = py::none(),
+      py::kw_only(), arg("out"), arg("stream") = py::none(), arg("tf32") = false,
       "dw_attention, then wo and bo: x (B, N, D) -> out (B, H*W, D_out), behind prefix_out\n"
       "(B, P, D_out) where it is given. Inner widths C up to 512 take one fused kernel: this\n"
       "is lowrank_dw and ens_dw too.");
+  bind_cuda_variance(module);
 }
 
 }  // namespace dwattn::python

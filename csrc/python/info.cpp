@@ -66,5 +66,6 @@ PYBIND11_MODULE(_native, module) {
              "What this CPU can do, which instruction set the kernels use, and the dtype in which "
              "products of 16-bit tensors are computed.");
   dwattn::python::bind_numpy_ops(module);
+  dwattn::python::bind_numpy_variance(module);
   dwattn::python::bind_cuda_ops(module);
 }

@@ -7,5 +7,6 @@
 namespace dwattn::python {
 
 void bind_numpy_ops(pybind11::module_& module);
+void bind_numpy_variance(pybind11::module_& module);
 
 }  // namespace dwattn::python

@@ -27,6 +27,15 @@ inline void check_dtype(const char* name, const Tensor& t) {
                "choose another backend with DWATTN_BACKEND=torch.");
 }
 
+// Whether products of such tensors are taken in TF32: PyTorch's setting as it is now.
+inline bool allow_tf32(const Tensor& t) {
+  if (t.scalar_type() != ScalarType::Float) return false;
+  StableIValue answer{};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("dwattn::_allow_tf32", "", &answer, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<bool>(answer);
+}
+
 inline void check_status(Status status) {
   DWATTN_CHECK(status == Status::kOk, "The CUDA kernel failed: ", status_text(status), ".");
 }

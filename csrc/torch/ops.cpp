@@ -25,4 +25,17 @@ STABLE_TORCH_LIBRARY(dwattn, m) {
   m.def(
       "attention_variance_(Tensor q, Tensor k, Tensor(a!) mean, Tensor(b!) m2, "
       "Tensor(c!)? prefix_mean, int seen, Tensor? v, int num_prefix, float scale) -> Tensor");
+  // Whether products of fp32 tensors on a GPU may be taken in TF32. The stable ABI cannot read
+  // PyTorch's setting, so the kernels ask Python through the dispatcher at each call (library.py);
+  // where there is no Python the answer is no.
+  m.def("_allow_tf32() -> bool");
+}
+
+namespace {
+bool allow_tf32_without_python() { return false; }
+}  // namespace
+
+// Python's answer is registered as CompositeExplicitAutograd, which comes first.
+STABLE_TORCH_LIBRARY_IMPL(dwattn, CompositeImplicitAutograd, m) {
+  m.impl("_allow_tf32", TORCH_BOX(&allow_tf32_without_python));
 }

@@ -45,35 +45,39 @@ Tensor dw_aggregate_cuda(const Tensor& v, const Tensor& kernel, const OptionalTe
 // Arguments of the value projection and aggregation, in the layout that the kernels read. Holds
 // what the pointers point to.
 struct Values {
-  Values(const Tensor& x, const Tensor& wv, const OptionalTensor& bv, const Coefficients& given,
-         const Geometry& g)
+  Values(const Tensor& x, const Tensor& wv, const OptionalTensor& bv, const Coefficients& given)
       : tokens(dense_rows(x)),
         weight(dense_rows(wv)),
         bias(dense(bv, ScalarType::Float)),
-        coefficients(given.prepared(ScalarType::Float)) {
-    p.dtype = kernel_dtype(x.scalar_type());
+        coefficients(given.prepared(ScalarType::Float)) {}
+
+  // What DwAttentionParams and DwLayerParams have in common.
+  template <class Params>
+  Params params(const Geometry& g) const {
+    Params p{};
+    p.dtype = kernel_dtype(tokens.scalar_type());
+    p.tf32 = allow_tf32(tokens);
     p.x = tokens.const_data_ptr();
     p.x_stride_batch = tokens.stride(0);
     p.x_stride_token = tokens.stride(1);
     p.wv = weight.const_data_ptr();
-    p.wv_stride = weight.stride(0);
     p.bv = floats(bias);
     p.kernel = static_cast<const float*>(coefficients.kernel.const_data_ptr());
     p.kappa = floats(coefficients.kappa);
     p.mu = floats(coefficients.mu);
     p.beta = floats(coefficients.beta);
-    p.batch = x.size(0);
+    p.batch = tokens.size(0);
     p.height = g.height;
     p.width = g.width;
     p.num_prefix = g.num_prefix;
-    p.dim = x.size(2);
-    p.channels = wv.size(0);
+    p.dim = tokens.size(2);
+    p.channels = weight.size(0);
+    return p;
   }
 
   const Tensor tokens, weight;
   const OptionalTensor bias;
   const Coefficients coefficients;
-  cuda::DwAttentionParams p{};
 };
 
 Tensor dw_attention_cuda(const Tensor& x, const Tensor& wv, const OptionalTensor& bv,
@@ -89,48 +93,33 @@ Tensor dw_attention_cuda(const Tensor& x, const Tensor& wv, const OptionalTensor
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor y = torch::stable::new_empty(x, {x.size(0), height * width, wv.size(0)});
   if (y.numel() == 0) return y;
-  Values values(x, wv, bv, given, geometry);
-  values.p.y = y.mutable_data_ptr();
-  values.p.y_stride_batch = y.stride(0);
-  values.p.y_stride_token = y.stride(1);
-  const Tensor workspace = scratch(x, cuda::dw_attention_workspace(values.p));
-  check_status(cuda::dw_attention(values.p, workspace.mutable_data_ptr(), current_stream(x)));
+  const Values values(x, wv, bv, given);
+  auto p = values.params<cuda::DwAttentionParams>(geometry);
+  p.wv_stride = values.weight.stride(0);
+  p.y = y.mutable_data_ptr();
+  p.y_stride_batch = y.stride(0);
+  p.y_stride_token = y.stride(1);
+  const Tensor workspace = scratch(x, cuda::dw_attention_workspace(p));
+  check_status(cuda::dw_attention(p, workspace.mutable_data_ptr(), current_stream(x)));
   return y;
 }
 
 // The patch rows `out (B, H*W, D_out)` of a narrow layer.
-void narrow_layer(const Tensor& x, const Values& values, const Tensor& wo, const OptionalTensor& bo,
-                  const Tensor& out) {
-  const cuda::DwAttentionParams& v = values.p;
-  const Tensor weight = dense(values.weight, x.scalar_type()), back = dense(wo, x.scalar_type());
+void narrow_layer(const Values& values, const Geometry& geometry, const Tensor& wo,
+                  const OptionalTensor& bo, const Tensor& out) {
+  const Tensor back = dense(wo, out.scalar_type());
   const OptionalTensor back_bias = dense(bo, ScalarType::Float);
-  cuda::DwLayerParams p{};
-  p.dtype = v.dtype;
-  p.x = v.x;
-  p.x_stride_batch = v.x_stride_batch;
-  p.x_stride_token = v.x_stride_token;
+  auto p = values.params<cuda::DwLayerParams>(geometry);
   p.out = out.mutable_data_ptr();
   p.out_stride_batch = out.stride(0);
   p.out_stride_token = out.stride(1);
-  p.wv = weight.const_data_ptr();
-  p.bv = v.bv;
-  p.kernel = v.kernel;
-  p.kappa = v.kappa;
-  p.mu = v.mu;
-  p.beta = v.beta;
   p.wo = back.const_data_ptr();
   p.bo = floats(back_bias);
   p.prefix = cuda::PrefixRows::kNone;
-  p.batch = v.batch;
-  p.height = v.height;
-  p.width = v.width;
-  p.num_prefix = v.num_prefix;
-  p.dim = v.dim;
-  p.channels = v.channels;
   p.dim_out = wo.size(0);
   p.narrow = true;
-  const Tensor workspace = scratch(x, cuda::dw_layer_workspace(p));
-  check_status(cuda::dw_layer(p, workspace.mutable_data_ptr(), current_stream(x)));
+  const Tensor workspace = scratch(out, cuda::dw_layer_workspace(p));
+  check_status(cuda::dw_layer(p, workspace.mutable_data_ptr(), current_stream(out)));
 }
 
 // Up to this inner width the layer is one kernel; wider ones are two products, which are then the
@@ -160,7 +149,8 @@ Tensor dw_layer_cuda(const Tensor& x, const Tensor& wv, const OptionalTensor& bv
     torch::stable::copy_(head, *prefix_out);
   }
   if (wv.size(0) <= kNarrow) {
-    narrow_layer(x, Values(x, wv, bv, given, geometry), wo, bo, patches);
+    // The rows of its weights are contiguous.
+    narrow_layer(Values(x, dense(wv, x.scalar_type()), bv, given), geometry, wo, bo, patches);
     return out;
   }
   const Tensor y = dw_attention_cuda(x, wv, bv, kernel, kappa, mu, beta, height, width, num_prefix);

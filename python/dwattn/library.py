@@ -179,6 +179,15 @@ def attention_variance_(
     return None if v is None else out
 
 
+def allow_tf32() -> bool:
+    """Whether PyTorch takes products of fp32 CUDA tensors in TF32; then the CUDA kernels do so too.
+
+    ``torch.backends.cuda.matmul.allow_tf32`` and ``torch.set_float32_matmul_precision`` set it as
+    well, but only this one can always be read.
+    """
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 def _fake_aggregate(
     v: Tensor,
     kernel: Tensor,
@@ -335,6 +344,7 @@ def _register() -> str:
             ("attention_variance_", _fake_variance),
         ):
             torch.library.register_fake(f"dwattn::{name}", fake)
+        torch.library.impl("dwattn::_allow_tf32", "default", allow_tf32)
         gradients.register()
     except RuntimeError as error:
         return f"The compiled operators do not fit this version of dwattn ({error}). {_BUILD_HINT}"

@@ -35,7 +35,7 @@ class Definition {
           float single = 0;
           for (int64_t d = 0; d < c.dim; ++d) {
             sum += x(b, t, d) * wv(0, k, d);
-            single += static_cast<float>(x(b, t, d)) * static_cast<float>(wv(0, k, d));
+            single += multiplied<T>(x(b, t, d)) * multiplied<T>(wv(0, k, d));
           }
           v(b, t, k) = plain ? rounded<T>(single + static_cast<float>(bias)) : sum + bias;
         }
@@ -103,6 +103,7 @@ void check(const Case& c, const Run& run) {
 
   DwAttentionParams p{};
   p.dtype = kType<T>;
+  p.tf32 = kTf32<T>;
   p.x = x.data();
   p.x_stride_batch = x.stride_batch;
   p.x_stride_token = x.stride_token;
@@ -143,6 +144,7 @@ void check(const Case& c, const Run& run) {
     }
   }
   expect_accurate<T>(of_kernel, of_plain, what);
+  expect_tf32<T>(of_kernel, of_plain, what);
   expect(y.gaps_untouched(), what + ": wrote between the rows of y");
 }
 

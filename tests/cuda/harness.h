@@ -27,6 +27,8 @@ inline void expect(bool condition, const std::string& sentence) {
 template <class T>
 inline const char* const kTypeName = "float32";
 template <>
+inline const char* const kTypeName<dwattn::cuda::Tf32> = "tf32";
+template <>
 inline const char* const kTypeName<__half> = "float16";
 template <>
 inline const char* const kTypeName<__nv_bfloat16> = "bfloat16";
@@ -37,6 +39,10 @@ template <>
 inline constexpr dwattn::DType kType<__half> = dwattn::DType::kFloat16;
 template <>
 inline constexpr dwattn::DType kType<__nv_bfloat16> = dwattn::DType::kBFloat16;
+
+// fp32 tensors whose products the kernel takes in TF32.
+template <class T>
+inline constexpr bool kTf32 = std::is_same<T, dwattn::cuda::Tf32>::value;
 
 inline std::mt19937& generator() {
   static std::mt19937 random(20240229);
@@ -53,6 +59,18 @@ inline std::vector<float> normal(int64_t count, float scale = 1.0f) {
 template <class T>
 float rounded(float v) {
   return to_float(from_float<T>(v));
+}
+
+// What a product of elements of type T is taken of.
+template <class T>
+float multiplied(double element) {
+  float v = static_cast<float>(element);
+  if (!kTf32<T>) return v;
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  bits = simt::round_tf32(bits);
+  std::memcpy(&v, &bits, 4);
+  return v;
 }
 
 // Layout of a (batch, tokens, channels) tensor: distance of the rows and what lies before them.
@@ -147,11 +165,19 @@ struct Deviation {
 template <class T>
 void expect_accurate(const Deviation& kernel, const Deviation& plain, const std::string& what) {
   constexpr bool kHalf = std::is_same<T, __half>::value;
-  constexpr double kRoom = sizeof(T) == 4 ? 0x1p-21 : kHalf ? 0x1p-12 : 0x1p-9;
+  constexpr double kRoom = kTf32<T> || kHalf ? 0x1p-12 : sizeof(T) == 4 ? 0x1p-21 : 0x1p-9;
   const double allowed = 2 * plain.largest + kRoom * plain.scale;
   char numbers[80];
   std::snprintf(numbers, sizeof numbers, ": error %.3g, allowed %.3g", kernel.largest, allowed);
   expect(kernel.largest <= allowed, what + numbers);
+}
+
+// That products are taken in TF32 where they should be: the plain computation of a few numbers may
+// be lucky, but where it is not, neither is the kernel.
+template <class T>
+void expect_tf32(const Deviation& kernel, const Deviation& plain, const std::string& what) {
+  if (!kTf32<T> || plain.largest < 0x1p-14 * plain.scale) return;
+  expect(kernel.largest > 0x1p-18 * kernel.scale, what + ": more accurate than TF32 can be");
 }
 
 // Runs `test` under every schedule until one fails; the exit status of the program.

@@ -35,10 +35,18 @@ class LayerDefinition {
     }
   }
 
+  static Sum factor(Sum v) {
+    if constexpr (kPlain) {
+      return multiplied<T>(v);
+    } else {
+      return v;
+    }
+  }
+
   static Sum dot(const std::vector<Sum>& row, const T* weight, const float* bias, int64_t channel) {
     Sum sum = bias != nullptr ? bias[channel] : 0;
     const T* const w = weight + channel * static_cast<int64_t>(row.size());
-    for (size_t k = 0; k < row.size(); ++k) sum += row[k] * static_cast<Sum>(to_float(w[k]));
+    for (size_t k = 0; k < row.size(); ++k) sum += factor(row[k]) * factor(to_float(w[k]));
     return sum;
   }
 

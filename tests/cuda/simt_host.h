@@ -94,6 +94,15 @@ inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
   std::memcpy(r, slot.out, 16);
 }
 
+// As cvt.rna.tf32.f32: what is neither infinite nor NaN to the nearest, halves away from zero.
+constexpr uint32_t kBelowTf32 = 0x1fff;
+inline uint32_t round_tf32(uint32_t bits) {
+  constexpr uint32_t kInfinity = 0x7f800000, kQuiet = 0x400000;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > kInfinity) return (bits | kQuiet) & ~kBelowTf32;
+  return magnitude == kInfinity ? bits : (bits + 0x1000) & ~kBelowTf32;
+}
+
 template <class T>
 float element(const uint64_t* words, int word, int half) {
   uint16_t bits;
@@ -101,6 +110,21 @@ float element(const uint64_t* words, int word, int half) {
   T value;
   std::memcpy(&value, &bits, 2);
   return static_cast<float>(value);
+}
+
+// Adds a (16 x kDepth) b (kDepth x 8) to the fragments of c (16x8) of the 32 lanes.
+template <int kDepth>
+void add_products(Warp::Slot* slots, const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
+  float c[16][8] = {};
+  for (int i = 0; i < 16; ++i) {
+    for (int k = 0; k < kDepth; ++k) {
+      for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
+    }
+  }
+  for (int l = 0; l < kLanes; ++l) {
+    const int g = l / 4, t = l % 4 * 2;
+    for (int e = 0; e < 4; ++e) slots[l].c[e] += c[g + e / 2 * 8][t + e % 2];
+  }
 }
 
 // c (16x8) += a (16x16) b (16x8) on the fragments of the 32 lanes.
@@ -120,26 +144,51 @@ void multiply_fragments(Warp::Slot* slots) {
       }
     }
   }
-  float c[16][8] = {};
-  for (int i = 0; i < 16; ++i) {
-    for (int k = 0; k < 16; ++k) {
-      for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
-    }
-  }
-  for (int l = 0; l < kLanes; ++l) {
-    const int g = l / 4, t = l % 4 * 2;
-    for (int e = 0; e < 4; ++e) slots[l].c[e] += c[g + e / 2 * 8][t + e % 2];
-  }
+  add_products(slots, a, b);
 }
 
-template <class T>
-void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// The GPU ignores the bits below TF32, so operands that were not rounded would be cut off.
+inline float tf32_element(const uint64_t* words, int word) {
+  uint32_t bits;
+  std::memcpy(&bits, reinterpret_cast<const char*>(words) + word * 4, 4);
+  if (bits & kBelowTf32) die("mma: an operand is not rounded to TF32");
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// c (16x8) += a (16x8) b (8x8) in TF32.
+inline void multiply_tf32_fragments(Warp::Slot* slots) {
+  float a[16][8], b[8][8];
+  for (int l = 0; l < kLanes; ++l) {
+    const int g = l / 4, t = l % 4;
+    for (int word = 0; word < 4; ++word) {
+      a[g + word % 2 * 8][t + word / 2 * 4] = tf32_element(slots[l].in, word);
+    }
+    for (int word = 0; word < 2; ++word) {
+      b[t + word * 4][g] = tf32_element(slots[l].in, 4 + word);
+    }
+  }
+  add_products(slots, a, b);
+}
+
+inline void multiply(void (*fragments)(Warp::Slot*), float (&c)[4], const uint32_t (&a)[4],
+                     const uint32_t (&b)[2]) {
   Warp::Slot& slot = own_slot();
   std::memcpy(slot.in, a, 16);
   std::memcpy(slot.in + 2, b, 8);
   std::memcpy(slot.c, c, 16);
-  together(Collective::kMultiply, multiply_fragments<T>);
+  together(Collective::kMultiply, fragments);
   std::memcpy(c, slot.c, 16);
+}
+
+template <class T>
+void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply(multiply_fragments<T>, c, a, b);
+}
+
+inline void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply(multiply_tf32_fragments, c, a, b);
 }
 
 }  // namespace simt

@@ -57,7 +57,9 @@ int main() {
       check<float>(c, run);
       check<__half>(c, run);
       // The same code as for fp16 but for the conversions: one schedule is enough.
-      if (simt::machine.order == simt::Order::kForward) check<__nv_bfloat16>(c, run);
+      if (simt::machine.order != simt::Order::kForward) continue;
+      check<__nv_bfloat16>(c, run);
+      check<dwattn::cuda::Tf32>(c, run);
     }
   });
 }

@@ -107,6 +107,7 @@ struct Layer {
       return c.options & option ? values.data() : nullptr;
     };
     p.dtype = kType<T>;
+    p.tf32 = kTf32<T>;
     p.x = x.data();
     p.x_stride_batch = x.stride_batch;
     p.x_stride_token = x.stride_token;
@@ -196,6 +197,7 @@ void check(const Case& c) {
   }
   expect_accurate<T>(of_kernel[0], of_plain[0], what + " prefix rows");
   expect_accurate<T>(of_kernel[1], of_plain[1], what + " patches");
+  expect_tf32<T>(of_kernel[1], of_plain[1], what + " patches");
   expect(layer.out.gaps_untouched(), what + ": wrote between the rows of out");
 }
 
@@ -309,9 +311,11 @@ int main() {
   return run_schedules([] {
     for (const Case& c : kCases) {
       check<__half>(c);
-      // The same code as for fp16 but for the conversions: one schedule is enough.
-      if (simt::machine.order == simt::Order::kForward) check<__nv_bfloat16>(c);
       check<float>(c);
+      // The same code as for fp16 but for the conversions: one schedule is enough.
+      if (simt::machine.order != simt::Order::kForward) continue;
+      check<__nv_bfloat16>(c);
+      check<dwattn::cuda::Tf32>(c);
     }
     check_in_place();
   });

@@ -3,31 +3,38 @@
 #include <cstring>
 
 #include "harness.h"
+#include "kernels/cuda/fragments.cuh"
 
 namespace {
 
 using namespace dwattn::cuda;
 using harness::expect;
 
-// c (16x8) = a (16x16) b (16x8), with b given as its transpose, loaded like the kernels do.
+// Elements in 16 bytes.
+template <class T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
+// c (16x8) = a (16xK) b (Kx8), with b given as its transpose, loaded like the kernels do; K is the
+// depth of a step.
 template <class T>
 __global__ void multiply_kernel(const T* a, const T* bt, float* c) {
+  constexpr int kDepth = 2 * kVector<T>, kStride = 3 * kVector<T>;
   DYN_SHARED(T, shared);
   for (int i = threadIdx.x; i < 24 * 2; i += kWarp) {
-    const int row = i / 2, column = i % 2 * 8;
-    const T* const from = row < 16 ? a + row * 16 : bt + (row - 16) * 16;
-    cp_async16(shared + row * 24 + column, from + column, true);
+    const int row = i / 2, column = i % 2 * kVector<T>;
+    const T* const from = row < 16 ? a + row * kDepth : bt + (row - 16) * kDepth;
+    cp_async16(shared + row * kStride + column, from + column, true);
   }
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
   const int lane = threadIdx.x;
   uint32_t fa[4], fb[4];
-  ldmatrix_x4(fa, shared + lane % 16 * 24 + lane / 16 * 8);
-  ldmatrix_x4(fb, shared + (16 + lane % 8) * 24 + lane / 8 % 2 * 8);
+  load_fragments<T>(fa, shared + lane % 16 * kStride + lane / 16 * kVector<T>);
+  load_fragments<T>(fb, shared + (16 + lane % 8) * kStride + lane / 8 % 2 * kVector<T>);
   const uint32_t pair[2] = {fb[0], fb[1]};
   float sum[4] = {};
-  mma_16816<T>(sum, fa, pair);
+  multiply_step<T>(sum, fa, pair);
   for (int e = 0; e < 4; ++e) {
     c[(lane / 4 + e / 2 * 8) * 8 + lane % 4 * 2 + e % 2] = sum[e];
   }
@@ -35,17 +42,33 @@ __global__ void multiply_kernel(const T* a, const T* bt, float* c) {
 
 template <class T>
 void check_product() {
-  const auto a = harness::Tensor<T>::random(1, 16, 16), bt = harness::Tensor<T>::random(1, 8, 16);
+  constexpr int kDepth = 2 * kVector<T>;
+  const auto a = harness::Tensor<T>::random(1, 16, kDepth),
+             bt = harness::Tensor<T>::random(1, 8, kDepth);
   std::vector<float> c(16 * 8);
-  launch(multiply_kernel<T>, dim3(1), dim3(kWarp), 24 * 24 * sizeof(T), nullptr, a.data(),
-         bt.data(), c.data());
+  launch(multiply_kernel<T>, dim3(1), dim3(kWarp), 24 * 3 * kVector<T> * sizeof(T), nullptr,
+         a.data(), bt.data(), c.data());
   for (int i = 0; i < 16; ++i) {
     for (int j = 0; j < 8; ++j) {
       double sum = 0;
-      for (int k = 0; k < 16; ++k) sum += a(0, i, k) * bt(0, j, k);
+      for (int k = 0; k < kDepth; ++k) {
+        sum += harness::multiplied<T>(a(0, i, k)) * harness::multiplied<T>(bt(0, j, k));
+      }
       expect(std::fabs(sum - c[i * 8 + j]) < 1e-5, "a product of fragments");
     }
   }
+}
+
+void check_rounding() {
+  const float infinity = std::numeric_limits<float>::infinity();
+  const float pairs[][2] = {{1 + 0x1p-11f, 1 + 0x1p-10f},   {1 + 0x1p-11f - 0x1p-23f, 1},
+                            {-1 - 0x1p-11f, -1 - 0x1p-10f}, {0x1.ffcp3f, 0x1.ffcp3f},
+                            {0x1.fffp3f, 0x1p4f},           {0, 0},
+                            {0x1.fffffep127f, infinity},    {infinity, infinity}};
+  for (const auto& pair : pairs) {
+    expect(harness::multiplied<Tf32>(pair[0]) == pair[1], "a number rounded to TF32");
+  }
+  expect(std::isnan(harness::multiplied<Tf32>(std::nan(""))), "NaN rounded to TF32");
 }
 
 __global__ void collectives_kernel(float* out) {
@@ -78,10 +101,12 @@ enum Rule {
   kHalfAWarp,
   kMixed,
   kUnwaited,
-  kMisaligned
+  kMisaligned,
+  kUnrounded
 };
-const char* const kRules[] = {"divergent-barrier", "two-barriers",  "early-exit",     "half-a-warp",
-                              "mixed-collectives", "unwaited-copy", "misaligned-copy"};
+const char* const kRules[] = {"divergent-barrier", "two-barriers",      "early-exit",
+                              "half-a-warp",       "mixed-collectives", "unwaited-copy",
+                              "misaligned-copy",   "unrounded-tf32"};
 
 __global__ void broken_kernel(int rule, const __half* from) {
   DYN_SHARED(__half, shared);
@@ -111,11 +136,16 @@ __global__ void broken_kernel(int rule, const __half* from) {
     cp_async_commit();
   }
   if (rule == kMisaligned) cp_async16(shared + thread * 8 + 4, from, true);
+  if (rule == kUnrounded) {
+    float sum[4] = {};
+    const uint32_t third = 0x3eaaaaab, a[4] = {third, third, third, third}, b[2] = {third, third};
+    mma_1688_tf32(sum, a, b);
+  }
 }
 
 void break_rule(const char* name) {
   std::vector<__half> from(8);
-  for (int rule = 0; rule <= kMisaligned; ++rule) {
+  for (int rule = 0; rule <= kUnrounded; ++rule) {
     if (std::strcmp(name, kRules[rule]) == 0) {
       launch(broken_kernel, dim3(1), dim3(64), 64 * 16 + 16, nullptr, rule, from.data());
     }
@@ -132,6 +162,8 @@ int main(int count, char** arguments) {
   return harness::run_schedules([] {
     check_product<__half>();
     check_product<__nv_bfloat16>();
+    check_product<Tf32>();
+    check_rounding();
     check_collectives();
   });
 }

@@ -42,6 +42,7 @@ void check(const Case& c) {
 
   LinearParams p{};
   p.dtype = kType<T>;
+  p.tf32 = kTf32<T>;
   p.y = y.data();
   p.y_stride_batch = y.stride_batch;
   p.y_stride_token = y.stride_token;
@@ -75,7 +76,7 @@ void check(const Case& c) {
         float single = static_cast<float>(sum);
         for (int64_t k = 0; k < c.dim; ++k) {
           sum += y(b, t, k) * weight(0, d, k);
-          single += static_cast<float>(y(b, t, k)) * static_cast<float>(weight(0, d, k));
+          single += multiplied<T>(y(b, t, k)) * multiplied<T>(weight(0, d, k));
         }
         const double factor = c.gamma ? gamma[d] : 1.0;
         const double base = c.residual ? residual(b, t, d) : 0.0;
@@ -85,6 +86,7 @@ void check(const Case& c) {
     }
   }
   expect_accurate<T>(of_kernel, of_plain, what);
+  expect_tf32<T>(of_kernel, of_plain, what);
   expect(out.gaps_untouched(), std::string(what) + ": wrote between the rows of out");
 }
 
@@ -112,7 +114,10 @@ int main() {
       check<float>(c);
       check<__half>(c);
       // The same code as for fp16 but for the conversions: one schedule is enough.
-      if (simt::machine.order == simt::Order::kForward) check<__nv_bfloat16>(c);
+      if (simt::machine.order != simt::Order::kForward) continue;
+      check<__nv_bfloat16>(c);
+      // A few rows are no products in TF32.
+      if (c.batch * c.rows > 16) check<dwattn::cuda::Tf32>(c);
     }
   });
 }

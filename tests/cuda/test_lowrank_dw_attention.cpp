@@ -74,6 +74,7 @@ class Layer {
   LowrankDwParams params() {
     LowrankDwParams p{};
     p.dtype = harness::kType<T>;
+    p.tf32 = harness::kTf32<T>;
     p.x = x_.data();
     p.x_stride_token = x_.stride_token;
     p.x_stride_batch = x_.stride_batch;
@@ -123,13 +124,15 @@ class Layer {
   }
 
  private:
+  static double multiplied(double v) { return harness::multiplied<T>(v); }
+
   std::vector<double> projected(int64_t image) {
     std::vector<double> u(c_.height * c_.width * c_.rank);
     for (int64_t m = 0; m < c_.height * c_.width; ++m) {
       for (int64_t k = 0; k < c_.rank; ++k) {
         double sum = c_.a_bias ? a_bias_[k] : 0.0;
         for (int64_t d = 0; d < c_.dim; ++d) {
-          sum += x_(image, c_.prefix + m, d) * a_(0, k, d);
+          sum += multiplied(x_(image, c_.prefix + m, d)) * multiplied(a_(0, k, d));
         }
         u[m * c_.rank + k] = harness::rounded<T>(static_cast<float>(sum));
       }
@@ -165,6 +168,7 @@ class Layer {
     constexpr double kUnit = sizeof(T) == 4                   ? 0x1p-24
                              : std::is_same<T, __half>::value ? 0x1p-11
                                                               : 0x1p-8;
+    constexpr double kInner = harness::kTf32<T> ? 0x1p-11 : kUnit;
     const std::vector<double> y = aggregated(image);
     double worst = 0;
     int64_t worst_patch = 0, worst_feature = 0;
@@ -172,7 +176,7 @@ class Layer {
       for (int64_t d = 0; d < c_.dim_out; ++d) {
         double sum = c_.b_bias ? b_bias_[d] : 0.0, largest = 0, magnitude = std::fabs(sum);
         for (int64_t k = 0; k < c_.rank; ++k) {
-          const double term = y[m * c_.rank + k] * b_(0, d, k);
+          const double term = multiplied(y[m * c_.rank + k]) * multiplied(b_(0, d, k));
           sum += term;
           largest = std::max(largest, std::fabs(term));
           magnitude += std::fabs(term);
@@ -181,7 +185,7 @@ class Layer {
         const double base = c_.residual ? residual_(image, c_.prefix + m, d) : 0.0;
         const double exact = base + gamma * sum;
         const double allowed = 1.01 * kUnit * std::fabs(exact) + 0x1p-20 * std::fabs(base) +
-                               std::fabs(gamma) * (8 * kUnit * largest + 0x1p-21 * magnitude) +
+                               std::fabs(gamma) * (8 * kInner * largest + 0x1p-21 * magnitude) +
                                1e-6;
         const double error = std::fabs(out_(image, c_.prefix + m, d) - exact) / allowed;
         if (!(error <= worst)) {
@@ -305,9 +309,11 @@ int main() {
   return harness::run_schedules([] {
     for (const Case& c : kCases) {
       run<__half>(c);
-      // bf16 takes the path of fp16: one schedule is enough.
-      if (simt::machine.order == simt::Order::kForward) run<__nv_bfloat16>(c);
       run<float>(c);
+      // bf16 and TF32 take the path of fp16: one schedule is enough.
+      if (simt::machine.order != simt::Order::kForward) continue;
+      run<__nv_bfloat16>(c);
+      run<Tf32>(c);
     }
     test_in_place();
   });

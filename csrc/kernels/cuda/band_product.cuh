@@ -2,13 +2,14 @@
 // registers of 256 threads.
 //   A (128 x a chunk of k): rows anywhere in shared memory, given by offsets
 //   B (kColumns x a chunk): rows kStride elements apart
-// 16-bit types run on the tensor cores, fp32 on FMA. Both hand out C in the same way: a thread owns
-// kRows rows and in each of them kGroups groups of kVector adjacent columns, 16 bytes of T, so that
-// whatever follows reads and writes whole vectors. For this the rows of B are stored permuted
+// 16-bit types and TF32 run on the tensor cores, fp32 on FMA. Both hand out C in the same way: a
+// thread owns kRows rows and in each of them kGroups groups of kVector adjacent columns, 16 bytes
+// of T, so that whatever follows reads and writes whole vectors. For this the rows of B are stored
+// permuted
 // (`stored_row`), which costs nothing.
 #pragma once
 
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/fragments.cuh"
 
 namespace dwattn::cuda {
 
@@ -20,7 +21,7 @@ constexpr int kBandVectorBytes = 16;
 
 // Blocks per multiprocessor that registers are kept for: two hide each other's barriers.
 template <class T>
-constexpr int kBandBlocks = sizeof(T) == 2 ? 2 : 1;
+constexpr int kBandBlocks = std::is_same<T, float>::value ? 1 : 2;
 
 template <class T>
 struct BandChunk {
@@ -85,9 +86,11 @@ template <class T, int kColumns>
 class BandProduct {
  public:
   static constexpr int kVector = BandChunk<T>::kVector;
+  static constexpr int kGroupFragments = kVector / 2;  // 8 columns wide, two of them per lane
+  static constexpr int kGroupColumns = 8 * kGroupFragments;
   static constexpr int kOperandRows = 2;
   static constexpr int kRows = 4;
-  static constexpr int kGroups = kColumns / 64;
+  static constexpr int kGroups = kColumns / 2 / kGroupColumns;
 
   DWATTN_DEVICE BandProduct() : lane_(threadIdx.x % kWarp), warp_(threadIdx.x / kWarp) { clear(); }
 
@@ -95,26 +98,28 @@ class BandProduct {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int j = 0; j < 4 * kGroups; ++j) {
+      for (int j = 0; j < kFragments; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) c_[i][j][e] = 0.0f;
       }
     }
   }
 
-  // Where row n of B is stored. Columns 2t, 2t + 1 of four adjacent 8-column fragments become the
-  // eight adjacent columns 8t ... 8t + 7 of C.
+  // Where row n of B is stored. Columns 2t, 2t + 1 of the adjacent fragments of a group become the
+  // adjacent columns kVector * t ... kVector * (t + 1) - 1 of C.
   static DWATTN_DEVICE int stored_row(int n) {
-    const int m = n % 32;
-    return n - m + m / 2 % 4 * 8 + m / 8 * 2 + m % 2;
+    const int m = n % kGroupColumns;
+    return n - m + m % kVector / 2 * 8 + m / kVector * 2 + m % 2;
   }
 
   // The rows of A whose offsets `multiply` takes.
   DWATTN_DEVICE int operand_row(int i) const { return first_row() + i * 16 + lane_ % 16; }
   DWATTN_DEVICE int row(int i) const { return first_row() + i / 2 * 16 + i % 2 * 8 + lane_ / 4; }
-  DWATTN_DEVICE int column(int g) const { return first_column() + g * 32 + lane_ % 4 * 8; }
+  DWATTN_DEVICE int column(int g) const {
+    return first_column() + g * kGroupColumns + lane_ % 4 * kVector;
+  }
   DWATTN_DEVICE float value(int i, int g, int e) const {
-    return c_[i / 2][g * 4 + e / 2][i % 2 * 2 + e % 2];
+    return c_[i / 2][g * kGroupFragments + e / 2][i % 2 * 2 + e % 2];
   }
 
   // Adds the products of one chunk. Only the first `rows` rows of A matter.
@@ -122,20 +127,21 @@ class BandProduct {
     // Two neighbouring warps share their rows, so that few rows still use all four tensor cores.
     if (first_row() >= rows) return;
 #pragma unroll
-    for (int k = 0; k < BandChunk<T>::kLength; k += 16) {
+    for (int k = 0; k < BandChunk<T>::kLength; k += 2 * kVector) {
       uint32_t fa[2][4];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) ldmatrix_x4(fa[i], a + offset[i] + k + lane_ / 16 * 8);
+      for (int i = 0; i < 2; ++i)
+        load_fragments<T>(fa[i], a + offset[i] + k + lane_ / 16 * kVector);
 #pragma unroll
-      for (int j = 0; j < 2 * kGroups; ++j) {
+      for (int j = 0; j < kFragments / 2; ++j) {
         uint32_t fb[4];
         const int n = first_column() + j * 16 + lane_ % 8 + lane_ / 16 * 8;
-        ldmatrix_x4(fb, b + n * BandChunk<T>::kStride + k + lane_ / 8 % 2 * 8);
+        load_fragments<T>(fb, b + n * BandChunk<T>::kStride + k + lane_ / 8 % 2 * kVector);
         const uint32_t left[2] = {fb[0], fb[1]}, right[2] = {fb[2], fb[3]};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          mma_16816<T>(c_[i][2 * j], fa[i], left);
-          mma_16816<T>(c_[i][2 * j + 1], fa[i], right);
+          multiply_step<T>(c_[i][2 * j], fa[i], left);
+          multiply_step<T>(c_[i][2 * j + 1], fa[i], right);
         }
       }
     }
@@ -145,8 +151,10 @@ class BandProduct {
   DWATTN_DEVICE int first_row() const { return warp_ / 2 * 32; }
   DWATTN_DEVICE int first_column() const { return warp_ % 2 * (kColumns / 2); }
 
+  static constexpr int kFragments = kColumns / 16;  // of a warp, across
+
   const int lane_, warp_;
-  float c_[2][4 * kGroups][4];
+  float c_[2][kFragments][4];
 };
 
 // ---- fp32: 16 x 16 threads, each 8 rows x kColumns / 16 columns

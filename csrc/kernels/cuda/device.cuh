@@ -133,9 +133,41 @@ DWATTN_DEVICE void mma_16816<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4
 #endif
 }
 
+// fp32 in memory, of which products are taken in TF32: 8 bits of exponent and 10 of mantissa.
+struct Tf32 {
+  float value;
+};
+
+// The bits of an fp32 number rounded to TF32, halves away from zero.
+DWATTN_DEVICE uint32_t round_tf32(uint32_t bits) {
+#ifdef DWATTN_SIMT_HOST
+  return simt::round_tf32(bits);
+#else
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+  return rounded;
+#endif
+}
+
+// c (16x8, fp32) += a (16x8) b (8x8) in TF32, of operands that are rounded to it. c as above;
+//   a: rows g (a[0], a[2]) and g + 8 (a[1], a[3]), column t (a[0], a[1]) and that + 4
+//   b: row t (b[0]) and that + 4 (b[1]) of column g
+DWATTN_DEVICE void mma_1688_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef DWATTN_SIMT_HOST
+  simt::multiply_tf32(c, a, b);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      "{%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
 // ---- Conversions
 
 DWATTN_DEVICE float to_float(float v) { return v; }
+DWATTN_DEVICE float to_float(Tf32 v) { return v.value; }
 DWATTN_DEVICE float to_float(__half v) { return __half2float(v); }
 DWATTN_DEVICE float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 
@@ -144,6 +176,10 @@ DWATTN_DEVICE T from_float(float v);
 template <>
 DWATTN_DEVICE float from_float<float>(float v) {
   return v;
+}
+template <>
+DWATTN_DEVICE Tf32 from_float<Tf32>(float v) {
+  return {v};
 }
 template <>
 DWATTN_DEVICE __half from_float<__half>(float v) {

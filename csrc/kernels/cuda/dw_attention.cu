@@ -19,9 +19,10 @@ static_assert(kTileColumns == kSlice, "a tile is as wide as the channels of a bl
 template <class T>
 constexpr int kStages = sizeof(T) == 2 ? 4 : 3;
 
-// Rows of V in shared memory are padded against bank conflicts when the accumulators are put there.
+// Rows of V in shared memory are padded against bank conflicts when the accumulators are put there,
+// in the pattern of the tensor cores or in that of the FMAs.
 template <class T>
-constexpr int kLineStride = kSlice + (sizeof(T) == 2 ? 8 : 4);
+constexpr int kLineStride = kSlice + (std::is_same<T, float>::value ? 4 : 8);
 
 constexpr int kCoefficientRows = 11;  // nine taps, ctx, bv
 
@@ -274,7 +275,7 @@ Status dw_attention(const DwAttentionParams& p, void* workspace, Stream stream) 
   }
   switch (p.dtype) {
     case DType::kFloat32:
-      return run<float>(p, ctx, stream);
+      return p.tf32 ? run<Tf32>(p, ctx, stream) : run<float>(p, ctx, stream);
     case DType::kFloat16:
       return run<__half>(p, ctx, stream);
     case DType::kBFloat16:

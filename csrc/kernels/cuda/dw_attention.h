@@ -1,7 +1,7 @@
 // The depthwise operators on the GPU: launchers without torch. Definition: ../params.h.
 //
 // All work goes to the caller's stream; nothing is allocated and nothing waits. Sums are taken in
-// fp32, in an order that does not vary. fp32 products are plain FMAs: there is no TF32 path.
+// fp32, in an order that does not vary. fp32 products are plain FMAs unless TF32 is asked for.
 #pragma once
 
 #include "kernels/params.h"
@@ -20,6 +20,7 @@ using Stream = CUstream_st*;
 // and C is even; anything else is loaded by the element.
 struct DwAttentionParams {
   DType dtype;  // of x, wv and y: kFloat32, kFloat16 or kBFloat16
+  bool tf32;    // kFloat32: the products of x and wv are taken in TF32, on the tensor cores
 
   const void* x;  // (B, N, D), N = num_prefix + height * width
   int64_t x_stride_batch;

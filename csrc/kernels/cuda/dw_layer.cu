@@ -35,6 +35,7 @@ void* advanced(void* base, DType dtype, int64_t elements) {
 DwAttentionParams values_of(const DwLayerParams& p) {
   DwAttentionParams v{};
   v.dtype = p.dtype;
+  v.tf32 = p.tf32;
   v.x = p.x;
   v.x_stride_batch = p.x_stride_batch;
   v.x_stride_token = p.x_stride_token;
@@ -83,6 +84,7 @@ PrefixRowsParams rows_of(const DwLayerParams& p) {
 LinearParams projection_of(const DwLayerParams& p, int64_t first) {
   LinearParams l{};
   l.dtype = p.dtype;
+  l.tf32 = p.tf32;
   l.weight = p.wo;
   l.weight_stride = p.channels;
   l.bias = p.bo;
@@ -104,6 +106,7 @@ LinearParams projection_of(const DwLayerParams& p, int64_t first) {
 LowrankDwParams narrow_of(const DwLayerParams& p, const float* ctx) {
   LowrankDwParams n{};
   n.dtype = p.dtype;
+  n.tf32 = p.tf32;
   n.x = p.x;
   n.x_stride_batch = p.x_stride_batch;
   n.x_stride_token = p.x_stride_token;

@@ -30,6 +30,7 @@ enum class PrefixRows : int32_t {
 // must not overlap x.
 struct DwLayerParams {
   DType dtype;  // of x, residual, out and every weight: fp32, fp16 or bf16
+  bool tf32;    // fp32: products with wv, wo and prefix_out in TF32, but for a few rows
 
   const void* x;  // (B, N, D)
   int64_t x_stride_batch;

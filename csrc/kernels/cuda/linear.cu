@@ -160,13 +160,20 @@ Status run_tiles(const LinearParams& p, int64_t tiles, Stream stream) {
 constexpr int64_t kFewRows = 16;
 
 template <class T>
+Status run_few(const LinearParams& p, Stream stream) {
+  const int64_t blocks = row_product_blocks(p.batch * p.rows, p.dim_out);
+  return launch(few_rows_kernel<T>, dim3(static_cast<unsigned>(blocks)),
+                dim3(kProductWarps * kWarp), 0, stream, p);
+}
+
+// The element type of few_rows_kernel, which takes no products in TF32.
+template <class T>
+using InMemory = std::conditional_t<std::is_same<T, Tf32>::value, float, T>;
+
+template <class T>
 Status run(const LinearParams& p, Stream stream) {
   const int64_t rows = p.batch * p.rows;
-  if (rows <= kFewRows) {
-    return launch(few_rows_kernel<T>,
-                  dim3(static_cast<unsigned>(row_product_blocks(rows, p.dim_out))),
-                  dim3(kProductWarps * kWarp), 0, stream, p);
-  }
+  if (rows <= kFewRows) return run_few<InMemory<T>>(p, stream);
   const int64_t down = (rows + kBandRows - 1) / kBandRows;
   const int64_t wide = down * ((p.dim_out + 127) / 128), narrow = down * ((p.dim_out + 63) / 64);
   if (narrow > INT32_MAX) return Status::kInvalidArgument;
@@ -189,7 +196,7 @@ Status linear(const LinearParams& p, Stream stream) {
   if (!valid(p)) return Status::kInvalidArgument;
   switch (p.dtype) {
     case DType::kFloat32:
-      return run<float>(p, stream);
+      return p.tf32 ? run<Tf32>(p, stream) : run<float>(p, stream);
     case DType::kFloat16:
       return run<__half>(p, stream);
     case DType::kBFloat16:

@@ -3,7 +3,8 @@
 //   out[b,t,:] = residual[b,t,:] + gamma * (y[b,t,:] Wo^T + bias)
 //
 // Sums are taken in fp32 and the result is rounded once. 16-bit types run on the tensor cores, fed
-// by 16-byte copies where pointers, strides and sizes allow it; fp32 is plain FMA.
+// by 16-byte copies where pointers, strides and sizes allow it; fp32 is plain FMA unless TF32 is
+// asked for.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +21,7 @@ using Stream = CUstream_st*;
 // `residual`, but must not overlap y.
 struct LinearParams {
   DType dtype;  // of y, weight, residual and out: fp32, fp16 or bf16
+  bool tf32;    // fp32: products in TF32, but for a few rows
 
   const void* y;  // (B, rows, K)
   int64_t y_stride_batch;

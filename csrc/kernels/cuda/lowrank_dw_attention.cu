@@ -373,8 +373,13 @@ DWATTN_DEVICE void expand(const LowrankDwParams& p, const LowrankDwPlan& plan, c
   stream_chunks(stages, stage_size, tiles * out_tiles * (plan.channels / kLength), load, consume);
 }
 
+// Blocks per multiprocessor that registers are kept for. A second one seldom finds room for its U
+// of four bytes, in TF32 as in fp32.
+template <class T>
+constexpr int kBlocks = sizeof(T) == 2 ? 2 : 1;
+
 template <class T, int kRankTile>
-__global__ void __launch_bounds__(kBandThreads, kBandBlocks<T>)
+__global__ void __launch_bounds__(kBandThreads, kBlocks<T>)
     lowrank_dw_kernel(const LowrankDwParams p, const LowrankDwPlan plan) {
   DYN_SHARED(T, u);
   const Band band(p, plan);
@@ -407,7 +412,7 @@ Status lowrank_dw_attention(const LowrankDwParams& p, const LowrankDwPlan& plan,
   if (!valid(p, plan)) return Status::kInvalidArgument;
   switch (p.dtype) {
     case DType::kFloat32:
-      return run<float>(p, plan, stream);
+      return p.tf32 ? run<Tf32>(p, plan, stream) : run<float>(p, plan, stream);
     case DType::kFloat16:
       return run<__half>(p, plan, stream);
     case DType::kBFloat16:

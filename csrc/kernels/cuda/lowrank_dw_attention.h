@@ -25,6 +25,7 @@ using Stream = CUstream_st*;
 // `out` may be `residual`, but must not overlap x.
 struct LowrankDwParams {
   DType dtype;  // of x, a, b, residual, out: fp32, fp16 or bf16
+  bool tf32;    // fp32: the products with A and B are taken in TF32
 
   const void* x;  // (B, N, D), N = num_prefix + height * width
   int64_t x_stride_batch;

@@ -42,7 +42,8 @@ int64_t block_cost(const LowrankDwParams& p, int64_t height, int64_t width) {
          parts(outer, kBandRows) + kStart;
 }
 
-// Two blocks that share a multiprocessor hide each other's waiting. fp32 has no registers for two.
+// Two blocks that share a multiprocessor hide each other's waiting. The kernel for fp32 has no
+// registers for two, in TF32 neither.
 double total_cost(const LowrankDwParams& p, const DeviceLimits& limits, const LowrankDwPlan& plan) {
   constexpr int64_t kReserved = 1024;  // bytes per block, by the driver
   constexpr double kSharing = 0.85;

@@ -16,20 +16,20 @@ DWATTN_DEVICE float2 fma2(float2 a, float2 b, float2 c) {
 
 template <class T>
 DWATTN_DEVICE float2 load_whole_pair(const T* p) {
-  return unpack2<T>(*reinterpret_cast<const uint32_t*>(p));
-}
-template <>
-DWATTN_DEVICE float2 load_whole_pair<float>(const float* p) {
-  return *reinterpret_cast<const float2*>(p);
+  if constexpr (sizeof(T) == 4) {
+    return *reinterpret_cast<const float2*>(p);
+  } else {
+    return unpack2<T>(*reinterpret_cast<const uint32_t*>(p));
+  }
 }
 
 template <class T>
 DWATTN_DEVICE void store_whole_pair(T* p, float2 v) {
-  *reinterpret_cast<uint32_t*>(p) = pack2<T>(v.x, v.y);
-}
-template <>
-DWATTN_DEVICE void store_whole_pair<float>(float* p, float2 v) {
-  *reinterpret_cast<float2*>(p) = v;
+  if constexpr (sizeof(T) == 4) {
+    *reinterpret_cast<float2*>(p) = v;
+  } else {
+    *reinterpret_cast<uint32_t*>(p) = pack2<T>(v.x, v.y);
+  }
 }
 
 // The first `valid` elements (of two) at p, zeros for the others; kAligned promises that p is

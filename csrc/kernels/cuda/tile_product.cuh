@@ -6,7 +6,7 @@
 // all banks once.
 #pragma once
 
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/fragments.cuh"
 
 namespace dwattn::cuda {
 
@@ -43,7 +43,8 @@ DWATTN_DEVICE void load_chunk(unsigned char* to, const T* from, int left) {
   }
 }
 
-// The accumulators of one thread. Two-byte elements: four warps of 64 x 32, on the tensor cores.
+// The accumulators of one thread. Two-byte elements and TF32: four warps of 64 x 32, on the tensor
+// cores.
 template <class T>
 class TileProduct {
  public:
@@ -76,15 +77,15 @@ class TileProduct {
     for (int k = 0; k < kSteps; ++k) {
       uint32_t b[2][4];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) ldmatrix_x4(b[j], stage + columns_[k] + j * kSixteenRows);
+      for (int j = 0; j < 2; ++j) load_fragments<T>(b[j], stage + columns_[k] + j * kSixteenRows);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t a[4];
-        ldmatrix_x4(a, stage + rows_[k] + i * kSixteenRows);
+        load_fragments<T>(a, stage + rows_[k] + i * kSixteenRows);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const uint32_t pair[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-          mma_16816<T>(sum_[i][j], a, pair);
+          multiply_step<T>(sum_[i][j], a, pair);
         }
       }
     }
@@ -109,7 +110,7 @@ class TileProduct {
   }
 
  private:
-  static constexpr int kSteps = kStageRowBytes / 32;  // products of depth 16 in a stage
+  static constexpr int kSteps = kStageRowBytes / 32;  // in a stage
 
   static DWATTN_DEVICE unsigned first_row() { return threadIdx.x / kWarp / 2 * 64; }
   static DWATTN_DEVICE unsigned first_column() { return threadIdx.x / kWarp % 2 * 32; }

@@ -10,6 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
+from dwattn import library
+
 #: Triton runs kernels as NumPy code on CPU tensors (``TRITON_INTERPRET=1``). It decides this while
 #: a kernel is defined, so the variable must be set before triton is imported.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -69,8 +71,7 @@ def processors(device: torch.device) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """TF32 for fp32 products only where torch allows it for its own."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
+    return "tf32" if dtype == torch.float32 and library.allow_tf32() else "ieee"
 
 
 def strides(t: Tensor | None, count: int) -> tuple[int, ...]:
