@@ -144,7 +144,8 @@ def choose(op: str, *, device: str, dtype: torch.dtype, backend: str | None = No
     ):  # Dynamo cannot look into a cache; it evaluates this once anyway
         return _preferred(op, device, dtype)
     # Asking torch.onnx costs more than all the rest of a call, and no export runs outside of tracing.
-    exporting = torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    exporting = tracing and torch.onnx.is_in_onnx_export()
     return _cached_preferred(op, device, dtype, exporting)
 
 
