@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dwattn.errors import TrainingError
@@ -12,6 +14,7 @@ from dwattn.plan import problems
 
 Scope = Literal["all", "blocks", "replaced", "head"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -80,6 +83,13 @@ class Recipe(BaseModel):
             return (step + 1) / (rising + 1)
         progress = (step - rising) / max(1, self.steps - rising)
         return self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+    def autocast(self, device: str) -> AbstractContextManager[None]:
+        """The context in which a model computes on a device type, as ``amp`` says."""
+        if self.amp == "no":
+            return nullcontext()
+        context: AbstractContextManager[None] = torch.autocast(device, dtype=_AMP[self.amp])
+        return context
 
     def differences(self, other: Recipe) -> str:
         """Fields in which two recipes differ, as text; empty where they agree."""
