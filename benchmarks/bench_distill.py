@@ -1,9 +1,9 @@
 """Label-free distillation within 15 minutes on 2 CPU cores: the demo's model and photos.
 
-First in closed form: the layers are fitted to what the original makes of ``--rounds`` different views of every photo
-(crops of the full resolution, cut-outs, mosaics, other light). Then ``--polish`` minutes of gradient steps on views that
-never repeat, in bf16 where that is faster on this CPU. The paper's Gaussian start gets gradient steps alone, for as many
-minutes as both. Each case is compared with the original on held-out photos. Finished cases, closed forms and checkpoints
+The recipe is closed form: the layers are fitted to what the original makes of ``--rounds`` different views of every photo
+(crops of the full resolution, cut-outs, mosaics, other light). ``--polish`` adds minutes of gradient steps on views that
+never repeat, in bf16 where that is faster on this CPU. The paper's Gaussian start gets ``--minutes`` of such steps alone.
+Each case is compared with the original on held-out photos. Finished cases, closed forms and checkpoints
 are kept in ``--work``: a bench that was stopped goes on. Needs what ``bench_fidelity.py`` needs, and the ``train`` extra::
 
     python benchmarks/bench_distill.py --json benchmarks/results/distill.json
@@ -105,7 +105,7 @@ class Bench:
         return {k: v for k, v in vars(self.options).items() if k not in HOW_IT_RUNS}
 
     def fitted(self, case: Case) -> tuple[SaliencyModel, dict[str, Any]]:
-        """Closed form, then gradient steps from there; making the views is part of the time."""
+        """Closed form, and gradient steps from there if wanted; making the views is part of the time."""
         student, minutes = self.closed_form(case)
         how = {
             "method": "closed form", "images": self.options.rounds * len(self.views), "minutes": minutes,
@@ -141,7 +141,7 @@ class Bench:
         return student, minutes
 
     def trained(self, case: Case) -> tuple[SaliencyModel, dict[str, Any]]:
-        """The paper's start and gradient steps alone, for as many minutes as the other cases take."""
+        """The paper's start and gradient steps alone, for the minutes of ``--minutes``."""
         student = build("timm")
         dwattn.replace(
             student, self.plan(case.blocks), variant=case.variant, rank=case.rank,
