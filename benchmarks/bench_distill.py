@@ -1,13 +1,13 @@
 """Label-free distillation within 15 minutes on 2 CPU cores: the demo's model and photos.
 
 The recipe is closed form: the layers are fitted to what the original makes of ``--rounds`` different views of every photo
-(crops of the full resolution, cut-outs, mosaics, other light). Gradient steps take as long an image and gain less; they
-are what the paper's Gaussian start gets, for as many minutes. Each case is compared with the original on held-out photos.
-Finished cases and the gradient run's checkpoints are kept in ``--work``: a bench that was stopped goes on. Needs what
-``bench_fidelity.py`` needs, and the ``train`` extra::
+(crops of the full resolution, cut-outs, mosaics, other light). ``--polish`` adds minutes of gradient steps on views that
+never repeat, in bf16 where that is faster on this CPU. The paper's Gaussian start gets ``--minutes`` of such steps alone.
+Each case is compared with the original on held-out photos. Finished cases, closed forms and checkpoints
+are kept in ``--work``: a bench that was stopped goes on. Needs what ``bench_fidelity.py`` needs, and the ``train`` extra::
 
-    python benchmarks/bench_distill.py --json benchmarks/results/distill.json     # all cases: 40 minutes
-    python benchmarks/bench_distill.py --only dw-6 --rounds 24                    # the most of 15 minutes
+    python benchmarks/bench_distill.py --json benchmarks/results/distill.json
+    python benchmarks/bench_distill.py --only dw-6 --rounds 14 --polish 0         # closed form alone
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,51 +105,112 @@ class Bench:
         return {k: v for k, v in vars(self.options).items() if k not in HOW_IT_RUNS}
 
     def fitted(self, case: Case) -> tuple[SaliencyModel, dict[str, Any]]:
-        """Closed form on as many rounds of views as wanted; making the views is part of the time."""
-        plan, student, rounds = self.plan(case.blocks), build("timm"), self.options.rounds
+        """Closed form, and gradient steps from there if wanted; making the views is part of the time."""
+        student, minutes = self.closed_form(case)
+        how = {
+            "method": "closed form", "images": self.options.rounds * len(self.views), "minutes": minutes,
+        }  # fmt: skip
+        if not self.options.polish:
+            return student, how
+        start = self.held_out.fidelity(*outputs(student, self.held_out.pixels))
+        steps = self.descend(case, student, self.options.polish, self.options.polish_lr)
+        return student, {
+            **how, **steps, "method": "closed form, gradient", "closed_form": start.model_dump(),
+            "images": how["images"] + steps["images"], "minutes": round(minutes + steps["minutes"], 2),
+        }  # fmt: skip
+
+    def closed_form(self, case: Case) -> tuple[SaliencyModel, float]:
+        """The layers fitted to as many rounds of views as wanted, and the minutes it took; kept for a later run."""
+        path, rounds = (
+            self.work / f"{case.name}-{self.options.rounds}.safetensors",
+            self.options.rounds,
+        )
+        noted = path.with_suffix(".minutes")
+        if noted.exists():
+            return dwattn.load(build("timm"), path), float(noted.read_text("utf-8"))
+        plan, student = self.plan(case.blocks), build("timm")
         began = time.perf_counter()
-        dwattn.replace(
-            student, plan, variant=case.variant, rank=case.rank, calibrate=self.views.rounds(rounds),
-            photos=len(self.views), views=1, progress=self.options.progress,
-        )  # fmt: skip
-        minutes = (time.perf_counter() - began) / 60
-        dwattn.save(student, self.work / f"{case.name}.safetensors")
-        images = rounds * len(self.views)
-        return student, {"method": "closed form", "images": images, "minutes": round(minutes, 2)}
+        with products_in_bf16(faster_in_bf16()):
+            dwattn.replace(
+                student, plan, variant=case.variant, rank=case.rank, calibrate=self.views.rounds(rounds),
+                photos=len(self.views), views=1, progress=self.options.progress,
+            )  # fmt: skip
+        minutes = round((time.perf_counter() - began) / 60, 2)
+        dwattn.save(student, path)
+        noted.write_text(str(minutes), encoding="utf-8")
+        return student, minutes
 
     def trained(self, case: Case) -> tuple[SaliencyModel, dict[str, Any]]:
-        """The paper's start and gradient steps on views that never repeat, for as many minutes."""
+        """The paper's start and gradient steps alone, for the minutes of ``--minutes``."""
         student = build("timm")
         dwattn.replace(
             student, self.plan(case.blocks), variant=case.variant, rank=case.rank,
             kernel_init="gaussian", context=True, progress=False,
         )  # fmt: skip
+        steps = self.descend(case, student, self.options.minutes, self.options.lr)
+        return student, {"method": "gradient", **steps}
+
+    def descend(
+        self, case: Case, student: SaliencyModel, minutes: float, lr: float
+    ) -> dict[str, Any]:
+        """Gradient steps on views that never repeat; the student is changed."""
         module = Distillation(
             student, build("timm"), targets=Targets(output=1.0, output_loss="binary")
         )
         folder = self.work / case.name
-        recipe = self.recipe(module, folder)
+        # Another seed, so that none of the views was fitted before.
+        views = PhotoViews(self.fitting, self.views.cutouts, self.options.seed + 1)
+        recipe = self.recipe(module, views, folder, minutes, lr)
         trainer = Trainer(
-            module, self.views, recipe, folder=folder, save_minutes=1, device="cpu",
+            module, views, recipe, folder=folder, save_minutes=1, device="cpu",
             progress=self.options.progress,
         )  # fmt: skip
         result = trainer.fit(resume=True)
-        return student.eval(), {
-            "method": "gradient", "steps": result.steps, "images": result.steps * recipe.batch_size,
+        student.eval()
+        return {
+            "steps": result.steps, "images": result.steps * recipe.batch_size,
             "minutes": round(result.seconds / 60, 2), "recipe": recipe.model_dump(),
         }  # fmt: skip
 
-    def recipe(self, module: Distillation, folder: Path) -> Recipe:
+    def recipe(
+        self, module: Distillation, views: PhotoViews, folder: Path, minutes: float, lr: float
+    ) -> Recipe:
         """As many steps as the minutes allow; those of the run in ``folder`` if there is one."""
         found = read_progress(folder)
         if found is not None:
             return found.recipe
-        o = self.options
         recipe = Recipe.of(
-            steps=1, batch_size=8, lr=o.lr, weight_decay=0.0, warmup=0.1, seed=o.seed
-        )
-        step = estimate(module, self.views, recipe).seconds_per_step
-        return recipe.but(steps=max(10, int(60 * o.minutes / step)))
+            steps=1, batch_size=self.options.batch, lr=lr, weight_decay=0.0, warmup=0.1,
+            amp="bf16" if faster_in_bf16() else "no", seed=self.options.seed,
+        )  # fmt: skip
+        step = estimate(module, views, recipe).seconds_per_step
+        return recipe.but(steps=max(10, int(60 * minutes / step)))
+
+
+def faster_in_bf16(size: int = 1024, repeats: int = 3) -> bool:
+    """Whether this CPU multiplies matrices at least 1.5 times as fast in bf16 as in fp32."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(size, size, dtype=dtype)
+        times = []
+        for _ in range(repeats + 1):
+            began = time.perf_counter()
+            matrix @ matrix
+            times.append(time.perf_counter() - began)
+        seconds[dtype] = min(times[1:])
+    return seconds[torch.float32] > 1.5 * seconds[torch.bfloat16]
+
+
+@contextmanager
+def products_in_bf16(wanted: bool) -> Iterator[None]:
+    """Round the factors of fp32 products to bf16; sums stay fp32. The closed form is as good with them."""
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16" if wanted else before
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def line(row: dict[str, Any]) -> str:
@@ -167,8 +230,15 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=14, help="views of each photo that are fitted"
     )
-    parser.add_argument("--minutes", type=float, default=8, help="of gradient steps")
-    parser.add_argument("--lr", type=float, default=1e-4, help="of the gradient steps")
+    parser.add_argument(
+        "--polish", type=float, default=0, help="minutes of gradient steps after the closed form"
+    )
+    parser.add_argument("--polish-lr", type=float, default=1e-6, help="of these steps")
+    parser.add_argument(
+        "--minutes", type=float, default=14, help="of gradient steps from the Gaussian start"
+    )
+    parser.add_argument("--lr", type=float, default=1e-4, help="of these steps")
+    parser.add_argument("--batch", type=int, default=16, help="images a gradient step")
     parser.add_argument("--criterion", default="residual", help="by which blocks are chosen")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", default="distill-runs", help="folder of the runs")

@@ -332,6 +332,47 @@ def test_a_finished_distillation_is_not_repeated(tmp_path: Path) -> None:
     assert done == ["dw-6", "dw-6"]
 
 
+def test_products_are_rounded_only_where_wanted() -> None:
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    with bench_distill.products_in_bf16(True):
+        assert settings.fp32_precision == "bf16"
+    with pytest.raises(ValueError, match="planted"), bench_distill.products_in_bf16(True):
+        raise ValueError("planted")
+    assert settings.fp32_precision == before
+    with bench_distill.products_in_bf16(False):
+        assert settings.fp32_precision == before
+
+
+def test_gradient_steps_go_on_from_the_closed_form(tmp_path: Path) -> None:
+    """The minutes and images of both count, and what the closed form had reached is noted."""
+    case = bench_distill.CASES[0]
+
+    class Short(bench_distill.Bench):
+        def __init__(self) -> None:
+            self.options = argparse.Namespace(rounds=2, polish=3.0, polish_lr=1e-6, progress=False)
+            self.work = tmp_path
+            pixels = torch.rand(2, 3, 4, 4)
+            self.held_out = HeldOut(pixels, [None] * 2, torch.rand(2, 5, 8), torch.rand(2, 1, 4, 4))
+            self.views: Any = range(5)
+
+        def closed_form(self, case: bench_distill.Case) -> Any:
+            model = argparse.Namespace(
+                tokens=lambda pixels: torch.rand(len(pixels), 5, 8),
+                decode=lambda tokens: torch.rand(len(tokens), 1, 4, 4),
+            )
+            return model, 1.25
+
+        def descend(self, case: Any, student: Any, minutes: float, lr: float) -> dict[str, Any]:
+            assert (minutes, lr) == (3.0, 1e-6)
+            return {"steps": 4, "images": 32, "minutes": 2.5}
+
+    _, how = Short().fitted(case)
+    assert how["method"] == "closed form, gradient"
+    assert (how["images"], how["minutes"], how["steps"]) == (42, 3.75, 4)
+    assert 0 <= how["closed_form"]["iou"] <= 1
+
+
 def test_models_are_measured_once_and_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

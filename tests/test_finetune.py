@@ -28,6 +28,7 @@ from dwattn.finetune import (
     param_groups,
     teacher,
 )
+from dwattn.finetune.distill import relative_error
 from support.models import BY_NAME, FAMILIES, hub_vit
 from support.surgery import plan_for
 
@@ -233,6 +234,18 @@ def test_a_cached_teacher_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     small = Distillation(converted(), cache=100).cache
     small.fill([((0, 0), pixels[0])], teach, torch.device("cpu"))
     assert len(small) == 0
+
+
+def test_the_teacher_computes_as_the_student_does() -> None:
+    """Under autocast too; what the cache holds was computed before it and stays as it is."""
+    module = Distillation(converted(), cache=1 << 20)
+    pixels = FAMILY.images(2)
+    whole = module.taught(pixels).tokens
+    module.cache.fill([((0, 0), pixels[0])], module._teach, torch.device("cpu"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = module.taught(pixels, [(0, 0), (1, 0)]).tokens.float()
+    torch.testing.assert_close(half[0], whole[0], rtol=1e-5, atol=1e-5)
+    assert 1e-4 < relative_error(half[1:], whole[1:]).sqrt() < 0.05
 
 
 def test_every_image_comes_once_an_epoch() -> None:

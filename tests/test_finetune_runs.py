@@ -321,6 +321,8 @@ def test_the_estimate_changes_nothing_and_adds_up() -> None:
     assert replaced.average == 0
     bigger = estimate(module, views(), RECIPE.but(batch_size=8))
     assert 1.8 < bigger.activations / found.activations < 2.2
+    halved = estimate(module, views(), RECIPE.but(amp="bf16"))
+    assert halved.activations < 0.9 * found.activations
 
 
 RUN = f"""

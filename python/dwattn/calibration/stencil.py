@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dwattn.geometry import Geometry
-from dwattn.reference import shift
 
 TAPS = tuple((dr, dc) for dr in (-1, 0, 1) for dc in (-1, 0, 1))
 
@@ -36,16 +36,18 @@ class StencilWeights:
 
 def stencil_features(v: Tensor, geometry: Geometry) -> Tensor:
     """``(C, 9 + P + 2, B*H*W)`` features of the patch rows; ``v (B, N, C)``."""
-    prefix, patches = v[:, : geometry.num_prefix], v[:, geometry.num_prefix :]
-    count = patches.shape[1]
-    taps = [shift(patches, geometry, dr, dc) for dr, dc in TAPS]
-    constant = [
-        *(prefix[:, t : t + 1].expand(-1, count, -1) for t in range(geometry.num_prefix)),
-        patches.mean(1, keepdim=True).expand(-1, count, -1),
-        torch.ones_like(patches),
-    ]
-    features = torch.stack([*taps, *constant])
-    return features.flatten(1, 2).permute(2, 0, 1).contiguous()
+    batch, _, channels = v.shape
+    height, width, prefix = geometry.height, geometry.width, geometry.num_prefix
+    # Channels come first from here on: transposing V once is much cheaper than transposing its features.
+    rows = v.permute(2, 0, 1).contiguous()
+    grids = F.pad(rows[:, :, prefix:].unflatten(2, geometry.grid), (1, 1, 1, 1))
+    features = v.new_empty(channels, 9 + prefix + 2, batch, height, width)
+    for k, (dr, dc) in enumerate(TAPS):
+        features[:, k] = grids[:, :, 1 + dr : 1 + dr + height, 1 + dc : 1 + dc + width]
+    context = torch.cat([rows[:, :, :prefix], rows[:, :, prefix:].mean(2, keepdim=True)], dim=2)
+    features[:, 9:-1] = context.transpose(1, 2)[..., None, None]
+    features[:, -1] = 1
+    return features.flatten(2)
 
 
 class StencilFit:

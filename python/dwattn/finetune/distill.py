@@ -215,9 +215,12 @@ class Distillation(nn.Module):
         return distill_loss(ours, theirs, self.targets, num_prefix=self._read.num_prefix)
 
     def taught(self, pixels: Tensor, keys: Sequence[tuple[int, int]] | None = None) -> Features:
-        """The teacher's features, out of the cache where it has them."""
-        with torch.autocast(pixels.device.type, enabled=False):
-            return self.cache.get(keys, pixels, self._teach)
+        """The teacher's features, out of the cache where it has them.
+
+        What is not there is computed as the student is: under autocast the rounding of both is alike, and a teacher in
+        full precision would take as long as the student's own steps.
+        """
+        return self.cache.get(keys, pixels, self._teach)
 
     def _teach(self, pixels: Tensor) -> Features:
         return feature_access.teach(self._teacher[1], Batch(pixels, len(pixels), pixels))

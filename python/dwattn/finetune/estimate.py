@@ -98,7 +98,7 @@ def estimate(module: nn.Module, data: Views, recipe: Recipe, *, repeats: int = 2
             start = time.perf_counter()
             batch = collate([data[key] for key in keys])
             for part, share in micro_batches(batch, recipe.micro_batch):
-                with _Saved(copied) as saved:
+                with _Saved(copied) as saved, recipe.autocast(device.type):
                     loss = copied(move(part, device))["loss"]
                     activations = max(activations, saved.bytes)
                 (loss * share).backward()
