@@ -136,7 +136,7 @@ def latency() -> str:
 
 def kernels() -> str:
     """The CPU kernels against plain PyTorch, and scoring against a plain pass."""
-    return "\n".join([_projection(), _layer(), _scoring()])
+    return "\n".join([_projection(), _layer("fp32"), _layer("bf16"), _scoring()])
 
 
 def _projection() -> str:
@@ -147,31 +147,32 @@ def _projection() -> str:
 
     return (
         f"- Value projection and aggregation, compiled over the fastest plain PyTorch form: {ratios('fp32')} in fp32 and "
-        f"{ratios('bf16')}\n  in bf16, at n=256/D=384 and n=576/D=1024, batch 1 and 8, 1 and 2 threads ({link('cpu-dw')}). "
-        "PyTorch emulates bf16\n  products on this CPU; the operator computes them in fp32."
+        f"{ratios('bf16')}\n  in bf16, at n=256/D=384 and n=576/D=1024, batch 1 and 8, 1 and 2 threads ({link('cpu-dw')})."
     )
 
 
-def _layer() -> str:
+def _layer(dtype: str) -> str:
     cases = {c["case"]: c["over_products"] for c in load("cpu-layer")["results"]}
+    runs = ((1, 1), (2, 8))
 
-    def of(
-        size: str, widths: Iterable[int], runs: Iterable[tuple[int, int]], way: str
-    ) -> list[float]:
+    def of(size: str, widths: Iterable[int], way: str) -> list[float]:
         return [
-            cases[f"{size} r={w} fp32 batch={b} threads={t}"][way] for w in widths for t, b in runs
+            cases[f"{size} r={w} {dtype} batch={b} threads={t}"][way]
+            for w in widths
+            for t, b in runs
         ]
 
-    large, small, narrow = "n=576,D=1024", "n=256,D=384", (64, 128, 256)
-    both, one = ((1, 1), (2, 8)), ((1, 1),)
-    single, double = of(large, [1024], both, "cpp")
-    return (
-        f"- A whole layer over its two products alone, fp32, n=576/D=1024: `dw` {single:.2f} (1 thread, batch 1) and "
-        f"{double:.2f} (2 threads,\n  batch 8); `lowrank_dw` of width 64 to 256 {span(of(large, narrow, both, 'cpp'))}, "
-        f"where plain PyTorch takes {span(of(large, narrow, both, 'torch'))}. At n=256/D=384 and\n  batch 1: "
-        f"`dw` {of(small, [384], one, 'cpp')[0]:.2f}, `lowrank_dw` {span(of(small, narrow, one, 'cpp'))}, "
-        f"against\n  {span(of(small, (384, *narrow), one, 'torch'))} in plain PyTorch ({link('cpu-layer')})."
-    )
+    lines = [
+        f"- A whole layer over its two products alone in {dtype}, 1 thread at batch 1 and 2 threads at batch 8:"
+    ]
+    narrow = (64, 128, 256)
+    for size, dim in (("n=256,D=384", 384), ("n=576,D=1024", 1024), ("n=1369,D=1024", 1024)):
+        single, double = of(size, [dim], "cpp")
+        lines.append(
+            f"  at {size.replace(',', '/')} `dw` {single:.2f} and {double:.2f}, `lowrank_dw` of width 64 to 256 "
+            f"{span(of(size, narrow, 'cpp'))},\n  plain PyTorch {span(of(size, (dim, *narrow), 'torch'))};"
+        )
+    return "\n".join(lines)[:-1] + f" ({link('cpu-layer')})."
 
 
 def _scoring() -> str:
