@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dwattn import backends, library
 from dwattn.projections import is_plain_linear
 from dwattn.reference import merge_heads, split_heads
 
@@ -61,6 +62,31 @@ class ExactPrefixRows(nn.Module):
         value = value_weight.unflatten(0, (self.num_heads, self.head_dim))
         rows = merge_heads(pooled @ value.transpose(1, 2))
         return rows if value_bias is None else rows + value_bias
+
+    def projected(self, x: Tensor, value: nn.Module, proj: nn.Module) -> Tensor | None:
+        """The rows after ``proj``, ``(B, P, D_out)``, by one compiled operator; None where it cannot run.
+
+        It runs where the compiled kernels run ``dw_layer`` on the CPU, without gradients and autocast, on
+        projections that are weights only.
+        """
+        if not x.is_cpu or torch.is_autocast_enabled("cpu"):
+            return None
+        if self.q_norm is not None or self.k_norm is not None:
+            return None
+        linears = (self.query, self.key, value, proj)
+        if not all(map(is_plain_linear, linears)):
+            return None
+        wq, wk, wv, wo = (linear.weight for linear in linears)
+        bq, bv, bo = self.query.bias, value.bias, proj.bias
+        if torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, wq, wk, wv, wo, bq, bv, bo)
+        ):
+            return None
+        if backends.choose("dw_layer", device="cpu", dtype=x.dtype) != "cpp":
+            return None
+        return library.prefix_rows(
+            x, wq, bq, wk, wv, bv, wo, bo, self.num_heads, self.num_prefix, self.scale
+        )
 
     def of_values(self, x: Tensor, v: Tensor) -> Tensor:
         """The same rows from the values ``v (B, N, C)`` of all tokens, where these exist anyway."""
