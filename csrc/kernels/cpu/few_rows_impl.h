@@ -49,14 +49,15 @@ struct Matrix {
   const In* row(int64_t i) const { return data + i * stride; }
 };
 
+// Vectors that one accumulator takes in before it is emptied: the error does not grow with k.
+constexpr int64_t kDotVectors = 64;
+
 template <int O, int R, class T, class In, class Store>
 static void dot_tile(const Matrix<In>& m, int64_t o, const T* const* rows, int64_t k, int64_t r,
                      const Store& store) {
   using V = Vec<T>;
   V sum[O][R];
-  for (int a = 0; a < O; ++a) {
-    for (int b = 0; b < R; ++b) sum[a][b] = V::zero();
-  }
+  T dot[O][R] = {};
   const In* const first = m.row(o);
   const auto step = [&](auto load) {
     V right[O];
@@ -66,14 +67,23 @@ static void dot_tile(const Matrix<In>& m, int64_t o, const T* const* rows, int64
       for (int a = 0; a < O; ++a) sum[a][b] = fma(left, right[a], sum[a][b]);
     }
   };
-  int64_t i = 0;
-  for (; i + V::width <= k; i += V::width) {
-    step([i](const auto* p) { return V::load(p + i); });
+  for (int64_t i = 0; i < k;) {
+    for (int a = 0; a < O; ++a) {
+      for (int b = 0; b < R; ++b) sum[a][b] = V::zero();
+    }
+    const int64_t end = k - i < kDotVectors * V::width ? k : i + kDotVectors * V::width;
+    for (; i + V::width <= end; i += V::width) {
+      step([i](const auto* p) { return V::load(p + i); });
+    }
+    const int rest = static_cast<int>(end - i);
+    if (rest > 0) step([i, rest](const auto* p) { return V::load_n(p + i, rest); });
+    i = end;
+    for (int a = 0; a < O; ++a) {
+      for (int b = 0; b < R; ++b) dot[a][b] += total(sum[a][b]);
+    }
   }
-  const int rest = static_cast<int>(k - i);
-  if (rest > 0) step([i, rest](const auto* p) { return V::load_n(p + i, rest); });
   for (int a = 0; a < O; ++a) {
-    for (int b = 0; b < R; ++b) store(o + a, r + b, total(sum[a][b]));
+    for (int b = 0; b < R; ++b) store(o + a, r + b, dot[a][b]);
   }
 }
 
