@@ -12,7 +12,7 @@ add_library(
   dwattn_cpu_kernels OBJECT
   csrc/kernels/cpu/features.cpp csrc/kernels/cpu/attention_variance.cpp
   csrc/kernels/cpu/dw_aggregate.cpp csrc/kernels/cpu/dw_layer.cpp csrc/kernels/cpu/gemm.cpp
-  csrc/kernels/cpu/kernels_generic.cpp)
+  csrc/kernels/cpu/prefix_rows.cpp csrc/kernels/cpu/kernels_generic.cpp)
 target_include_directories(dwattn_cpu_kernels PUBLIC csrc)
 target_compile_options(dwattn_cpu_kernels PRIVATE ${DWATTN_WARNINGS} -fno-math-errno
                                                   -fno-trapping-math)

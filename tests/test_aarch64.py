@@ -21,6 +21,7 @@ TOOLCHAIN = f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'cmake' / 'aarch64-linux-gnu.cmake'
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 CPU_SOURCES = (
     "attention_variance.cpp", "dw_aggregate.cpp", "features.cpp", "gemm.cpp", "kernels_generic.cpp",
+    "prefix_rows.cpp",
 )  # fmt: skip
 
 

@@ -79,6 +79,37 @@ void check_output(const Tensor& x, const Tensor& wv, const Tensor& wo, const Opt
   }
 }
 
+void check_prefix_rows(const Tensor& x, const PrefixWeights& w, int64_t num_heads,
+                       int64_t num_prefix) {
+  DWATTN_CHECK(x.dim() == 3, "x must have the three dimensions (batch, tokens, channels), got ",
+               shape_text(x), ".");
+  DWATTN_CHECK(is_supported(x.scalar_type()), "x has ", dtype_name(x.scalar_type()),
+               "; convert it with .float().");
+  DWATTN_CHECK(num_prefix >= 1 && num_prefix <= x.size(1), "num_prefix=", num_prefix,
+               " must lie between 1 and the ", x.size(1), " tokens of x.");
+  DWATTN_CHECK(w.wq.dim() == 2 && w.wq.size(1) == x.size(2), "wq must have shape (C, ", x.size(2),
+               ") to project the ", x.size(2), " features of x, got ", shape_text(w.wq), ".");
+  const int64_t channels = w.wq.size(0);
+  DWATTN_CHECK(num_heads >= 1 && channels >= num_heads && channels % num_heads == 0,
+               "wq projects to C=", channels, " channels, which num_heads=", num_heads,
+               " do not divide.");
+  check_shape("wk", w.wk, {channels, x.size(2)});
+  check_shape("wv", w.wv, {channels, x.size(2)});
+  DWATTN_CHECK(w.wo.dim() == 2 && w.wo.size(1) == channels, "wo must have shape (D, ", channels,
+               ") to project the ", channels, " channels of the heads, got ", shape_text(w.wo),
+               ".");
+  if (w.bq.has_value()) check_shape("bq", *w.bq, {channels});
+  if (w.bv.has_value()) check_shape("bv", *w.bv, {channels});
+  if (w.bo.has_value()) check_shape("bo", *w.bo, {w.wo.size(0)});
+  check_like("wq", w.wq, x);
+  check_like("wk", w.wk, x);
+  check_like("wv", w.wv, x);
+  check_like("wo", w.wo, x);
+  if (w.bq.has_value()) check_like("bq", *w.bq, x);
+  if (w.bv.has_value()) check_like("bv", *w.bv, x);
+  if (w.bo.has_value()) check_like("bo", *w.bo, x);
+}
+
 void check_coefficients(const Tensor& tokens, int64_t channels, const Geometry& geometry,
                         const Coefficients& k) {
   check_coefficient("kernel", k.kernel, tokens, {channels, 3, 3});

@@ -28,6 +28,15 @@ void check_projection(const Tensor& x, const Tensor& wv, const OptionalTensor& b
 void check_output(const Tensor& x, const Tensor& wv, const Tensor& wo, const OptionalTensor& bo,
                   const OptionalTensor& prefix_out, const Geometry& geometry);
 
+// Weights and biases of the attention of prefix tokens.
+struct PrefixWeights {
+  const Tensor &wq, &wk, &wv, &wo;
+  const OptionalTensor &bq, &bv, &bo;
+};
+
+void check_prefix_rows(const Tensor& x, const PrefixWeights& weights, int64_t num_heads,
+                       int64_t num_prefix);
+
 void check_coefficients(const Tensor& tokens, int64_t channels, const Geometry& geometry,
                         const Coefficients& coefficients);
 

@@ -21,6 +21,10 @@ STABLE_TORCH_LIBRARY(dwattn, m) {
       "dw_layer(Tensor x, Tensor wv, Tensor? bv, Tensor kernel, Tensor? kappa, Tensor? mu, "
       "Tensor? beta, Tensor wo, Tensor? bo, Tensor? prefix_out, SymInt height, SymInt width, "
       "int num_prefix) -> Tensor");
+  // Exact attention of the prefix tokens and its output projection, without gradients.
+  m.def(
+      "prefix_rows(Tensor x, Tensor wq, Tensor? bq, Tensor wk, Tensor wv, Tensor? bv, Tensor wo, "
+      "Tensor? bo, int num_heads, int num_prefix, float scale) -> Tensor");
   // Adds to the state in place; returns E v, or an empty tensor without v.
   m.def(
       "attention_variance_(Tensor q, Tensor k, Tensor(a!) mean, Tensor(b!) m2, "

@@ -1,26 +1,14 @@
 // The operators on CPU tensors.
-#include <vector>
-
 #include "kernels/cpu/dw_aggregate.h"
 #include "kernels/cpu/dw_layer.h"
 #include "kernels/cpu/gemm.h"
-#include "kernels/cpu/half.h"
 #include "kernels/cpu/scratch.h"
 #include "torch/checks.h"
 #include "torch/cpu_parallel.h"
+#include "torch/cpu_tensors.h"
 
 namespace dwattn::torch_ops {
 namespace {
-
-void check_status(Status status) {
-  DWATTN_CHECK(status == Status::kOk, "The CPU kernel failed: ", status_text(status), ".");
-}
-
-// Unit stride along the last dimension.
-Tensor dense_rows(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.size(last) == 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
-}
 
 int64_t workspace_bytes(ScalarType v_type, int64_t batch, int64_t channels) {
   DwAggregateParams p{};
@@ -90,38 +78,6 @@ bool own_products(ScalarType type, int64_t channels) {
   return type != ScalarType::Double && type != ScalarType::BFloat16 && channels <= kNarrow &&
          cpu::features().avx2;
 }
-
-// Coefficients in the accumulation dtype, one after another. Narrower ones are converted here: a
-// call of the dispatcher for each of them is what a small layer spends much of its time on.
-class Widened {
- public:
-  Widened(const OptionalTensor& t, ScalarType type) {
-    if (!t.has_value()) return;
-    const ScalarType given = t->scalar_type();
-    if (type == ScalarType::Float && given == ScalarType::BFloat16 && t->is_contiguous()) {
-      convert<cpu::BFloat16>(*t);
-    } else if (type == ScalarType::Float && given == ScalarType::Half && t->is_contiguous()) {
-      convert<cpu::Float16>(*t);
-    } else {
-      tensor_ = dense(*t, type);
-      data_ = tensor_->const_data_ptr();
-    }
-  }
-  const void* data() const { return data_; }
-
- private:
-  template <class Half>
-  void convert(const Tensor& t) {
-    const Half* const from = static_cast<const Half*>(t.const_data_ptr());
-    values_.resize(static_cast<size_t>(t.numel()));
-    for (size_t i = 0; i < values_.size(); ++i) values_[i] = cpu::to_float(from[i]);
-    data_ = values_.data();
-  }
-
-  OptionalTensor tensor_;
-  std::vector<float> values_;
-  const void* data_ = nullptr;
-};
 
 // `out (B, H*W, D_out)`, or without wo `(B, H*W, C)`, by the kernels alone.
 void run_layer(const Tensor& x, const Tensor& wv, const OptionalTensor& bv,

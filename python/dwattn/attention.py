@@ -154,14 +154,22 @@ class ReplacementAttention(TokenGridModule):
     def prefix_output(self, x: Tensor) -> Tensor:
         """Prefix rows after the output projection: ``(B, P, D)``."""
         assert self.prefix_rows is not None
+        if isinstance(self.prefix_rows, ExactPrefixRows):
+            fused = self.prefix_rows.projected(
+                x,
+                self.value if self.prefix_value is None else self.prefix_value,
+                self.proj if self.prefix_proj is None else self.prefix_proj,
+            )
+            if fused is not None:
+                return fused
         if self.prefix_value is None:
             rows: Tensor = self.prefix_rows(x, *self.value_projection())
         elif is_plain_linear(self.prefix_value):
             rows = self.prefix_rows(x, self.prefix_value.weight, self.prefix_value.bias)
         else:
             rows = self.prefix_rows.of_values(x, self.prefix_value(x))
-        proj = self.output_projection if self.prefix_proj is None else self.prefix_proj
-        out: Tensor = proj(rows)
+        project = self.output_projection if self.prefix_proj is None else self.prefix_proj
+        out: Tensor = project(rows)
         return out
 
     def value_projection(self) -> tuple[Tensor, Tensor | None]:

@@ -1,8 +1,8 @@
 """Loads the compiled modules and teaches PyTorch about the operators: fake tensors here, autograd in
 :mod:`dwattn.gradients`.
 
-``torch.ops.dwattn.dw_aggregate``, its backward, ``dw_attention``, ``dw_layer`` and ``attention_variance_``
-come from ``_C.so``, which uses LibTorch's stable ABI and holds no Python symbol. The package works without it: :data:`AVAILABLE` is then false,
+``torch.ops.dwattn.dw_aggregate``, its backward, ``dw_attention``, ``dw_layer``, ``prefix_rows`` and
+``attention_variance_`` come from ``_C.so``, which uses LibTorch's stable ABI and holds no Python symbol. The package works without it: :data:`AVAILABLE` is then false,
 :func:`load_error` says why, and other backends run. ``DWATTN_DISABLE_NATIVE=1`` simulates that.
 """
 
@@ -132,6 +132,29 @@ def dw_layer(
     """The compiled operator ``x (B, N, D) -> (B, N or H*W, D_out)``; see :mod:`dwattn.functional`."""
     out: Tensor = torch.ops.dwattn.dw_layer.default(
         x, wv, bv, kernel, kappa, mu, beta, wo, bo, prefix_out, height, width, num_prefix
+    )
+    return out
+
+
+def prefix_rows(
+    x: Tensor,
+    wq: Tensor,
+    bq: Tensor | None,
+    wk: Tensor,
+    wv: Tensor,
+    bv: Tensor | None,
+    wo: Tensor,
+    bo: Tensor | None,
+    num_heads: int,
+    num_prefix: int,
+    scale: float,
+) -> Tensor:
+    """The compiled operator ``x (B, N, D) -> (B, P, D_out)``, CPU only and without gradients.
+
+    :class:`dwattn.prefix.ExactPrefixRows` and the output projection of its rows.
+    """
+    out: Tensor = torch.ops.dwattn.prefix_rows.default(
+        x, wq, bq, wk, wv, bv, wo, bo, num_heads, num_prefix, scale
     )
     return out
 
@@ -277,6 +300,28 @@ def _fake_layer(
     return x.new_empty(x.shape[0], rows, wo.shape[0])
 
 
+def _fake_prefix_rows(
+    x: Tensor,
+    wq: Tensor,
+    bq: Tensor | None,
+    wk: Tensor,
+    wv: Tensor,
+    bv: Tensor | None,
+    wo: Tensor,
+    bo: Tensor | None,
+    num_heads: int,
+    num_prefix: int,
+    scale: float,
+) -> Tensor:
+    channels, out = wq.shape[0], wo.shape[0]
+    for name, weight in (("wq", wq), ("wk", wk), ("wv", wv)):
+        _check_fake_like(name, weight, (channels, x.shape[2]), x)
+    _check_fake_like("wo", wo, (out, channels), x)
+    for name, bias, size in (("bq", bq, channels), ("bv", bv, channels), ("bo", bo, out)):
+        _check_fake_like(name, bias, (size,), x)
+    return x.new_empty(x.shape[0], num_prefix, out)
+
+
 def _fake_variance(
     q: Tensor,
     k: Tensor,
@@ -341,6 +386,7 @@ def _register() -> str:
             ("dw_aggregate_backward", _fake_aggregate_backward),
             ("dw_attention", _fake_attention),
             ("dw_layer", _fake_layer),
+            ("prefix_rows", _fake_prefix_rows),
             ("attention_variance_", _fake_variance),
         ):
             torch.library.register_fake(f"dwattn::{name}", fake)

@@ -11,10 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dwattn import backends, library
 from dwattn.projections import is_plain_linear
 from dwattn.reference import merge_heads, split_heads
 
 PREFIX_MODES = ("exact", "static", "drop")
+
+#: Most prefix queries times heads of bf16 rows that the compiled operator takes (measured): from 80 on, PyTorch's
+#: products by AMX tiles make up for their copies at batch 8. In other dtypes the operator is always faster.
+_BF16_LANES = 64
 
 
 class ExactPrefixRows(nn.Module):
@@ -61,6 +66,35 @@ class ExactPrefixRows(nn.Module):
         value = value_weight.unflatten(0, (self.num_heads, self.head_dim))
         rows = merge_heads(pooled @ value.transpose(1, 2))
         return rows if value_bias is None else rows + value_bias
+
+    def projected(self, x: Tensor, value: nn.Module, proj: nn.Module) -> Tensor | None:
+        """The rows after ``proj``, ``(B, P, D_out)``, by one compiled operator; None where it cannot run.
+
+        It runs where the compiled kernels run ``dw_layer`` on the CPU, without gradients and autocast, on
+        projections that are weights only.
+        """
+        if not x.is_cpu or torch.is_autocast_enabled("cpu"):
+            return None
+        if self.q_norm is not None or self.k_norm is not None:
+            return None
+        if x.dtype == torch.bfloat16 and self.num_heads * self.num_prefix > _BF16_LANES:
+            return None
+        query, key = self.query, self.key
+        if not (is_plain_linear(query) and is_plain_linear(key)):
+            return None
+        if not (is_plain_linear(value) and is_plain_linear(proj)):
+            return None
+        wq, wk, wv, wo = query.weight, key.weight, value.weight, proj.weight
+        bq, bv, bo = query.bias, value.bias, proj.bias
+        if torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, wq, wk, wv, wo, bq, bv, bo)
+        ):
+            return None
+        if backends.choose("dw_layer", device="cpu", dtype=x.dtype) != "cpp":
+            return None
+        return library.prefix_rows(
+            x, wq, bq, wk, wv, bv, wo, bo, self.num_heads, self.num_prefix, self.scale
+        )
 
     def of_values(self, x: Tensor, v: Tensor) -> Tensor:
         """The same rows from the values ``v (B, N, C)`` of all tokens, where these exist anyway."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from dwattn.errors import UnsupportedAttentionError
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether only the weights matter: an adapter (LoRA), a quantised layer or weight, or a hook must be called."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     if type(module) is not nn.Linear or hooks:

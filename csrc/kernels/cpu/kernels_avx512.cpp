@@ -3,3 +3,4 @@
 #include "kernels/cpu/attention_variance_impl.h"
 #include "kernels/cpu/dw_aggregate_impl.h"
 #include "kernels/cpu/gemm_impl.h"
+#include "kernels/cpu/prefix_rows_impl.h"

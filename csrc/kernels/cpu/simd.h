@@ -8,6 +8,7 @@
 //   store, store_n       converts back to the stored type, rounding to nearest even
 //   low_half, high_half  the lanes of a Vec<float> as two Vec<double>
 //   times_power(p, n, limit)  p * 2^n for a whole number n of at least limit, else 0
+//   total                sum of the lanes
 //   transpose            a square block, kTransposed<T> on a side
 #pragma once
 
@@ -118,6 +119,8 @@ static inline Vec<double> low_half(Vec<float> a) {
 static inline Vec<double> high_half(Vec<float> a) {
   return {_mm512_cvtps_pd(_mm512_extractf32x8_ps(a.r, 1))};
 }
+static inline float total(Vec<float> a) { return _mm512_reduce_add_ps(a.r); }
+static inline double total(Vec<double> a) { return _mm512_reduce_add_pd(a.r); }
 
 #elif defined(__AVX2__)
 
@@ -223,6 +226,15 @@ static inline Vec<double> low_half(Vec<float> a) {
 static inline Vec<double> high_half(Vec<float> a) {
   return {_mm256_cvtps_pd(_mm256_extractf128_ps(a.r, 1))};
 }
+static inline float total(Vec<float> a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.r), _mm256_extractf128_ps(a.r, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+static inline double total(Vec<double> a) {
+  const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a.r), _mm256_extractf128_pd(a.r, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
 
 #else  // any other target: plain loops of a fixed length, which compilers turn into SSE2 or NEON
 
@@ -307,6 +319,12 @@ static inline Vec<double> high_half(Vec<float> a) {
   Vec<double> half;
   for (int i = 0; i < Vec<double>::width; ++i) half.r[i] = a.r[Vec<double>::width + i];
   return half;
+}
+template <class T>
+static inline T total(Vec<T> a) {
+  T sum = a.r[0];
+  for (int i = 1; i < Vec<T>::width; ++i) sum += a.r[i];
+  return sum;
 }
 
 #endif
