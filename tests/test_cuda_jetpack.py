@@ -39,6 +39,16 @@ STAND_INS = {
         }
     """,
     "limits": "",
+    "type_traits": """
+        namespace std {
+        template <class A, class B> struct is_same { static constexpr bool value = false; };
+        template <class A> struct is_same<A, A> { static constexpr bool value = true; };
+        template <bool first, class A, class B> struct conditional { using type = A; };
+        template <class A, class B> struct conditional<false, A, B> { using type = B; };
+        template <bool first, class A, class B>
+        using conditional_t = typename conditional<first, A, B>::type;
+        }
+    """,
     "cuda_runtime.h": """
         #define INFINITY __int_as_float(0x7f800000)
         template <class... A> cudaError_t cudaGetDevice(A...) { return cudaSuccess; }
