@@ -99,15 +99,18 @@ bench-models: $(VENV)/.installed $(VENV)/.bench-tools
 
 # Distillation against the acceptance numbers: 40 minutes on two quiet cores; finished cases are kept.
 bench-distill: $(VENV)/.installed $(VENV)/.demo-data
+	$(BIN)/python benchmarks/more_photos.py $(VENV)/demo-data/more-photos
 	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/python benchmarks/bench_distill.py --work $(VENV)/distill-runs \
-	  --json benchmarks/results/distill.json
+	  --photos $(VENV)/demo-data/more-photos --json benchmarks/results/distill.json
 
 # The paper's comparisons on two small tasks: hours on one core; it goes on where it was stopped, then docs/study.md follows.
 bench-study: $(VENV)/.installed $(VENV)/.demo-data
 	test -d $(VENV)/demo-data/usr/share/datasets || (cd $(VENV)/demo-data && apt-get download dataset-fashion-mnist && \
 	  dpkg-deb -x dataset-fashion-mnist_*.deb . && rm dataset-fashion-mnist_*.deb)
-	for task in classify segment; do DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/python benchmarks/bench_tasks.py $$task \
-	  --work $(VENV)/task-studies --report $(OUT)/study-$$task.html --json $(RESULTS)/study-$$task.json || exit 1; done
+	for task in classify segment; do \
+	  study="env DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/python benchmarks/bench_tasks.py $$task --work $(VENV)/task-studies"; \
+	  $$study main --json $(RESULTS)/study-limits-$$task.json || exit 1; \
+	  $$study --report $(OUT)/study-$$task.html --json $(RESULTS)/study-$$task.json || exit 1; done
 	$(BIN)/python benchmarks/render.py
 
 # On a machine with a GPU, in an environment that has torch with CUDA and the dev extra; no network is used. The

@@ -1,19 +1,22 @@
 """Label-free distillation within 15 minutes on 2 CPU cores: the demo's model and photos.
 
 The recipe is closed form: the layers are fitted to what the original makes of ``--rounds`` different views of every photo
-(crops of the full resolution, cut-outs, mosaics, other light). ``--polish`` adds minutes of gradient steps on views that
+(crops of the full resolution, cut-outs, mosaics, other light); with ``--photos``, of more photos than the demo has,
+which show more than rooms and scenes. ``--polish`` adds minutes of gradient steps on views that
 never repeat, in bf16 where that is faster on this CPU. The paper's Gaussian start gets ``--minutes`` of such steps alone.
 Each case is compared with the original on held-out photos. Finished cases, closed forms and checkpoints
 are kept in ``--work``: a bench that was stopped goes on. Needs what ``bench_fidelity.py`` needs, and the ``train`` extra::
 
-    python benchmarks/bench_distill.py --json benchmarks/results/distill.json
-    python benchmarks/bench_distill.py --only dw-6 --rounds 14 --polish 0         # closed form alone
+    python benchmarks/more_photos.py more-photos
+    python benchmarks/bench_distill.py --photos more-photos --json benchmarks/results/distill.json
+    python benchmarks/bench_distill.py --only dw-6 --rounds 14        # the demo's photos alone
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import more_photos
 import torch
 
 import dwattn
@@ -69,6 +73,9 @@ class Bench:
             pool, calibration=CALIBRATION, held_out=HELD_OUT, seed=options.seed
         )
         self.held_out = HeldOut.of(self.model, *photos.load(kept))
+        if options.photos is not None:
+            self.fitting += more_photos.photos(options.photos)
+            random.Random(options.seed).shuffle(self.fitting)
         self.views = PhotoViews(self.fitting, free_cutouts(kept), options.seed)
 
     def plan(self, blocks: int) -> dwattn.Plan:
@@ -228,7 +235,7 @@ def line(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
-        "--rounds", type=int, default=14, help="views of each photo that are fitted"
+        "--rounds", type=int, default=8, help="views of each photo that are fitted"
     )
     parser.add_argument(
         "--polish", type=float, default=0, help="minutes of gradient steps after the closed form"
@@ -239,6 +246,9 @@ def main() -> None:
     )
     parser.add_argument("--lr", type=float, default=1e-4, help="of these steps")
     parser.add_argument("--batch", type=int, default=16, help="images a gradient step")
+    parser.add_argument(
+        "--photos", help="folder of more photos to fit to; more_photos.py fetches one"
+    )
     parser.add_argument("--criterion", default="residual", help="by which blocks are chosen")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", default="distill-runs", help="folder of the runs")

@@ -48,8 +48,8 @@ COMMAND = shlex.join(
 #: the head, to the frozen backbone.
 DEFAULTS: dict[str, dict[str, float]] = {
     "classify": {
-        "train_images": 4000, "test_images": 1500, "batch_size": 32,
-        "head_steps": 150, "head_rate": 1e-2, "steps": 120, "lr": 3e-5, "second_steps": 40, "second_lr": 3e-6,
+        "train_images": 4000, "test_images": 3000, "batch_size": 32,
+        "head_steps": 150, "head_rate": 1e-2, "steps": 120, "lr": 3e-5, "second_steps": 80, "second_lr": 5e-6,
     },
     "segment": {
         "train_images": 1536, "test_images": 400, "batch_size": 16,
@@ -65,7 +65,9 @@ HOW_IT_RUNS = ("comparisons", "work", "json", "report", "list", "collect", "prog
 def views(options: argparse.Namespace) -> tuple[Views, Views]:
     """Images to train on and to measure on."""
     read = task_images.fashion if options.task == "classify" else task_images.cutouts
-    return read(options.train_images, options.test_images, options.size)
+    return read(
+        options.train_images, options.test_images, options.size, validation=options.validation
+    )
 
 
 def make(task: str, classes: int, size: int, seed: int) -> Task:
@@ -91,7 +93,7 @@ def grid(options: argparse.Namespace) -> Grid:
     return paper_grid(
         DEPTH, HEADS, first, second=second, head=head, seeds=tuple(range(options.seeds)),
         score_images=options.score_images, calibration_images=options.calibration_images,
-        calibration={"views": 1, "refit": "attention"},
+        calibration={"views": 1, "refit": options.refit},
     )  # fmt: skip
 
 
@@ -102,6 +104,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=98, help=f"pixels, a multiple of {PATCH}")
     parser.add_argument("--train-images", type=int)
     parser.add_argument("--test-images", type=int)
+    parser.add_argument(
+        "--validation",
+        action="store_true",
+        help="measure on images held back from the training side: to choose the other options by",
+    )
     parser.add_argument("--batch-size", type=int, help="of all stages")
     parser.add_argument("--head-steps", type=int, help="that fit the head to the frozen backbone")
     parser.add_argument("--head-rate", type=float, help="learning rate of these steps")
@@ -117,7 +124,10 @@ def parse() -> argparse.Namespace:
         help="'no' is faster on a CPU without bf16 units",
     )
     parser.add_argument("--score-images", type=int, default=200)
-    parser.add_argument("--calibration-images", type=int, default=160)
+    parser.add_argument("--calibration-images", type=int, default=600)
+    parser.add_argument(
+        "--refit", default="all", help="which layers calibration corrects, see dwattn.calibration"
+    )
     parser.add_argument("--device", help="cpu or cuda; default: what is there")
     parser.add_argument("--work", default="task-studies", help="folder of the runs")
     parser.add_argument(

@@ -258,9 +258,13 @@ def vit_l() -> str:
     return "\n".join([*lines, "", f"{day(machine['created'])}, {machine['CPU']}. {found['note']}"])
 
 
-def studies() -> dict[str, Any]:
-    """Results by task, of those that were run."""
-    names = {task: f"study-{task}" for task in study_page.TASKS}
+#: The study of how many blocks can go, with a recipe chosen on images held back from the training side.
+LIMITS = "-limits"
+
+
+def studies(kind: str = "") -> dict[str, Any]:
+    """Results by task, of those that were run; ``kind`` is part of their files' names."""
+    names = {task: f"study{kind}-{task}" for task in study_page.TASKS}
     return {t: load(name) for t, name in names.items() if (RESULTS / f"{name}.json").exists()}
 
 
@@ -271,24 +275,25 @@ def _lines(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     )
 
 
-def study_setting() -> str:
+def study_setting(kind: str = "") -> str:
     """What was run, and how."""
     lines = []
-    for task, found in studies().items():
+    for task, found in studies(kind).items():
         s, grid = found["setting"], found["grid"]
         head, first, second = (grid[name] for name in ("head", "recipe", "second"))
         lines.append(
-            f"- {study_page.NAMES[task]} (`benchmarks/results/study-{task}.json` and `.csv`, "
+            f"- {study_page.NAMES[task]} (`benchmarks/results/study{kind}-{task}.json` and `.csv`, "
             f"{day(found['created'])}): {s['train_images']} training and "
             f"{s['test_images']} test images of {s['size']} x {s['size']} pixels; {head['steps']} steps of the head alone, "
             f"{first['steps']} of all weights at {first['lr']:g}, {second['steps']} behind the replacement at "
-            f"{second['lr']:g}, {first['batch_size']} images each; {len(found['runs'])} runs; `{found['command']}`."
+            f"{second['lr']:g}, {first['batch_size']} images each; calibrated on {grid['calibration_images']} images; "
+            f"{len(found['runs'])} runs; `{found['command']}`."
         )
     return "\n".join(lines) or NOT_RUN
 
 
-def _study(task: str) -> str:
-    found = studies().get(task)
+def _study(task: str, kind: str = "") -> str:
+    found = studies(kind).get(task)
     if found is None:
         return NOT_RUN
     columns = ["layer", "chosen by", "replaced", "stages", "start", "mean", "difference", "seeds"]
@@ -307,7 +312,7 @@ def study_claims() -> str:
 def study_limits() -> str:
     """How many blocks can go."""
     parts = []
-    for task, found in studies().items():
+    for task, found in studies(LIMITS).items():
         lines = study_page.limits(found, study_page.TASKS[task])
         parts.append(
             "\n".join([f"{study_page.NAMES[task]}:", "", *(f"- {line}" for line in lines)])
@@ -358,6 +363,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "study_segment": lambda: _study("segment"),
     "study_claims": study_claims,
     "study_limits": study_limits,
+    "limits_setting": lambda: study_setting(LIMITS),
+    "limits_classify": lambda: _study("classify", LIMITS),
+    "limits_segment": lambda: _study("segment", LIMITS),
     "peers": peers,
     "peers_all": peers_all,
     "models": models,

@@ -22,35 +22,49 @@ GARMENTS = 10
 KINDS = ("animals", "food", "hobbies", "household", "plants", "sports", "town", "vehicles")
 
 
-def fashion(train: int, test: int, size: int, seed: int = 0) -> tuple[LabelledViews, LabelledViews]:
+def fashion(
+    train: int, test: int, size: int, seed: int = 0, *, validation: bool = False
+) -> tuple[LabelledViews, LabelledViews]:
     """``train`` and ``test`` pictures of clothes (dataset-fashion-mnist), 10 classes, at ``size x size`` pixels.
 
+    Args:
+        validation: measure on training pictures that are not trained on, to choose a recipe by.
+
     Raises:
-        DataError: the package is neither installed nor unpacked.
+        DataError: the package is neither installed nor unpacked, or holds fewer pictures.
     """
     folder = _package(FASHION, "dataset-fashion-mnist")
     augment = Augment(crop=(0.7, 1.0))
+    kept = ("train", slice(train, train + test)) if validation else ("t10k", slice(-test, None))
     return (
-        LabelledViews(*_drawn(folder, "train", train, size, seed), GARMENTS, augment),
-        LabelledViews(*_drawn(folder, "t10k", test, size, seed), GARMENTS),
+        LabelledViews(*_drawn(folder, "train", slice(train), size, seed), GARMENTS, augment),
+        LabelledViews(*_drawn(folder, *kept, size, seed), GARMENTS),
     )
 
 
-def cutouts(train: int, test: int, size: int, seed: int = 0) -> tuple[MaskedViews, MaskedViews]:
+def cutouts(
+    train: int, test: int, size: int, seed: int = 0, *, validation: bool = False
+) -> tuple[MaskedViews, MaskedViews]:
     """Cut-outs (tuxpaint-stamps-default) of eight kinds on photos, 9 classes with the background.
 
-    Training and test images have no cut-out and no photo in common. Masks have the size that the paper's decoder
-    makes of the patches.
+    The images to train and to measure on have no cut-out and no photo in common. Masks have the size that the paper's
+    decoder makes of the patches.
+
+    Args:
+        validation: measure on cut-outs and photos taken away from the training side, to choose a recipe by; those
+            of the test are then not used at all.
 
     Raises:
         DataError: there are no cut-outs, or too few of a kind.
     """
     folder = _package(photos.STAMPS, "tuxpaint-stamps-default")
     plain = [photo for photo in photos.pool(200, seed) if photo.stamp is None]
-    fitting, kept = photos.split(
-        plain, calibration=2 * len(plain) // 3, held_out=len(plain) // 3, seed=seed
-    )
+    fitting, kept = _thirds(plain, seed)
     fit_stamps, test_stamps = _stamps(folder, random.Random(seed))
+    if validation:
+        fitting, kept = _thirds(fitting, seed)
+        test_stamps = [paths[: len(paths) // 4] for paths in fit_stamps]
+        fit_stamps = [paths[len(paths) // 4 :] for paths in fit_stamps]
     masks = (8 * (size // 14), 8 * (size // 14))
     augment = Augment(crop=(0.5, 1.0), colour=0.2)
     classes = len(KINDS) + 1
@@ -58,6 +72,11 @@ def cutouts(train: int, test: int, size: int, seed: int = 0) -> tuple[MaskedView
         MaskedViews(*_composed(fitting, fit_stamps, train, size, seed), classes, augment, mask_size=masks),
         MaskedViews(*_composed(kept, test_stamps, test, size, seed + 1), classes, mask_size=masks),
     )  # fmt: skip
+
+
+def _thirds(found: list[photos.Photo], seed: int) -> tuple[list[photos.Photo], list[photos.Photo]]:
+    """Two thirds and one third, split by scene."""
+    return photos.split(found, calibration=2 * len(found) // 3, held_out=len(found) // 3, seed=seed)
 
 
 def _package(inside: str, name: str) -> Path:
@@ -70,13 +89,14 @@ def _package(inside: str, name: str) -> Path:
     )
 
 
-def _drawn(folder: Path, part: str, count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Normalised pixels and labels of ``count`` pictures."""
+def _drawn(folder: Path, part: str, chosen: slice, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Normalised pixels and labels of the ``chosen`` of all pictures of a part in drawn order."""
     pictures = _idx(folder / f"{part}-images-idx3-ubyte.gz")
     labels = _idx(folder / f"{part}-labels-idx1-ubyte.gz")
-    if count > len(labels):
-        raise DataError(f"{count} pictures were asked for; {part} holds {len(labels)}.")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count]
+    most = max(abs(bound) for bound in (chosen.start, chosen.stop) if bound is not None)
+    if most > len(labels):
+        raise DataError(f"{most} pictures were asked for; {part} holds {len(labels)}.")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[chosen]
     grey = torch.from_numpy(pictures[order.numpy()]).float().div(255)[:, None]
     grey = F.interpolate(grey, (size, size), mode="bicubic", align_corners=False).clamp(0, 1)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))

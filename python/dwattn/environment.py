@@ -36,7 +36,7 @@ QUESTIONS = tuple(
     (op, device, dtype)
     for device in ("cpu", "cuda")
     for dtype in ("float32", "bfloat16", "float16")
-    for op in ("dw_attention", "dw_layer")
+    for op in ("dw_attention", "dw_layer", "attention_variance")
 )
 _VARIABLES = ("DWATTN_", "OMP_", "MKL_", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
 #: Programs with which extensions are built and GPUs are looked at.
