@@ -234,9 +234,7 @@ def line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument(
-        "--rounds", type=int, default=8, help="views of each photo that are fitted"
-    )
+    parser.add_argument("--rounds", type=int, default=8, help="views of each photo that are fitted")
     parser.add_argument(
         "--polish", type=float, default=0, help="minutes of gradient steps after the closed form"
     )
