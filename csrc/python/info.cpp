@@ -51,8 +51,8 @@ py::dict cpu_info() {
                               ? "bfloat16 by AMX tiles"
                           : dwattn::cpu::native_bf16_gemm() ? "bfloat16"
                                                             : "float32";
-  info["fp16_products"] = dwattn::cpu::native_fp16_gemm() ? "float16, of narrow layers in float32"
-                                                             : "float32";
+  info["fp16_products"] =
+      dwattn::cpu::native_fp16_gemm() ? "float16, of narrow layers in float32" : "float32";
   return info;
 }
 
