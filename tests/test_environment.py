@@ -61,7 +61,8 @@ def test_what_a_bug_report_needs(info: dict[str, object]) -> None:
     assert 1 <= system["usable_cpus"] <= system["cpus"]
     assert system["memory_bytes"] is None or system["memory_bytes"] > 2**26
     assert info["location"] == str(Path(environment.__file__).parent)
-    assert {answer["op"] for answer in info["backends"]} == {"dw_attention", "dw_layer"}
+    asked = {answer["op"] for answer in info["backends"]}
+    assert asked == {"dw_attention", "dw_layer", "attention_variance"} <= set(backends.OPS)
     assert info["torch"]["threads"] == torch.get_num_threads()
 
 
@@ -72,7 +73,8 @@ def test_equal_answers_are_given_once(info: dict[str, object]) -> None:
         different = {(a["chosen"], str(a["verdicts"])) for a in answers}
         assert text.count(f" on {device} in ") <= len(answers)
         if len(different) == 1:
-            assert f"dw_attention, dw_layer on {device} in float32, bfloat16, float16: " in text
+            ops = "dw_attention, dw_layer, attention_variance"
+            assert f"{ops} on {device} in float32, bfloat16, float16: " in text
 
 
 def test_a_forced_backend_that_cannot_run_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
