@@ -1,8 +1,7 @@
 """Some 240 photographs of animals, fish, monuments and tools, out of Debian's gcompris-qt-data.
 
-They lie in Qt resource bundles there; this fetches the package (44 MB, no root needed) and writes them to a folder.
-GCompris is free software, its photos have licences of their own: they are used where they lie and are in no file that
-dwattn writes::
+They lie in Qt resource bundles there; this fetches the package (44 MB, no root needed) and writes them to a folder of
+yours. The photos have free licences of their own; they become no part of a result file or of a package::
 
     python benchmarks/more_photos.py FOLDER
 """
@@ -19,8 +18,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from dwattn.data import IMAGE_SUFFIXES
+from dwattn.data import image_folder
 from dwattn.demo.photos import Photo
+from dwattn.demo.pretrained import IMAGE_SIZE
 from dwattn.errors import DataError
 
 PACKAGE = "gcompris-qt-data"
@@ -87,11 +87,16 @@ def fetch(folder: Path) -> list[Path]:
 
 
 def photos(folder: str | Path) -> list[Photo]:
-    """All pictures of a folder, as the demo takes them."""
-    paths = sorted(p for p in Path(folder).iterdir() if p.suffix in IMAGE_SUFFIXES)
-    if not paths:
-        raise DataError(f"{folder} holds no pictures.")
-    return [Photo(f"{PACKAGE}/{p.name}", PACKAGE, f"{PACKAGE}/{p.stem}", p) for p in paths]
+    """All pictures below a folder, as the demo takes them.
+
+    Raises:
+        DataError: there are none.
+    """
+    root = Path(folder)
+    return [
+        Photo(f"{root.name}/{path.name}", root.name, f"{root.name}/{path.stem}", path)
+        for path in image_folder(root, IMAGE_SIZE).files
+    ]
 
 
 def _run(folder: Path, *words: str) -> None:

@@ -78,7 +78,7 @@ def test_icons_and_drawings_are_left_out(tmp_path: Path) -> None:
     assert {p.path.name for p in found} == {f"{a}-large.webp" for a in more_photos.ACTIVITIES}
     assert photos.load(found)[0].shape == (len(found), 3, 224, 224)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="holds no images"):
         more_photos.photos(tmp_path / "empty")
 
 
