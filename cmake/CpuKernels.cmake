@@ -3,7 +3,8 @@ include(CheckCXXCompilerFlag)
 
 set(DWATTN_AVX2_FLAGS -mavx2 -mfma -mf16c)
 set(DWATTN_AVX512_FLAGS -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c)
-set(DWATTN_AMX_FLAGS ${DWATTN_AVX512_FLAGS} -mavx512bf16 -mamx-tile -mamx-bf16)
+set(DWATTN_AVX512_BF16_FLAGS ${DWATTN_AVX512_FLAGS} -mavx512bf16)
+set(DWATTN_AMX_FLAGS ${DWATTN_AVX512_BF16_FLAGS} -mamx-tile -mamx-bf16)
 set(DWATTN_CPU_ISAS generic)
 set(DWATTN_CPU_ISA_DEFINITIONS)
 
@@ -33,17 +34,21 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
       list(PREPEND DWATTN_CPU_ISAS ${lower})
     endif()
   endforeach()
-  # AMX on top of AVX-512: products of bf16 by tiles.
-  string(JOIN " " flags ${DWATTN_AMX_FLAGS})
-  check_cxx_compiler_flag("${flags}" DWATTN_COMPILER_HAS_AMX)
-  if(DWATTN_COMPILER_HAS_AMX AND DWATTN_COMPILER_HAS_AVX512)
-    target_sources(dwattn_cpu_kernels PRIVATE csrc/kernels/cpu/gemm_amx.cpp)
-    set_source_files_properties(
-      csrc/kernels/cpu/gemm_amx.cpp
-      PROPERTIES COMPILE_OPTIONS "${DWATTN_AMX_FLAGS};-Wno-uninitialized;-Wno-maybe-uninitialized")
-    list(APPEND DWATTN_CPU_ISA_DEFINITIONS DWATTN_HAVE_AMX)
-    list(PREPEND DWATTN_CPU_ISAS amx)
-  endif()
+  # On top of AVX-512: products of bf16, by instructions for pairs of numbers and by tiles.
+  foreach(isa AVX512_BF16 AMX)
+    string(TOLOWER ${isa} lower)
+    string(JOIN " " flags ${DWATTN_${isa}_FLAGS})
+    check_cxx_compiler_flag("${flags}" DWATTN_COMPILER_HAS_${isa})
+    if(DWATTN_COMPILER_HAS_${isa} AND DWATTN_COMPILER_HAS_AVX512)
+      set(source csrc/kernels/cpu/gemm_${lower}.cpp)
+      target_sources(dwattn_cpu_kernels PRIVATE ${source})
+      set_source_files_properties(
+        ${source} PROPERTIES COMPILE_OPTIONS
+                             "${DWATTN_${isa}_FLAGS};-Wno-uninitialized;-Wno-maybe-uninitialized")
+      list(APPEND DWATTN_CPU_ISA_DEFINITIONS DWATTN_HAVE_${isa})
+      list(PREPEND DWATTN_CPU_ISAS ${lower})
+    endif()
+  endforeach()
 endif()
 target_compile_definitions(dwattn_cpu_kernels PUBLIC ${DWATTN_CPU_ISA_DEFINITIONS})
 message(STATUS "dwattn: CPU instruction sets: ${DWATTN_CPU_ISAS}")

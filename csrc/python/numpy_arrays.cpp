@@ -28,7 +28,7 @@ cpu::Isa isa_of(const std::string& name) {
   for (cpu::Isa isa : cpu::kAllIsas) {
     if (name == cpu::isa_name(isa)) return isa;
   }
-  fail("isa=", name, " is not one of auto, amx, avx512, avx2, generic.");
+  fail("isa=", name, " is not one of auto, amx, avx512_bf16, avx512, avx2, generic.");
 }
 
 DType dtype_of(const char* name, const py::array& array) {

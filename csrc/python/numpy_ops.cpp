@@ -233,7 +233,8 @@ void bind_numpy_ops(py::module_& module) {
       arg("beta") = py::none(), py::kw_only(), arg("num_threads") = 1, arg("isa") = "auto",
       "3x3 depthwise aggregation plus context: v (B, N, C) -> (B, H*W, C).\n\n"
       "kernel (C, 3, 3), kappa (P, C), mu (C,), beta (C,). v is float32, float64, float16, or\n"
-      "uint16 holding the bits of bfloat16. isa is auto, amx, avx512, avx2 or generic.");
+      "uint16 holding the bits of bfloat16. isa is auto, amx,\n"
+      "avx512_bf16, avx512, avx2 or generic.");
   module.def("dw_attention", &dw_attention, arg("x"), arg("wv"), arg("bv"), arg("kernel"),
              arg("height"), arg("width"), arg("num_prefix") = 0, arg("kappa") = py::none(),
              arg("mu") = py::none(), arg("beta") = py::none(), py::kw_only(),

@@ -70,11 +70,15 @@ bool emulated(ScalarType type) {
 // Whether the kernels compute the products of a layer of this inner width too (measured:
 // benchmarks/bench_cpu_layer.py). Up to kNarrow they are as fast as the BLAS of PyTorch on x86, and
 // need neither a pass for the bias nor calls through the dispatcher; fp16 they convert to fp32 on
-// the way, at which the products of a CPU with instructions for fp16 are no faster. By AMX tiles
-// they are faster at every width, and emulated dtypes they convert, too.
+// the way, at which the products of a CPU with instructions for fp16 are no faster. bf16 by AMX
+// tiles or AVX512_BF16 is faster at every width, and emulated dtypes they convert, too.
 bool own_products(ScalarType type, int64_t channels) {
   constexpr int64_t kNarrow = 512;
-  if (emulated(type) || cpu::by_tiles(kernel_dtype(type), cpu::Isa::kAuto)) return true;
+  const DType dtype = kernel_dtype(type);
+  if (emulated(type) || cpu::by_tiles(dtype, cpu::Isa::kAuto) ||
+      cpu::by_pairs(dtype, cpu::Isa::kAuto)) {
+    return true;
+  }
   return type != ScalarType::Double && type != ScalarType::BFloat16 && channels <= kNarrow &&
          cpu::features().avx2;
 }

@@ -174,7 +174,10 @@ void check_product(int64_t m, int64_t n, int64_t k, cpu::Isa isa = cpu::Isa::kAu
   const Guarded<T> a(normal<T>((kBatch * (m + gap) - gap - 1) * a_row + k));
   const Guarded<T> weight(normal<T>((n - 1) * (k + 1) + k));
   const auto bias = normal<Acc<T>>(n);
-  std::vector<T> out(static_cast<size_t>(kBatch * (m + gap) * out_row));
+  constexpr float kUntouched = -7;
+  T untouched;
+  cpu::from_float(kUntouched, &untouched);
+  std::vector<T> out(static_cast<size_t>(kBatch * (m + gap) * out_row), untouched);
   const std::string what = std::string("gemm, ") + cpu::isa_name(isa) + ", dtype " +
                            std::to_string(static_cast<int>(kType<T>)) + " " + std::to_string(m) +
                            "x" + std::to_string(n) + "x" + std::to_string(k) + ", gap " +
@@ -199,7 +202,7 @@ void check_product(int64_t m, int64_t n, int64_t k, cpu::Isa isa = cpu::Isa::kAu
   for (int64_t b = 0; b < kBatch; ++b) {
     for (int64_t i = 0; i < m + gap; ++i) {
       for (int64_t j = 0; j < out_row; ++j) {
-        double sum = 0, magnitude = 0;
+        double sum = kUntouched, magnitude = 0;
         if (i < m && j < n) {
           sum = bias[j];
           magnitude = std::fabs(sum);
@@ -210,10 +213,11 @@ void check_product(int64_t m, int64_t n, int64_t k, cpu::Isa isa = cpu::Isa::kAu
             sum += term;
             magnitude += std::fabs(term);
           }
-        }  // else nothing may have been written
+        }
         const double got = cpu::to_float(out[(b * (m + gap) + i) * out_row + j]);
-        const double allowed =
-            1.01 * kRounding<T> * std::fabs(sum) + (k + 1) * kRounding<Acc<T>> * magnitude + 1e-300;
+        const double allowed = magnitude == 0 ? 1e-300  // nothing may have been written
+                                              : 1.01 * kRounding<T> * std::fabs(sum) +
+                                                    (k + 1) * kRounding<Acc<T>> * magnitude;
         const double error = std::fabs(got - sum) / allowed;
         worst = error >= 0 ? std::max(worst, error) : INFINITY;
       }
@@ -229,23 +233,24 @@ void check_products() {
   check_product<T>(1, 16, 300);
 }
 
-// Rows that tiles read in place and copies of them, last bands of every kind, groups of columns,
-// and every way to share the work.
-void check_tiles() {
+// Products of bf16 as it is: rows that are read in place and copies of them, last rows and columns
+// of every kind, groups of columns, and every way to share the work.
+void check_bf16_products(cpu::Isa isa) {
   for (int64_t threads : {1, 2, 3, 8}) {
     for (int64_t gap : {0, 1}) {
-      for (int64_t m : {1, 15, 16, 17, 31, 32, 33, 64, 75}) {
-        check_product<BFloat16>(m, 83, 64, cpu::Isa::kAmx, gap, threads);
-        check_product<BFloat16>(m, 32, 97, cpu::Isa::kAmx, gap, threads);
+      for (int64_t m : {1, 5, 6, 7, 15, 16, 17, 31, 32, 33, 64, 75}) {
+        check_product<BFloat16>(m, 83, 64, isa, gap, threads);
+        check_product<BFloat16>(m, 32, 97, isa, gap, threads);
       }
-      for (int64_t n : {1, 15, 16, 17, 31, 33, 96}) {
-        check_product<BFloat16>(40, n, 32, cpu::Isa::kAmx, gap, threads);
+      for (int64_t n : {1, 15, 16, 17, 31, 33, 63, 65, 96}) {
+        check_product<BFloat16>(40, n, 32, isa, gap, threads);
       }
-      check_product<BFloat16>(5, 40, 1, cpu::Isa::kAmx, gap, threads);
-      check_product<BFloat16>(5, 40, 0, cpu::Isa::kAmx, gap, threads);
+      check_product<BFloat16>(9, 40, 46, isa, gap, threads);
+      check_product<BFloat16>(5, 40, 1, isa, gap, threads);
+      check_product<BFloat16>(5, 40, 0, isa, gap, threads);
     }
   }
-  check_product<BFloat16>(70, 161, 4096, cpu::Isa::kAmx);
+  check_product<BFloat16>(70, 161, 4096, isa);
 }
 
 // The first of `threads` threads, where a loop deals out consecutive tasks, computes its share of
@@ -297,7 +302,9 @@ int main() {
   check_products<Float16>();
   check_products<BFloat16>();
   for (int64_t threads : {2, 3}) check_share(threads);
-  if (cpu::isa_usable(cpu::Isa::kAmx)) check_tiles();
+  for (cpu::Isa isa : {cpu::Isa::kAvx512Bf16, cpu::Isa::kAmx}) {
+    if (cpu::isa_usable(isa)) check_bf16_products(isa);
+  }
   std::printf("%d failure(s), instruction set %s\n", failures, cpu::isa_name(cpu::default_isa()));
   return failures == 0 ? 0 : 1;
 }

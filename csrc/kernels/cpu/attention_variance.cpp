@@ -52,6 +52,7 @@ Status attention_variance(const AttentionVarianceParams& params, void* workspace
   switch (isa) {
 #ifdef DWATTN_HAVE_AVX512
     case Isa::kAmx:
+    case Isa::kAvx512Bf16:
     case Isa::kAvx512:
       return avx512::attention_variance(params, tiles, workspace, workers, parallel);
 #endif

@@ -7,6 +7,7 @@
 #ifdef DWATTN_HAVE_AVX512
 #define DWATTN_CASE_AVX512(CALL) \
   case Isa::kAmx:                \
+  case Isa::kAvx512Bf16:         \
   case Isa::kAvx512:             \
     return avx512::CALL;
 #else

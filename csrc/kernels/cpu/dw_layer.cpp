@@ -99,9 +99,10 @@ class Layer {
 
   int64_t patches() const { return p_.height * p_.width; }
   int64_t tokens() const { return p_.num_prefix + patches(); }
-  // Tiles read and write the dtype of the layer.
+  // Products of bf16 as it is read and write the dtype of the layer.
   DType value_dtype() const {
-    if (p_.dtype == DType::kFloat64 || by_tiles(p_.dtype, isa_)) return p_.dtype;
+    const bool as_it_is = by_tiles(p_.dtype, isa_) || by_pairs(p_.dtype, isa_);
+    if (p_.dtype == DType::kFloat64 || as_it_is) return p_.dtype;
     return DType::kFloat32;
   }
 

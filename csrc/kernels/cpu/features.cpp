@@ -95,6 +95,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
     case Isa::kAmx:
       return "amx";
   }
@@ -118,6 +120,10 @@ bool isa_compiled(Isa isa) {
     case Isa::kAvx512:
       return true;
 #endif
+#ifdef DWATTN_HAVE_AVX512_BF16
+    case Isa::kAvx512Bf16:
+      return true;
+#endif
 #ifdef DWATTN_HAVE_AMX
     case Isa::kAmx:
       return true;
@@ -131,6 +137,7 @@ bool isa_usable(Isa isa) {
   if (!isa_compiled(isa)) return false;
   if (isa == Isa::kAvx2) return features().avx2;
   if (isa == Isa::kAvx512) return features().avx512;
+  if (isa == Isa::kAvx512Bf16) return features().avx512_bf16;
   if (isa == Isa::kAmx) {
     return features().amx_bf16 && features().avx512_bf16 && tiles_granted();
   }

@@ -5,9 +5,18 @@
 
 namespace dwattn::cpu {
 
-// Each with those before it; kAmx is kAvx512 with the products of bf16 by AMX tiles.
-enum class Isa : int32_t { kAuto = -1, kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
-constexpr Isa kAllIsas[] = {Isa::kAmx, Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};  // best first
+// Each with those before it. The last two are kAvx512 with other products of bf16: by instructions
+// for pairs of numbers, and by AMX tiles.
+enum class Isa : int32_t {
+  kAuto = -1,
+  kGeneric = 0,
+  kAvx2 = 1,
+  kAvx512 = 2,
+  kAvx512Bf16 = 3,
+  kAmx = 4,
+};
+constexpr Isa kAllIsas[] = {Isa::kAmx, Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2,
+                            Isa::kGeneric};  // best first
 
 const char* isa_name(Isa isa);
 
@@ -28,7 +37,7 @@ bool isa_compiled(Isa isa);
 bool isa_usable(Isa isa);  // compiled, this CPU has it, and the system grants its registers
 
 // The best usable one, or the one named by the environment variable DWATTN_CPU_ISA
-// (generic, avx2, avx512, amx) if that is usable. Read once.
+// (generic, avx2, avx512, avx512_bf16, amx) if that is usable. Read once.
 Isa default_isa();
 
 // Whether matrix products in this dtype have hardware instructions. Where they have none, libraries

@@ -9,12 +9,13 @@
 
 namespace dwattn::cpu {
 
-// Whether products of this dtype are computed by AMX tiles: then weight, `a` and `out` all have it,
-// and the weight is packed in passing, not before.
-bool by_tiles(DType dtype, Isa isa);
+// Whether the instruction set multiplies numbers of this dtype as they are: bf16 by AMX tiles, or
+// by AVX512_BF16. Then weight, `a` and `out` all have it.
+bool by_tiles(DType dtype, Isa isa);  // the weight is packed in passing, not before
+bool by_pairs(DType dtype, Isa isa);
 
 // A weight (n, k) in the order in which the product reads it. Packed numbers have the accumulation
-// type: double for fp64, else float.
+// type, double for fp64, else float, unless they are multiplied as they are.
 struct WeightParams {
   const void* weight;
   DType dtype;
@@ -53,6 +54,14 @@ DWATTN_DECLARE_ISA(generic)
 DWATTN_DECLARE_ISA(avx2)
 DWATTN_DECLARE_ISA(avx512)
 #undef DWATTN_DECLARE_ISA
+
+// Rows of a block, which passes by all panels of the weight, in tiles of `tile` rows: a few of
+// them, so that the outputs of a block lie close together; many where the weight is too large for
+// the cache and has to be read again by each block. Where blocks are few, every thread gets as
+// many, and all are about as long: 577 rows in blocks of 288 would leave the second of two threads
+// a single row.
+int64_t rows_of_a_block(const GemmParams& params, int64_t tile, int64_t weight_bytes,
+                        int64_t threads);
 
 // Columns of a packed weight are rounded up to this many, a multiple of every vector width.
 constexpr int64_t kColumnPad = 16;

@@ -110,7 +110,8 @@ class Gemm {
   Gemm(const GemmParams& p, void* workspace) : p_(p), widened_(static_cast<T*>(workspace)) {}
 
   void run(const ParallelFor& parallel) const {
-    const int64_t block = rows_of_a_block(parallel.threads > 0 ? parallel.threads : 1);
+    const int64_t bytes = p_.n * p_.k * static_cast<int64_t>(sizeof(T));
+    const int64_t block = rows_of_a_block(p_, kRows, bytes, parallel.threads);
     const int64_t blocks = (p_.m + block - 1) / block;
     auto tasks = [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
@@ -122,19 +123,6 @@ class Gemm {
   }
 
  private:
-  // A few tiles, so that the outputs of a block lie close together; many where the weight is too
-  // large for the cache and has to be read again by each block. Where blocks are few, every thread
-  // gets as many, and all are about as long: 577 rows in blocks of 288 would leave the second of
-  // two threads a single row.
-  int64_t rows_of_a_block(int64_t threads) const {
-    constexpr int64_t kCached = 1 << 20, kFew = 4, kMany = 48, kEnough = 4;
-    const bool cached = p_.n * p_.k * static_cast<int64_t>(sizeof(T)) <= kCached;
-    const int64_t most = cached ? kFew : kMany, tiles = (p_.m + kRows - 1) / kRows;
-    int64_t blocks = (tiles + most - 1) / most;
-    while (p_.batch * blocks % threads != 0 && p_.batch * blocks < kEnough * threads) ++blocks;
-    return kRows * ((tiles + blocks - 1) / blocks);
-  }
-
   // Rows first..last-1 of one element of the batch.
   void compute_rows(int64_t b, int64_t first, int64_t last) const {
     const T* a;

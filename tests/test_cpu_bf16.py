@@ -1,4 +1,4 @@
-"""Products of bf16 by AMX tiles: whole layers in every shape that tiles do not fit, against fp64."""
+"""Products of bf16 as it is, by AMX tiles and by AVX512_BF16: layers in every shape that tiles do not fit, against fp64."""
 
 from __future__ import annotations
 
@@ -13,12 +13,21 @@ from dwattn import library
 from support.operators import OperatorCase, assert_as_exact, make_case
 
 native = library.native
-TILES = native is not None and "amx" in native.cpu_info()["usable_isas"]
+USABLE = [] if native is None else native.cpu_info()["usable_isas"]
 
 pytestmark = [
-    pytest.mark.skipif(not TILES, reason="no AMX tiles: not built, not in this CPU, or refused"),
+    pytest.mark.skipif(not library.AVAILABLE, reason=library.load_error()),
     pytest.mark.usefixtures("one_thread"),
 ]
+by_each = pytest.mark.parametrize(
+    "isa",
+    [
+        pytest.param(
+            isa, marks=pytest.mark.skipif(isa not in USABLE, reason=f"not built, or a CPU without {isa}")
+        )
+        for isa in ("amx", "avx512_bf16")
+    ],
+)  # fmt: skip
 
 GRIDS = ((1, 1), (1, 37), (29, 1), (4, 8), (5, 7), (13, 11))
 WIDTHS = ((96, 64, 96), (100, 40, 33), (31, 96, 64), (64, 7, 130))  # D, C, D_out
@@ -46,8 +55,9 @@ def output(case: OperatorCase, width: int) -> tuple[Tensor, Tensor]:
     return wo.bfloat16(), torch.randn(width, generator=generator).bfloat16()
 
 
+@by_each
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
-def test_error_is_at_most_twice_that_of_pytorch(widths: tuple[int, int, int]) -> None:
+def test_error_is_at_most_twice_that_of_pytorch(widths: tuple[int, int, int], isa: str) -> None:
     dim, channels, width = widths
     varying = itertools.cycle(itertools.product((0, 1, 5), (1, 3)))
     for height, columns in GRIDS:
@@ -58,7 +68,7 @@ def test_error_is_at_most_twice_that_of_pytorch(widths: tuple[int, int, int]) ->
         wo, bo = output(case, width)
         y = case.attention("torch")
         exact = case.to(torch.float64).attention("reference")
-        results = [layer(case, wo, bo, isa="amx", threads=threads) for threads in (1, 2, 3, 1)]
+        results = [layer(case, wo, bo, isa=isa, threads=threads) for threads in (1, 2, 3, 1)]
         assert_as_exact(
             results[0],
             torch.nn.functional.linear(y, wo, bo),
@@ -80,16 +90,17 @@ def test_the_operators_take_strided_tokens_between_nans() -> None:
     assert torch.equal(apart.attention("cpp"), plain)
 
 
-def test_images_that_follow_each_other_are_computed_as_alone() -> None:
+@by_each
+def test_images_that_follow_each_other_are_computed_as_alone(isa: str) -> None:
     case = make_case(5, 5, 48, num_prefix=0, batch=3, dim=64, dtype=torch.bfloat16)
     wo, bo = output(case, 64)
-    together = layer(case, wo, bo, isa="amx")
+    together = layer(case, wo, bo, isa=isa)
     for image in range(3):
         alone = OperatorCase(
             case.geometry, case.x[image : image + 1], case.wv, case.bv, case.v, case.kernel,
             *case.coefficients,
         )  # fmt: skip
-        assert torch.equal(layer(alone, wo, bo, isa="amx")[0], together[image])
+        assert torch.equal(layer(alone, wo, bo, isa=isa)[0], together[image])
 
 
 def test_a_nan_stays_in_its_row() -> None:
@@ -102,8 +113,9 @@ def test_a_nan_stays_in_its_row() -> None:
     assert torch.equal(touched, expected)
 
 
-def test_tiles_and_vectors_agree() -> None:
+@by_each
+def test_products_of_bf16_and_of_fp32_agree(isa: str) -> None:
     case = make_case(13, 11, 96, num_prefix=1, batch=2, dim=128, dtype=torch.bfloat16)
     wo, bo = output(case, 128)
-    tiles, vectors = (layer(case, wo, bo, isa=isa).float() for isa in ("amx", "avx512"))
-    torch.testing.assert_close(tiles, vectors, atol=0.1, rtol=0.02)
+    as_it_is, widened = (layer(case, wo, bo, isa=way).float() for way in (isa, "avx512"))
+    torch.testing.assert_close(as_it_is, widened, atol=0.1, rtol=0.02)
