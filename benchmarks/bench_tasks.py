@@ -45,15 +45,17 @@ COMMAND = shlex.join(
     ["python", "benchmarks/bench_tasks.py", *(word for word in sys.argv[1:] if word != "--collect")]
 )
 #: What the options are where they are not given. Rates are those of the backbone; ``head_rate`` is that of the first fit of
-#: the head, to the frozen backbone.
+#: the head, to the frozen backbone, and ``head_lr`` the head's, as a multiple of the backbone's, when both are trained.
 DEFAULTS: dict[str, dict[str, float]] = {
     "classify": {
         "train_images": 4000, "test_images": 3000, "batch_size": 32,
-        "head_steps": 150, "head_rate": 1e-2, "steps": 120, "lr": 3e-5, "second_steps": 80, "second_lr": 5e-6,
+        "head_steps": 150, "head_rate": 1e-2, "head_lr": 10,
+        "steps": 120, "lr": 3e-5, "second_steps": 80, "second_lr": 5e-6,
     },
     "segment": {
-        "train_images": 1536, "test_images": 400, "batch_size": 16,
-        "head_steps": 600, "head_rate": 2e-3, "steps": 150, "lr": 3e-5, "second_steps": 40, "second_lr": 1e-5,
+        "train_images": 4096, "test_images": 800, "batch_size": 16,
+        "head_steps": 400, "head_rate": 2e-3, "head_lr": 33,
+        "steps": 600, "lr": 3e-5, "second_steps": 100, "second_lr": 5e-6,
     },
 }  # fmt: skip
 #: Of the decoder: half of the default, which at this resolution would cost more than the backbone.
@@ -83,6 +85,7 @@ def grid(options: argparse.Namespace) -> Grid:
         steps=options.steps,
         batch_size=options.batch_size,
         lr=options.lr,
+        head_lr=options.head_lr,
         warmup=0.1,
         amp=options.amp,
     )
@@ -112,6 +115,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="of all stages")
     parser.add_argument("--head-steps", type=int, help="that fit the head to the frozen backbone")
     parser.add_argument("--head-rate", type=float, help="learning rate of these steps")
+    parser.add_argument("--head-lr", type=float, help="the head's rate over the backbone's, later")
     parser.add_argument("--steps", type=int, help="of the first stage")
     parser.add_argument("--lr", type=float, help="of the first stage")
     parser.add_argument("--second-steps", type=int, help="of the second stage")

@@ -136,7 +136,7 @@ def latency() -> str:
 
 def kernels() -> str:
     """The CPU kernels against plain PyTorch, and scoring against a plain pass."""
-    return "\n".join([_projection(), _layer("fp32"), _layer("bf16"), _scoring()])
+    return "\n".join([_projection(), _scoring(), "", *_layers()])
 
 
 def _projection() -> str:
@@ -151,28 +151,45 @@ def _projection() -> str:
     )
 
 
-def _layer(dtype: str) -> str:
-    cases = {c["case"]: c["over_products"] for c in load("cpu-layer")["results"]}
-    runs = ((1, 1), (2, 8))
+#: Machines on which layers were measured, by what multiplies bf16 there; ``make bench`` writes the first.
+LAYERS = {
+    "cpu-layer": "AVX512_BF16", "cpu-layer-amx": "AMX", "cpu-layer-emulated": "bf16 emulated",
+}  # fmt: skip
 
-    def of(size: str, widths: Iterable[int], way: str) -> list[float]:
-        return [
-            cases[f"{size} r={w} {dtype} batch={b} threads={t}"][way]
-            for w in widths
-            for t, b in runs
-        ]
 
+def _layers() -> list[str]:
+    """Whole layers over their two products, on every machine that has measured them."""
+    sizes = {"n=256,D=384": 384, "n=576,D=1024": 1024, "n=1369,D=1024": 1024}
     lines = [
-        f"- A whole layer over its two products alone in {dtype}, 1 thread at batch 1 and 2 threads at batch 8:"
-    ]
-    narrow = (64, 128, 256)
-    for size, dim in (("n=256,D=384", 384), ("n=576,D=1024", 1024), ("n=1369,D=1024", 1024)):
-        single, double = of(size, [dim], "cpp")
-        lines.append(
-            f"  at {size.replace(',', '/')} `dw` {single:.2f} and {double:.2f}, `lowrank_dw` of width 64 to 256 "
-            f"{span(of(size, narrow, 'cpp'))},\n  plain PyTorch {span(of(size, (dim, *narrow), 'torch'))};"
-        )
-    return "\n".join(lines)[:-1] + f" ({link('cpu-layer')})."
+        "A whole layer over its two products alone: `dw` on 1 thread at batch 1 / on 2 threads at batch 8; `lowrank_dw` of",
+        "width 64 to 256 and plain PyTorch over all of these cases:",
+        "",
+        row("CPU", "dtype", *(f"`dw`, {s.replace(',', ', ')}" for s in sizes), "`lowrank_dw`", "PyTorch"),
+        row("---", "---", *["---:"] * 5),
+    ]  # fmt: skip
+    for name, products in LAYERS.items():
+        found = load(name)
+        cases = {c["case"]: c["over_products"] for c in found["results"]}
+
+        def of(size: str, width: int, dtype: str, way: str, cases: Any = cases) -> list[float]:
+            runs = ("batch=1 threads=1", "batch=8 threads=2")
+            return [cases[f"{size} r={width} {dtype} {run}"][way] for run in runs]
+
+        for dtype in ("fp32", "bf16"):
+            full = [
+                " / ".join(f"{r:.2f}" for r in of(*item, dtype, "cpp")) for item in sizes.items()
+            ]
+            narrow = [r for s in sizes for w in (64, 128, 256) for r in of(s, w, dtype, "cpp")]
+            plain = [
+                r
+                for s, d in sizes.items()
+                for w in (64, 128, 256, d)
+                for r in of(s, w, dtype, "torch")
+            ]
+            lines.append(
+                row(f"{found['machine']['CPU']}, {products} ({link(name)})", dtype, *full, span(narrow), span(plain))
+            )  # fmt: skip
+    return lines
 
 
 def _scoring() -> str:
@@ -212,16 +229,16 @@ def table1() -> str:
 
 NOT_RUN = "Not run yet."
 
-#: Columns of the table of rivals in cpu-layer.json.
+#: Columns of the tables of rivals.
 RIVALS = {
     "cpp": "`cpp`", "torch": "PyTorch", "compiled": "`torch.compile`",
     "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO",
 }  # fmt: skip
 
 
-def cpu_layers() -> str:
-    """Every case of cpu-layer.json over its two products, and why where another is faster."""
-    found = load("cpu-layer")
+def cpu_layers(name: str = "cpu-layer") -> str:
+    """Every case of a file over its two products, and why where another is faster."""
+    found = load(name)
     shown = [name for name in RIVALS if any(name in r["over_products"] for r in found["results"])]
     columns = ("case", "products", *(RIVALS[name] for name in shown), "faster than `cpp`")
     lines = [row(*columns), row("---", *["---:"] * (len(columns) - 2), "---")]
@@ -357,6 +374,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "table1": table1,
     "cpu_layers": cpu_layers,
+    "cpu_layers_amx": lambda: cpu_layers("cpu-layer-amx"),
     "vit_l": vit_l,
     "study_setting": study_setting,
     "study_classify": lambda: _study("classify"),

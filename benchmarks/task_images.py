@@ -18,8 +18,17 @@ from dwattn.finetune import Augment, LabelledViews, MaskedViews
 
 FASHION = "usr/share/datasets/fashion-mnist"
 GARMENTS = 10
-#: Kinds of cut-outs; a pixel is of one of them, or background.
-KINDS = ("animals", "food", "hobbies", "household", "plants", "sports", "town", "vehicles")
+#: Kinds of cut-outs, each with its folders; a pixel is of one of them, or background.
+KINDS = {
+    "bird": ("animals/birds",),
+    "mammal": ("animals/mammals", "animals/marsupials"),
+    "small animal": ("animals/amphibians", "animals/fish", "animals/insects", "animals/lizards", "animals/shellfish"),
+    "plant": ("plants",),
+    "food": ("food",),
+    "planet": ("space",),
+    "vehicle": ("vehicles", "military"),
+    "thing": ("hobbies", "household", "medical", "sports"),
+}  # fmt: skip
 
 
 def fashion(
@@ -63,8 +72,8 @@ def cutouts(
     fit_stamps, test_stamps = _stamps(folder, random.Random(seed))
     if validation:
         fitting, kept = _thirds(fitting, seed)
-        test_stamps = [paths[: len(paths) // 4] for paths in fit_stamps]
-        fit_stamps = [paths[len(paths) // 4 :] for paths in fit_stamps]
+        test_stamps = [paths[: len(paths) // 3] for paths in fit_stamps]
+        fit_stamps = [paths[len(paths) // 3 :] for paths in fit_stamps]
     masks = (8 * (size // 14), 8 * (size // 14))
     augment = Augment(crop=(0.5, 1.0), colour=0.2)
     classes = len(KINDS) + 1
@@ -112,23 +121,25 @@ def _idx(path: Path) -> np.ndarray:
 
 
 def _stamps(folder: Path, rng: random.Random) -> tuple[list[list[Path]], list[list[Path]]]:
-    """Cut-outs by kind to train on, and the quarter to test on."""
+    """Cut-outs by kind to train on, and the third to test on."""
     fitting, kept = [], []
-    for name in KINDS:
+    for kind, places in KINDS.items():
         paths = [
             path
-            for path in sorted((folder / name).rglob("*.png"))
+            for place in places
+            for path in sorted((folder / place).rglob("*.png"))
             if "mirror" not in path.name
             and "cartoon" not in path.as_posix()
             and stamps.is_photograph(path)
         ]
-        if len(paths) < 4:
+        if len(paths) < 3:
             raise DataError(
-                f"{folder / name} holds {len(paths)} photographed cut-outs; 4 are needed."
+                f"{folder} holds {len(paths)} photographed cut-outs of the kind {kind!r} "
+                f"({', '.join(places)}); 3 are needed."
             )
         rng.shuffle(paths)
-        kept.append(paths[: len(paths) // 4])
-        fitting.append(paths[len(paths) // 4 :])
+        kept.append(paths[: len(paths) // 3])
+        fitting.append(paths[len(paths) // 3 :])
     return fitting, kept
 
 
