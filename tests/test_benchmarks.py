@@ -107,18 +107,25 @@ def test_the_layer_says_who_was_faster_and_why() -> None:
 
 
 def test_shares_of_the_possible_gain_are_taken_within_a_round() -> None:
-    times = {
-        "original": [100.0, 200.0, 110.0], "12 dw": [80.0, 160.0, 95.0], "12 removed": [75.0, 150.0, 90.0],
-    }  # fmt: skip
-    assert bench_vit_l.share(times, "12 dw", "12 removed") == pytest.approx(0.8)  # 0.8, 0.8, 0.75
+    # Two layers are replaced; the third is the noise of the rest.
+    layers = {
+        "original": [[50.0, 50.0, 1.0], [100.0, 100.0, 9.0], [50.0, 60.0, 5.0]],
+        "12 dw": [[40.0, 40.0, 3.0], [80.0, 80.0, 7.0], [50.0, 45.0, 2.0]],
+        "12 removed": [[75.0, 0.0, 4.0], [150.0, 0.0, 4.0], [90.0, 0.0, 4.0]],
+    }
+    times = {name: bench_vit_l.Times([], rows) for name, rows in layers.items()}
+    assert bench_vit_l.share(times, 2, "12 dw", "12 removed") == pytest.approx(
+        0.8
+    )  # 0.8, 0.8, 0.75
 
 
 def test_rounds_stop_in_time_and_the_first_warms_up() -> None:
-    calls = {"original": lambda: None, "other": lambda: None}
+    calls = {"original": lambda: [1.0], "other": lambda: [2.0]}
     least = bench_vit_l.measure(calls, 0, rest=2)
-    assert [len(values) for values in least.values()] == [2, 2]
+    assert [len(found.whole) for found in least.values()] == [2, 2]
     many = bench_vit_l.measure(calls, 0.01, rest=2)
-    assert len(many["original"]) == len(many["other"]) > 2
+    assert len(many["original"].whole) == len(many["other"].layers) > 2
+    assert many["other"].of_layers(1)[0] == 2.0
 
 
 def document(*rows: tuple[str, float, float, float], cpu: str = "x") -> dict[str, Any]:

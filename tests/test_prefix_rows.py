@@ -29,10 +29,10 @@ SHAPES = ((1, 1, 12, 1, 5, 7), (2, 3, 48, 2, 32, 48), (13, 7, 70, 3, 64, 50), (9
 
 def case(
     height: int, width: int, dim: int, heads: int, head_dim: int, out: int,
-    *, prefix: int, batch: int, dtype: torch.dtype, bias: bool = True,
+    *, prefix: int, batch: int, dtype: torch.dtype, bias: bool = True, draw_number: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Arguments of the operator by name."""
-    generator = torch.Generator().manual_seed(prefix + dim)
+    generator = torch.Generator().manual_seed(prefix + dim + 1000 * draw_number)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
         values = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
@@ -91,19 +91,36 @@ def exact(arguments: dict[str, Any]) -> Tensor:
     return torch.from_numpy(biased(rows @ a["wo"].T, "bo").astype(np.float64))
 
 
+def assert_as_exact_together(cases: list[dict[str, Any]]) -> None:
+    """As :func:`assert_as_exact` of all outputs together.
+
+    A prefix row is a single softmax, whose error is a matter of luck: of one draw it says little about a kernel.
+    """
+    ways = (compiled, plain, exact)
+    assert_as_exact(*(torch.cat([way(c).flatten() for c in cases]) for way in ways))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_error_is_at_most_twice_that_of_pytorch(dtype: torch.dtype) -> None:
-    for shape, prefix, batch in itertools.product(SHAPES, (1, 4, 5), (1, 3)):
-        arguments = case(*shape, prefix=prefix, batch=batch, dtype=dtype, bias=prefix != 4)
-        result = compiled(arguments)
-        assert result.shape == (batch, prefix, shape[-1])
-        assert_as_exact(result, plain(arguments), exact(arguments))
+def test_error_is_at_most_twice_that_of_pytorch(
+    dtype: torch.dtype, shape: tuple[int, int, int, int, int, int]
+) -> None:
+    cases = [
+        case(*shape, prefix=prefix, batch=batch, dtype=dtype, bias=prefix != 4, draw_number=number)
+        for prefix, batch, number in itertools.product((1, 4, 5), (1, 3), range(3))
+    ]
+    result = compiled(cases[-1])
+    assert result.shape == (3, 5, shape[-1])
+    assert_as_exact_together(cases)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_logits_are_stable(dtype: torch.dtype) -> None:
-    arguments = case(*SHAPES[2], prefix=1, batch=1, dtype=dtype) | {"scale": 30.0}
-    assert_as_exact(compiled(arguments), plain(arguments), exact(arguments))
+    draws = [
+        case(*SHAPES[2], prefix=1, batch=3, dtype=dtype, draw_number=n) | {"scale": 30.0}
+        for n in range(30)
+    ]
+    assert_as_exact_together(draws)
 
 
 def test_one_not_a_number_spoils_its_image_alone() -> None:
