@@ -74,12 +74,12 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench_ops.py --json $(RESULTS)/ops.json
 	$(BIN)/python benchmarks/bench_growth.py --json $(RESULTS)/growth.json
 	$(BIN)/python benchmarks/bench_cpu_dw.py --seconds 1.5 --json $(RESULTS)/cpu-dw.json
-	$(BIN)/python benchmarks/bench_cpu_layer.py --no-compile --seconds 0.7 --json $(RESULTS)/cpu-layer.json
+	THP_MEM_ALLOC_ENABLE=1 $(BIN)/python benchmarks/bench_cpu_layer.py --no-compile --seconds 0.7 --json $(RESULTS)/cpu-layer.json
 	$(BIN)/python benchmarks/bench_scoring.py --json $(RESULTS)/cpu-scoring.json
 	$(BIN)/python benchmarks/render.py
 
 bench-full: bench bench-peers
-	$(BIN)/python benchmarks/bench_cpu_layer.py --json $(RESULTS)/cpu-layer.json
+	THP_MEM_ALLOC_ENABLE=1 $(BIN)/python benchmarks/bench_cpu_layer.py --json $(RESULTS)/cpu-layer.json
 	$(BIN)/python benchmarks/bench_vit_l.py --json $(RESULTS)/vit-l.json
 	$(BIN)/python benchmarks/bench_ops.py --all --compile --json $(RESULTS)/ops-all.json
 	$(BIN)/python benchmarks/bench_models.py --all --json $(RESULTS)/models-all.json

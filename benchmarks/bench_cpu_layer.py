@@ -3,9 +3,11 @@
 Its floor is the time of its two products alone; beside it plain PyTorch (channels-last convolution),
 the same under ``torch.compile``, and the layer exported to ONNX on ONNX Runtime and on OpenVINO
 where they are installed (``pip install 'dwattn[bench]'``). Every round runs each candidate once;
-ratios are medians over rounds. One thread at batch 1, two threads at batch 8::
+ratios are medians over rounds. One thread at batch 1, two threads at batch 8. PyTorch fetches an output of more than
+32 MB from the system anew at each call, unless its process happens to have that much free; with small pages this takes
+as long as a narrow layer, so they are measured with large ones::
 
-    python benchmarks/bench_cpu_layer.py --json benchmarks/results/cpu-layer.json
+    THP_MEM_ALLOC_ENABLE=1 python benchmarks/bench_cpu_layer.py --json benchmarks/results/cpu-layer.json
 
 Where another candidate is faster, the table and the result file say which, and what it does differently (:data:`WHY`).
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -187,7 +190,12 @@ def run(folder: Path) -> None:
         print(f"{name}: {WHY[name]}.")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {"machine": machine(), "not_installed": missing, "results": results}
+        document = {
+            "machine": machine(),
+            "not_installed": missing,
+            "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
+            "results": results,
+        }
         options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

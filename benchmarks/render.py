@@ -249,7 +249,8 @@ def cpu_layers(name: str = "cpu-layer") -> str:
         ms = f"{r['products_ms']:.2f} ms"
         lines.append(row(r["case"], ms, *cells, ", ".join(RIVALS[name] for name in faster)))
         reasons.update(faster)
-    lines += ["", f"{day(found['machine']['created'])}, {found['machine']['CPU']}."]
+    pages = ", PyTorch with huge pages" if found.get("huge_pages") else ""
+    lines += ["", f"{day(found['machine']['created'])}, {found['machine']['CPU']}{pages}."]
     lines += [f"{RIVALS[name]}: {reason}." for name, reason in reasons.items()]
     return "\n".join(lines)
 

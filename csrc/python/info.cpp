@@ -36,6 +36,7 @@ py::dict build_info() {
 py::dict cpu_info() {
   const dwattn::cpu::Features& f = dwattn::cpu::features();
   py::dict features;
+  features["amd"] = f.amd;
   features["avx2"] = f.avx2;
   features["avx512"] = f.avx512;
   features["avx512_bf16"] = f.avx512_bf16;

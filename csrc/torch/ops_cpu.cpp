@@ -69,18 +69,21 @@ bool emulated(ScalarType type) {
 
 // Whether the kernels compute the products of a layer of this inner width too (measured:
 // benchmarks/bench_cpu_layer.py). Up to kNarrow they are as fast as the BLAS of PyTorch on x86, and
-// need neither a pass for the bias nor calls through the dispatcher; fp16 they convert to fp32 on
-// the way, at which the products of a CPU with instructions for fp16 are no faster. bf16 by AMX
-// tiles or AVX512_BF16 is faster at every width, and emulated dtypes they convert, too.
+// need neither a pass for the bias nor calls through the dispatcher; that BLAS is Intel's, and on
+// an AMD CPU with AVX-512 they were 3 to 14 % faster at 768 and 1024 (at 1536 not for one image).
+// fp16 they convert to fp32 on the way, at which the products of a CPU with instructions for fp16
+// are no faster. bf16 by AMX tiles or AVX512_BF16 is faster at every width, and emulated dtypes
+// they convert, too.
 bool own_products(ScalarType type, int64_t channels) {
-  constexpr int64_t kNarrow = 512;
+  constexpr int64_t kNarrow = 512, kWide = 1024;
   const DType dtype = kernel_dtype(type);
   if (emulated(type) || cpu::by_tiles(dtype, cpu::Isa::kAuto) ||
       cpu::by_pairs(dtype, cpu::Isa::kAuto)) {
     return true;
   }
-  return type != ScalarType::Double && type != ScalarType::BFloat16 && channels <= kNarrow &&
-         cpu::features().avx2;
+  const cpu::Features& f = cpu::features();
+  const int64_t most = f.amd && f.avx512 ? kWide : kNarrow;
+  return type != ScalarType::Double && type != ScalarType::BFloat16 && channels <= most && f.avx2;
 }
 
 // `out (B, H*W, D_out)`, or without wo `(B, H*W, C)`, by the kernels alone.

@@ -29,6 +29,8 @@ constexpr bool bit(uint32_t word, int index) { return (word >> index) & 1u; }
 Features detect() {
   Features f;
   uint32_t a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(0, &a, &b, &c, &d)) return f;
+  f.amd = b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return f;
   const bool fma = bit(c, 12), osxsave = bit(c, 27), f16c = bit(c, 29);
   if (!osxsave) return f;
