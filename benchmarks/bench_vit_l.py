@@ -181,7 +181,7 @@ def share(times: dict[str, Times], count: int, name: str, bound: str) -> float:
 
 def show(case: str, times: dict[str, Times]) -> list[dict[str, object]]:
     """Print a setting; the shares for the result file."""
-    columns = ("model", "median ms", "saved", "of it layers", "of its products", "of removal")
+    columns = ("model", "median ms", "saved", "its layers, ms", "of its products", "of removal")
     table = Table(*columns, title=case)
     whole = statistics.median(times["original"].whole)
     shares: list[dict[str, object]] = []

@@ -151,10 +151,15 @@ def _projection() -> str:
     )
 
 
-#: Machines on which layers were measured, by what multiplies bf16 there; ``make bench`` writes the first.
-LAYERS = {
-    "cpu-layer": "AVX512_BF16", "cpu-layer-amx": "AMX", "cpu-layer-emulated": "bf16 emulated",
-}  # fmt: skip
+#: Files of layers on several CPUs; ``make bench`` writes the first.
+LAYERS = ("cpu-layer", "cpu-layer-amx", "cpu-layer-emulated")
+
+
+def _cpu(machine: dict[str, Any]) -> str:
+    """A CPU, the instruction set that ran on it, and whether bf16 had none."""
+    info = machine["cpu_info"]
+    emulated = ", bf16 emulated" if info["bf16_products"] == "float32" else ""
+    return f"{machine['CPU']}, `{info['chosen_isa']}`{emulated}"
 
 
 def _layers() -> list[str]:
@@ -167,7 +172,7 @@ def _layers() -> list[str]:
         row("CPU", "dtype", *(f"`dw`, {s.replace(',', ', ')}" for s in sizes), "`lowrank_dw`", "PyTorch"),
         row("---", "---", *["---:"] * 5),
     ]  # fmt: skip
-    for name, products in LAYERS.items():
+    for name in LAYERS:
         found = load(name)
         cases = {c["case"]: c["over_products"] for c in found["results"]}
 
@@ -187,7 +192,7 @@ def _layers() -> list[str]:
                 for r in of(s, w, dtype, "torch")
             ]
             lines.append(
-                row(f"{found['machine']['CPU']}, {products} ({link(name)})", dtype, *full, span(narrow), span(plain))
+                row(f"{_cpu(found['machine'])} ({link(name)})", dtype, *full, span(narrow), span(plain))
             )  # fmt: skip
     return lines
 
@@ -250,7 +255,7 @@ def cpu_layers(name: str = "cpu-layer") -> str:
         lines.append(row(r["case"], ms, *cells, ", ".join(RIVALS[name] for name in faster)))
         reasons.update(faster)
     pages = ", PyTorch with huge pages" if found.get("huge_pages") else ""
-    lines += ["", f"{day(found['machine']['created'])}, {found['machine']['CPU']}{pages}."]
+    lines += ["", f"{day(found['machine']['created'])}, {_cpu(found['machine'])}{pages}."]
     lines += [f"{RIVALS[name]}: {reason}." for name, reason in reasons.items()]
     return "\n".join(lines)
 

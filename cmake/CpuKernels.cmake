@@ -18,37 +18,28 @@ target_include_directories(dwattn_cpu_kernels PUBLIC csrc)
 target_compile_options(dwattn_cpu_kernels PRIVATE ${DWATTN_WARNINGS} -fno-math-errno
                                                   -fno-trapping-math)
 
+# Adds the kernels of an instruction set, where the compiler has it.
+macro(dwattn_add_isa isa source)
+  string(TOLOWER ${isa} lower)
+  string(JOIN " " flags ${DWATTN_${isa}_FLAGS})
+  check_cxx_compiler_flag("${flags}" DWATTN_COMPILER_HAS_${isa})
+  if(DWATTN_COMPILER_HAS_${isa})
+    target_sources(dwattn_cpu_kernels PRIVATE ${source})
+    # GCC's own intrinsics headers use undefined registers on purpose and warn about it.
+    set_source_files_properties(
+      ${source} PROPERTIES COMPILE_OPTIONS
+                           "${DWATTN_${isa}_FLAGS};-Wno-uninitialized;-Wno-maybe-uninitialized")
+    list(APPEND DWATTN_CPU_ISA_DEFINITIONS DWATTN_HAVE_${isa})
+    list(PREPEND DWATTN_CPU_ISAS ${lower})
+  endif()
+endmacro()
+
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
-  foreach(isa AVX2 AVX512)
-    string(TOLOWER ${isa} lower)
-    string(JOIN " " flags ${DWATTN_${isa}_FLAGS})
-    check_cxx_compiler_flag("${flags}" DWATTN_COMPILER_HAS_${isa})
-    if(DWATTN_COMPILER_HAS_${isa})
-      set(source csrc/kernels/cpu/kernels_${lower}.cpp)
-      target_sources(dwattn_cpu_kernels PRIVATE ${source})
-      # GCC's own intrinsics headers use undefined registers on purpose and warn about it.
-      set_source_files_properties(
-        ${source} PROPERTIES COMPILE_OPTIONS
-                             "${DWATTN_${isa}_FLAGS};-Wno-uninitialized;-Wno-maybe-uninitialized")
-      list(APPEND DWATTN_CPU_ISA_DEFINITIONS DWATTN_HAVE_${isa})
-      list(PREPEND DWATTN_CPU_ISAS ${lower})
-    endif()
-  endforeach()
-  # On top of AVX-512: products of bf16, by instructions for pairs of numbers and by tiles.
-  foreach(isa AVX512_BF16 AMX)
-    string(TOLOWER ${isa} lower)
-    string(JOIN " " flags ${DWATTN_${isa}_FLAGS})
-    check_cxx_compiler_flag("${flags}" DWATTN_COMPILER_HAS_${isa})
-    if(DWATTN_COMPILER_HAS_${isa} AND DWATTN_COMPILER_HAS_AVX512)
-      set(source csrc/kernels/cpu/gemm_${lower}.cpp)
-      target_sources(dwattn_cpu_kernels PRIVATE ${source})
-      set_source_files_properties(
-        ${source} PROPERTIES COMPILE_OPTIONS
-                             "${DWATTN_${isa}_FLAGS};-Wno-uninitialized;-Wno-maybe-uninitialized")
-      list(APPEND DWATTN_CPU_ISA_DEFINITIONS DWATTN_HAVE_${isa})
-      list(PREPEND DWATTN_CPU_ISAS ${lower})
-    endif()
-  endforeach()
+  dwattn_add_isa(AVX2 csrc/kernels/cpu/kernels_avx2.cpp)
+  dwattn_add_isa(AVX512 csrc/kernels/cpu/kernels_avx512.cpp)
+  # Products of bf16 on top of AVX-512, whose flags theirs include.
+  dwattn_add_isa(AVX512_BF16 csrc/kernels/cpu/gemm_avx512_bf16.cpp)
+  dwattn_add_isa(AMX csrc/kernels/cpu/gemm_amx.cpp)
 endif()
 target_compile_definitions(dwattn_cpu_kernels PUBLIC ${DWATTN_CPU_ISA_DEFINITIONS})
 message(STATUS "dwattn: CPU instruction sets: ${DWATTN_CPU_ISAS}")

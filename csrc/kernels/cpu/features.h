@@ -22,7 +22,7 @@ const char* isa_name(Isa isa);
 
 // Features that decide something here; all false where the architecture has no such thing.
 struct Features {
-  bool amd = false;     // by whom the CPU is
+  bool amd = false;     // who made it
   bool avx2 = false;    // with FMA and F16C
   bool avx512 = false;  // F, BW, DQ, VL
   bool avx512_bf16 = false;
