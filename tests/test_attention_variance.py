@@ -124,6 +124,19 @@ def test_threads_batches_and_strides_do_not_change_a_bit() -> None:
     assert torch.equal(alone, results[0][0])
 
 
+def test_keys_and_values_that_are_packed_in_parts() -> None:
+    """1.3 MB an image: less than the batch is packed at a time, and meets the state more than once."""
+    q, k, v = packed(6, 1, 1300, 128, torch.float32)
+    state = AttentionVariance(1)
+    for part in (slice(0, 1), slice(1, 6)):
+        out = state.attend(q[part], k[part], v[part])
+    e, expected = exact(q, k, v, 128**-0.5)
+    e = e[:, :, 1:, 1:]
+    torch.testing.assert_close(out.double(), expected[1:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state.mean, e.mean(0), rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(state.std, e.std(0, correction=0), rtol=1e-5, atol=1e-12)
+
+
 def test_strides_within_a_head_are_met_with_a_copy() -> None:
     q, k, v = torch.randn(3, 2, 3, 8, 20).transpose(3, 4)
     apart, dense = AttentionVariance(), AttentionVariance()

@@ -40,8 +40,12 @@ class TileMoments {
     }
   }
 
-  // Joins the moments to those of queries first ... first + rows of a head.
-  void merge(int64_t head, int64_t first, int64_t rows, int64_t lanes) {
+  // Joins the moments of `images` to those of queries first ... first + rows of a head, in which
+  // `count` images are.
+  void merge(int64_t head, int64_t first, int64_t rows, int64_t lanes, int64_t images,
+             int64_t count) {
+    images_ = images;
+    count_ = count;
     head_ = head;
     first_ = first;
     rows_ = rows;
@@ -120,7 +124,7 @@ class TileMoments {
   }
 
   void batch_moments(int64_t l, int64_t j, int64_t count, Moments& moments) const {
-    const W share = W::all(1.0 / static_cast<double>(p_.batch));
+    const W share = W::all(1.0 / static_cast<double>(images_));
     for (int64_t c = 0; c < count; ++c) {
       const int64_t entry = (j + c) * lanes_ + l;
       const W s1 = W::load(s1_ + entry), offset = s1 * share;
@@ -137,13 +141,13 @@ class TileMoments {
   // Chan's formula along a row of the state.
   void join(const double* batch_mean, const double* batch_m2, int64_t count, double* mean,
             double* m2) const {
-    const double total = static_cast<double>(p_.count + p_.batch);
-    const double part = static_cast<double>(p_.batch) / total;
-    const W share = W::all(part), cross = W::all(static_cast<double>(p_.count) * part);
+    const double total = static_cast<double>(count_ + images_);
+    const double part = static_cast<double>(images_) / total;
+    const W share = W::all(part), cross = W::all(static_cast<double>(count_) * part);
     for (int64_t c = 0; c < count; c += W::width) {
       const int n = count - c < W::width ? static_cast<int>(count - c) : W::width;
       W joined_mean = W::load(batch_mean + c), joined_m2 = W::load(batch_m2 + c);
-      if (p_.count > 0) {
+      if (count_ > 0) {
         const W old = W::load_n(mean + c, n), delta = joined_mean - old;
         joined_mean = fma(delta, share, old);
         joined_m2 = W::load_n(m2 + c, n) + joined_m2 + delta * delta * cross;
@@ -154,9 +158,9 @@ class TileMoments {
   }
 
   void join_means(const double* batch_mean, int64_t count, double* mean) const {
-    const double share = static_cast<double>(p_.batch) / static_cast<double>(p_.count + p_.batch);
+    const double share = static_cast<double>(images_) / static_cast<double>(count_ + images_);
     for (int64_t c = 0; c < count; ++c) {
-      mean[c] = p_.count > 0 ? mean[c] + (batch_mean[c] - mean[c]) * share : batch_mean[c];
+      mean[c] = count_ > 0 ? mean[c] + (batch_mean[c] - mean[c]) * share : batch_mean[c];
     }
   }
 
@@ -164,6 +168,7 @@ class TileMoments {
   float* const shift_;  // (N, lanes): E of the first image
   double* const s1_;    // (N, lanes): sums of deviations from it
   double* const s2_;    // (N, lanes): sums of their squares
+  int64_t images_ = 0, count_ = 0;
   int64_t head_ = 0, first_ = 0, rows_ = 0, lanes_ = 0;
 };
 

@@ -7,6 +7,9 @@ namespace {
 // through it.
 constexpr int64_t kTileBytes = 5 << 18;
 constexpr int64_t kMaxTileRows = 64;
+// Keys and values of so many bytes are packed at a time: they come from the cache that all cores
+// share, in order, while a tile is computed.
+constexpr int64_t kPackedBytes = 8 << 20;
 
 constexpr int64_t line(int64_t bytes) { return (bytes + 63) & -64; }
 
@@ -22,19 +25,22 @@ bool valid(const AttentionVarianceParams& p) {
 
 AttentionTiles::AttentionTiles(const AttentionVarianceParams& p)
     : vectors(padded_lanes(p.tokens) / kLanePad), channels(padded_lanes(p.head_dim)) {
-  const int64_t images = p.batch < kImagesPerFold ? p.batch : kImagesPerFold;
-  const int64_t per_row = p.tokens * (4 * images + 4 + 2 * 8);
+  const int64_t folded = p.batch < kImagesPerFold ? p.batch : kImagesPerFold;
+  const int64_t per_row = p.tokens * (4 * folded + 4 + 2 * 8);
   int64_t rows = kTileBytes / per_row / kLanePad * kLanePad;
   rows = rows < kLanePad ? kLanePad : rows > kMaxTileRows ? kMaxTileRows : rows;
   const int64_t most = rows / kLanePad;
   per_head = (vectors + most - 1) / most;
   lanes = (vectors + per_head - 1) / per_head * kLanePad;
-  weights_bytes = line((p.tokens + 1) * lanes * images * 4);  // and 1 / sum of each row
+  weights_bytes = line((p.tokens + 1) * lanes * folded * 4);  // and 1 / sum of each row
   shift_bytes = line(p.tokens * lanes * 4);
   sums_bytes = line(p.tokens * lanes * 8);
-  queries_bytes = line(p.head_dim * lanes * 4);
-  output_bytes = line(lanes * (channels + 2) * 4);  // and maxima and sums of the rows
-  rows_bytes = line(kKeyBlock * channels * 4);      // of keys, values or the queries of a tile
+  queries_bytes = line(channels * lanes * 4);          // once as they come, once transposed
+  output_bytes = line(lanes * (channels + 2) * 4);     // and maxima and sums of the rows
+  const int64_t packed = 2 * p.tokens * channels * 4;  // of an image
+  images = kPackedBytes / packed / kImagesPerFold * kImagesPerFold;
+  images = images < folded ? folded : images > p.batch ? p.batch : images;
+  packed_bytes = line(images * packed);
 }
 
 int64_t attention_variance_workspace(const AttentionVarianceParams& params, int64_t workers) {

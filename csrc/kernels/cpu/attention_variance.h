@@ -1,11 +1,12 @@
 // Attention and running statistics of its maps on the CPU. See ../attention_variance_params.h for
 // the definition.
 //
-// Work is cut into tiles: up to kMaxTileRows queries of one head, for all images of the batch. A
-// tile forms S = scale Q K^T with its queries along the lanes of vectors, so that neither K nor V
-// is transposed and a softmax runs down the lanes, multiplies by V while E is in the cache, and
-// folds E into the moments of the batch, which meet the state once per call. E exists for a tile
-// and kImagesPerFold images only.
+// Work is cut into tiles: up to kMaxTileRows queries of one head, for all images of the batch. Keys
+// and values of a head are brought together once for several tiles. A tile forms S = scale Q K^T
+// with its queries along the lanes of vectors, so that neither K nor V is transposed and a softmax
+// runs down the lanes, multiplies by V while E is in the cache, and folds E into the moments of the
+// batch, which meet the state once per call, or per kPackedBytes of keys and values. E exists for a
+// tile and kImagesPerFold images only.
 #pragma once
 
 #include "kernels/attention_variance_params.h"
@@ -23,14 +24,16 @@ Status attention_variance(const AttentionVarianceParams& params, void* workspace
                           const ParallelFor& parallel, Isa isa = Isa::kAuto);
 
 // Images whose E is kept until it is folded: fewer passes over the moments.
-constexpr int64_t kImagesPerFold = 2;
+constexpr int64_t kImagesPerFold = 4;
 // Lanes and channels are padded to a multiple of every vector width.
 constexpr int64_t kLanePad = 16;
 constexpr int64_t padded_lanes(int64_t count) {
   return (count + kLanePad - 1) / kLanePad * kLanePad;
 }
-// Keys that are staged and multiplied by V at a time.
+// Keys whose weights are multiplied by V at a time.
 constexpr int64_t kKeyBlock = 96;
+// Tasks that each worker gets, at least.
+constexpr int64_t kTasksPerWorker = 3;
 
 // How a head is cut into tiles, and what one tile needs, in bytes.
 struct AttentionTiles {
@@ -43,9 +46,11 @@ struct AttentionTiles {
   int64_t per_head;  // tiles
   int64_t lanes;     // of a tile, at most
   int64_t channels;  // padded d_h
-  int64_t weights_bytes, shift_bytes, sums_bytes, queries_bytes, output_bytes, rows_bytes;
+  int64_t images;    // whose keys and values are packed at a time
+  int64_t packed_bytes, weights_bytes, shift_bytes, sums_bytes, queries_bytes, output_bytes;
   int64_t bytes() const {
-    return weights_bytes + shift_bytes + 2 * sums_bytes + queries_bytes + output_bytes + rows_bytes;
+    return packed_bytes + weights_bytes + shift_bytes + 2 * sums_bytes + 2 * queries_bytes +
+           output_bytes;
   }
 };
 

@@ -27,29 +27,37 @@ class VarianceTile {
  public:
   VarianceTile(const AttentionVarianceParams& params, const AttentionTiles& tiles, char* memory)
       : p_(params), tiles_(tiles), moments_(params, tiles, memory) {
+    packed_ = take<float>(memory, tiles.packed_bytes);
     weights_ = take<float>(memory, tiles.weights_bytes);
     queries_ = take<float>(memory, tiles.queries_bytes);
-    staged_ = take<float>(memory, tiles.rows_bytes);
+    staged_ = take<float>(memory, tiles.queries_bytes);
     output_ = take<float>(memory, tiles.output_bytes);
     max_ = output_ + tiles.lanes * tiles.channels;
     sum_ = max_ + tiles.lanes;
   }
 
-  void run(int64_t head, int64_t tile) {
+  // Tiles first ... last - 1 of a head for some images, whose keys and values are packed once.
+  void run(int64_t head, int64_t first, int64_t last, int64_t image, int64_t images) {
     head_ = head;
-    first_ = tiles_.first_row(tile);
-    lanes_ = tiles_.first_row(tile + 1) - first_;
-    rows_ = lanes_ < p_.tokens - first_ ? lanes_ : p_.tokens - first_;
-    for (int64_t image = 0; image < p_.batch; image += kImagesPerFold) {
-      const int64_t rest = p_.batch - image;
-      const int64_t count = rest < kImagesPerFold ? rest : kImagesPerFold;
-      for (int64_t i = 0; i < count; ++i) attend(image + i, weights(i), inverse(i));
-      moments_.fold(weights_, count, lanes_, image == 0);
-    }
-    moments_.merge(head, first_, rows_, lanes_);
+    image_ = image;
+    images_ = images;
+    for (int64_t tile = first; tile < last; ++tile) run(tile, tile == first);
   }
 
  private:
+  void run(int64_t tile, bool pack) {
+    first_ = tiles_.first_row(tile);
+    lanes_ = tiles_.first_row(tile + 1) - first_;
+    rows_ = lanes_ < p_.tokens - first_ ? lanes_ : p_.tokens - first_;
+    for (int64_t image = 0; image < images_; image += kImagesPerFold) {
+      const int64_t rest = images_ - image;
+      const int64_t count = rest < kImagesPerFold ? rest : kImagesPerFold;
+      for (int64_t i = 0; i < count; ++i) attend(image + i, weights(i), inverse(i), pack);
+      moments_.fold(weights_, count, lanes_, image == 0);
+    }
+    moments_.merge(head_, first_, rows_, lanes_, images_, p_.count + image_);
+  }
+
   // Softmax weights of an image of the current fold, (N, lanes), not yet divided by their sums.
   float* weights(int64_t i) const { return weights_ + i * (p_.tokens + 1) * lanes_; }
   float* inverse(int64_t i) const { return weights(i) + p_.tokens * lanes_; }
@@ -81,44 +89,57 @@ class VarianceTile {
 
   // ---- attention of one image
 
-  void attend(int64_t image, float* e, float* inverse) {
-    load_queries(image);
-    const In* const keys = at<In>(p_.k, image, p_.k_stride_batch, p_.k_stride_head);
-    const In* const values =
-        p_.v == nullptr ? nullptr : at<In>(p_.v, image, p_.v_stride_batch, p_.v_stride_head);
-    const bool more = image + 1 < p_.batch;
-    const In* const next = at<In>(p_.q, more ? image + 1 : 0, p_.q_stride_batch, p_.q_stride_head);
+  // `image` counts from the first packed one; `pack` if this one is not yet.
+  void attend(int64_t image, float* e, float* inverse, bool pack) {
+    load_queries(image_ + image);
+    const float* const keys = packed(image);
+    const float* const values = p_.v == nullptr ? nullptr : keys + p_.tokens * tiles_.channels;
+    if (pack) pack_image(image);
     for (int64_t l = 0; l < lanes_; l += V::width) V::all(-FLT_MAX).store(max_ + l);
-    const auto prepare = [&](int64_t row, int64_t count) {
-      fetch(keys, p_.k_stride_token, row + kKeyBlock, count);
-      if (values != nullptr) fetch(values, p_.v_stride_token, row, count);
-      if (more && row < rows_) fetch(next, p_.q_stride_token, first_ + row, count);
-    };
-    for (int64_t j = 0; j < p_.tokens; j += kKeyBlock) {
-      const float* const rows = copied(keys + j * p_.k_stride_token, p_.k_stride_token, block(j));
-      scores(rows, j, block(j), e + j * lanes_, prepare);
-    }
+    const bool more = image + 1 < images_;
+    scores(keys, e, [&](int64_t row, int64_t count) {
+      if (more) fetch(image_ + image + 1, row, count, pack);
+    });
     for (int64_t l = 0; l < lanes_; l += V::width) V::zero().store(sum_ + l);
     for (int64_t j = 0; j < p_.tokens; j += kKeyBlock) {
-      exponentials(block(j), e + j * lanes_);
-      if (values == nullptr) continue;
-      const float* const rows = copied(values + j * p_.v_stride_token, p_.v_stride_token, block(j));
-      multiply(rows, block(j), e + j * lanes_, j > 0);
+      const int64_t count = p_.tokens - j < kKeyBlock ? p_.tokens - j : kKeyBlock;
+      exponentials(count, e + j * lanes_);
+      if (values != nullptr) multiply(values + j * tiles_.channels, count, e + j * lanes_, j > 0);
     }
     for (int64_t l = 0; l < lanes_; ++l) inverse[l] = 1.0f / sum_[l];
-    if (values != nullptr) write(image, inverse);
+    if (values != nullptr) write(image_ + image, inverse);
   }
 
-  // Brings rows that are needed soon into the cache: they lie pages apart, where the hardware does
-  // not look ahead.
-  void fetch(const In* rows, int64_t stride, int64_t first, int64_t count) const {
-    for (int64_t i = first; i < first + count && i < p_.tokens; ++i) {
-      const char* const row = reinterpret_cast<const char*>(rows + i * stride);
-      const int64_t bytes = p_.head_dim * static_cast<int64_t>(sizeof(In));
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b, 0, 2);
-    }
+  // Brings rows of an image that are needed soon into the cache: queries of the tile, and keys and
+  // values that are packed next.
+  void fetch(int64_t image, int64_t row, int64_t count, bool pack) const {
+    const In* const q = queries(image);
+    for (int64_t i = row; i < row + count && i < rows_; ++i) fetch(q + i * p_.q_stride_token);
+    if (!pack) return;
+    const In* const k = keys(image);
+    for (int64_t i = row; i < row + count; ++i) fetch(k + i * p_.k_stride_token);
+    if (p_.v == nullptr) return;
+    const In* const v = values(image);
+    for (int64_t i = row; i < row + count; ++i) fetch(v + i * p_.v_stride_token);
+  }
+  // The rows lie pages apart. A prefetch of a page whose address is not at hand may be dropped;
+  // reading the first line is not.
+  void fetch(const In* row) const {
+    const char* const first = reinterpret_cast<const char*>(row);
+    static_cast<void>(*static_cast<const volatile char*>(first));
+    const int64_t bytes = p_.head_dim * static_cast<int64_t>(sizeof(In));
+    for (int64_t b = 64; b < bytes; b += 64) __builtin_prefetch(first + b, 0, 2);
   }
 
+  const In* queries(int64_t image) const {
+    return at<In>(p_.q, image, p_.q_stride_batch, p_.q_stride_head) + first_ * p_.q_stride_token;
+  }
+  const In* keys(int64_t image) const {
+    return at<In>(p_.k, image, p_.k_stride_batch, p_.k_stride_head);
+  }
+  const In* values(int64_t image) const {
+    return at<In>(p_.v, image, p_.v_stride_batch, p_.v_stride_head);
+  }
   template <class T>
   T* at(T* base, int64_t image, int64_t stride_batch, int64_t stride_head) const {
     return base + image * stride_batch + head_ * stride_head;
@@ -128,17 +149,27 @@ class VarianceTile {
     return at(static_cast<const T*>(base), image, stride_batch, stride_head);
   }
 
-  int64_t block(int64_t j) const { return p_.tokens - j < kKeyBlock ? p_.tokens - j : kKeyBlock; }
+  float* packed(int64_t image) const { return packed_ + image * 2 * p_.tokens * tiles_.channels; }
+  void pack_image(int64_t image) const {
+    float* const to = packed(image);
+    pack(keys(image_ + image), p_.k_stride_token, to);
+    if (p_.v == nullptr) return;
+    pack(values(image_ + image), p_.v_stride_token, to + p_.tokens * tiles_.channels);
+  }
+  void pack(const In* rows, int64_t stride, float* to) const {
+    for (int64_t i = 0; i < p_.tokens; ++i) copy(rows + i * stride, to + i * tiles_.channels);
+  }
 
   // (lanes, d_h) -> (d_h, lanes), in units that make the softmax one of powers of two.
   void load_queries(int64_t image) {
     constexpr float kLog2E = 1.44269504088896341f;
     const float factor = p_.scale * kLog2E;
-    const In* const q =
-        at<In>(p_.q, image, p_.q_stride_batch, p_.q_stride_head) + first_ * p_.q_stride_token;
-    const float* const rows = copied(q, p_.q_stride_token, rows_);
+    const In* const q = queries(image);
+    for (int64_t i = 0; i < rows_; ++i) {
+      copy(q + i * p_.q_stride_token, staged_ + i * tiles_.channels);
+    }
     for (int64_t l = 0; l < lanes_; l += kLanePad) {
-      const float* const from = rows + l * tiles_.channels;
+      const float* const from = staged_ + l * tiles_.channels;
       const int64_t count = rows_ - l < kLanePad ? rows_ - l : kLanePad;
       for (int64_t d = 0; d < p_.head_dim; ++d) {
         float* const to = queries_ + d * lanes_ + l;
@@ -148,29 +179,28 @@ class VarianceTile {
     }
   }
 
-  // Rows one after the other, in fp32 and with zeros up to the padded width: the rows of a packed
-  // projection lie pages apart and crowd into a few sets of the cache.
-  const float* copied(const In* rows, int64_t stride, int64_t count) const {
-    for (int64_t i = 0; i < count; ++i) {
-      float* const to = staged_ + i * tiles_.channels;
-      const In* const from = rows + i * stride;
-      int64_t d = 0;
-      for (; d + V::width <= p_.head_dim; d += V::width) V::load(from + d).store(to + d);
-      if (d < p_.head_dim) {
-        V::load_n(from + d, static_cast<int>(p_.head_dim - d)).store(to + d);
-        d += V::width;
-      }
-      for (; d < tiles_.channels; d += V::width) V::zero().store(to + d);
+  // A row in fp32 and with zeros up to the padded width.
+  void copy(const In* from, float* to) const {
+    int64_t d = 0;
+    for (; d + 4 * V::width <= p_.head_dim; d += 4 * V::width) {
+      V part[4];
+      for (int v = 0; v < 4; ++v) part[v] = V::load(from + d + v * V::width);
+      for (int v = 0; v < 4; ++v) part[v].store(to + d + v * V::width);
     }
-    return staged_;
+    for (; d + V::width <= p_.head_dim; d += V::width) V::load(from + d).store(to + d);
+    if (d < p_.head_dim) {
+      V::load_n(from + d, static_cast<int>(p_.head_dim - d)).store(to + d);
+      d += V::width;
+    }
+    for (; d < tiles_.channels; d += V::width) V::zero().store(to + d);
   }
 
-  // e (count, lanes) = keys (count, d_h) * queries, and the maxima down the lanes. `first_key` is
-  // the first of them; prepare(key, count) is called before each group of them.
+  // e (N, lanes) = keys (N, d_h) * queries, and the maxima down the lanes; prepare(key, count) is
+  // called before each group of keys.
   template <class F>
-  void scores(const float* k, int64_t first_key, int64_t count, float* e, const F& prepare) const {
-    each_rows(count, [&](auto rows, int64_t j) {
-      prepare(first_key + j, rows.value);
+  void scores(const float* k, float* e, const F& prepare) const {
+    each_rows(p_.tokens, [&](auto rows, int64_t j) {
+      prepare(j, rows.value);
       each_vectors(lanes_ / V::width, [&](auto vectors, int64_t first) {
         const int64_t l = first * V::width;
         score<rows.value, vectors.value>(k + j * tiles_.channels, queries_ + l, e + j * lanes_ + l,
@@ -273,27 +303,38 @@ class VarianceTile {
 
   const AttentionVarianceParams& p_;
   const AttentionTiles& tiles_;
+  float* packed_;   // (images, 2, N, channels): keys, values
   float* weights_;  // (images of a fold, N + 1, lanes): weights, and 1 / their sums
   float* queries_;  // (d_h, lanes)
-  float* staged_;   // (kKeyBlock, channels)
+  float* staged_;   // (lanes, channels)
   float* output_;   // (lanes, channels)
   float* max_;      // (lanes)
   float* sum_;      // (lanes)
   TileMoments moments_;
+  int64_t image_ = 0, images_ = 0;  // packed ones
   int64_t head_ = 0, first_ = 0, lanes_ = 0, rows_ = 0;
 };
 
 template <class In>
 Status run(const AttentionVarianceParams& p, const AttentionTiles& tiles, void* workspace,
            int64_t workers, const ParallelFor& parallel) {
-  const int64_t tasks = p.heads * tiles.per_head;
-  // Tiles are dealt out as workers become free: which of them computes a tile changes no bit of it.
+  // A task is some tiles of a head, which share what is packed: several tasks a worker, so that all
+  // of them are busy to the end.
+  int64_t size = p.heads * tiles.per_head / (kTasksPerWorker * workers);
+  size = size < 1 ? 1 : size > tiles.per_head ? tiles.per_head : size;
+  const int64_t parts = (tiles.per_head + size - 1) / size, tasks = p.heads * parts;
+  // They are dealt out as workers become free: which of them computes a tile changes no bit of it.
   std::atomic<int64_t> next{0};
   auto work = [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
       VarianceTile<In> tile(p, tiles, static_cast<char*>(workspace) + worker * tiles.bytes());
       for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-        tile.run(task / tiles.per_head, task % tiles.per_head);
+        const int64_t head = task / parts, part = task % parts;
+        for (int64_t image = 0; image < p.batch; image += tiles.images) {
+          const int64_t rest = p.batch - image;
+          tile.run(head, part * tiles.per_head / parts, (part + 1) * tiles.per_head / parts, image,
+                   rest < tiles.images ? rest : tiles.images);
+        }
       }
     }
   };
