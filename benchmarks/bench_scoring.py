@@ -15,14 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from rounds import machine
 from scoring_operator import measure_operator, sentence
 
 import dwattn
@@ -186,13 +184,10 @@ def main() -> None:
         print(peak_memory(options.peak_of, options.size[0], options.images, options.batch))
         return
     results: dict[str, Any] = {
-        "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": machine(),
         "images": options.images,
         "batch": options.batch,
         "threads": options.threads,
-        "torch": torch.__version__,
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
         "sizes": {},
         "operator": [],
     }
