@@ -215,9 +215,9 @@ def _scoring() -> str:
     return (
         f"- Scoring over a plain forward pass of the same images: {ours[0]} (224 px) and {ours[1]} (336 px) with a peak of "
         f"{peak[0]} and {peak[1]} MiB\n  beyond it, {state[0]} and {state[1]} MiB of which are the result; hooks that "
-        f"materialise the maps: {hooks[0]} and {hooks[1]}\n  ({link('cpu-scoring')}; {_cpu(found['machine'])}, "
-        f"{found['threads']} threads). Attention and statistics of a layer alone, 6 heads of 64, 1 and 2 threads:\n"
-        f"  {alone} as fast as such hooks."
+        f"materialise the maps: {hooks[0]} and {hooks[1]}.\n  Attention and statistics of a layer alone, 6 heads of 64, "
+        f"on 1 and 2 threads: {alone}\n  as fast as such hooks ({link('cpu-scoring')}; "
+        f"{_cpu(found['machine'])}, {found['threads']} threads)."
     )
 
 
