@@ -24,7 +24,7 @@ from dwattn.files import write_atomically
 from dwattn.finetune.gates import Annealing, add_gates, learned_plan, settle
 from dwattn.finetune.recipe import Recipe
 from dwattn.finetune.stages import train_in_stages
-from dwattn.finetune.state import STATE_FILE
+from dwattn.finetune.state import STATE_FILE, remove_leftovers
 from dwattn.finetune.study_grid import Cell, Grid
 from dwattn.finetune.study_results import StudyResult
 from dwattn.finetune.tasks import Task, evaluate
@@ -70,6 +70,8 @@ def run_study(
     """
     root = Path(folder)
     (root / "cells").mkdir(parents=True, exist_ok=True)
+    remove_leftovers(root)
+    remove_leftovers(root / "cells")
     _claim(root, grid, data, test)
     study = _Study(grid, make, data, test, root, trainer_options or {}, replace_options)
     cells = grid.cells(only)
