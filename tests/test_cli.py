@@ -146,12 +146,22 @@ def test_the_users_own_order(scored: Path, tmp_path: Path) -> None:
 
 
 def test_report_of_stored_results(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     from support.demo_results import make_results
 
     make_results(tmp_path).save(tmp_path / "results.json")
     written = invoke_json("report", tmp_path)
     assert Path(written["report"]).read_text("utf-8").lstrip().lower().startswith("<!doctype html")
     assert "none.json" in invoke("report", tmp_path / "none.json", code=1).stderr
+
+
+def test_report_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from support.demo_results import make_results
+
+    make_results(tmp_path).save(tmp_path / "results.json")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "'dwattn[demo]'" in invoke("report", tmp_path, code=1).stderr
+    assert not (tmp_path / "report.html").exists()
 
 
 @pytest.mark.parametrize(

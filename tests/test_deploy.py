@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,11 @@ def model(tmp_path: Path) -> Path:
 # Imports and commands ------------------------------------------------------------------------
 
 
-def python(code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def python(
+    code: str, *arguments: str, options: tuple[str, ...] = (), **variables: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, *options, "-c", code, *arguments],
         capture_output=True, text=True, check=False, timeout=60, env={**os.environ, **variables},
     )  # fmt: skip
 
@@ -107,7 +110,9 @@ def test_the_wheel_of_the_kit_alone(model: Path, tmp_path: Path) -> None:
         "print(dwattn.__version__, dwattn.__file__); sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["bench", str(model), "--provider", "cpu", "--size", "4", "--iterations", "3"]
-    done = python(code, *arguments, PYTHONPATH=str(tmp_path / "site"))
+    # Without site, an editable install of the whole package does not come first.
+    found = os.pathsep.join([str(tmp_path / "site"), sysconfig.get_path("purelib")])
+    done = python(code, *arguments, options=("-S",), PYTHONPATH=found)
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "site" / "dwattn" / "__init__.py") in done.stdout
     installed = {

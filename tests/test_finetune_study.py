@@ -258,6 +258,7 @@ def test_a_grid_file_is_checked(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     (tmp_path / "factory.py").write_text(FACTORY)
     for index in range(8):
         save_image(tmp_path / "images" / "ab"[index % 2] / f"{index}.png", (60, 64), seed=index)
@@ -309,6 +310,8 @@ def test_deviations_are_aligned_on_their_query() -> None:
 
 
 def test_a_report_pairs_selections_and_marks_heads() -> None:
+    pytest.importorskip("matplotlib")
+
     def row(label: tuple[str, ...], seed: int, value: float, *replaced: str) -> dict[str, Any]:
         return {"label": list(label), "seed": seed, "replaced": list(replaced), "metrics": {"miou": value}}  # fmt: skip
 

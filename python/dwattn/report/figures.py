@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dwattn.errors import DataError
 from dwattn.report.results import BlockScore, Conversion, LatencyInfo
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2a86c8", "#d98a00", "#12966f", "#d65a20", "#8b95a1"
@@ -49,7 +50,12 @@ Draw = Callable[[Any], None]
 
 @contextmanager
 def _pyplot(name: str) -> Iterator[Any]:
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise DataError(
+            f"The figures need matplotlib ({error}); install it with pip install 'dwattn[demo]'."
+        ) from error
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

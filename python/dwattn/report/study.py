@@ -197,14 +197,8 @@ def write_study(report: StudyReport, path: str | os.PathLike[str]) -> Path:
         loader=jinja2.PackageLoader("dwattn.report", "."), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    try:
-        figures = report.figures()
-    except ImportError as error:
-        raise DataError(
-            f"The figures need matplotlib ({error}); install it with pip install 'dwattn[demo]'."
-        ) from error
     page = environment.get_template("study.html").render(
-        r=report, tables=report.tables(), figures=figures
+        r=report, tables=report.tables(), figures=report.figures()
     )
     path = Path(path)
     with write_atomically(path, DataError) as temporary:
