@@ -135,10 +135,15 @@ def load_state(
             value.copy_(stored[f"average.{name}"])
 
 
+#: Names of half-written files: those of :func:`dwattn.files.write_atomically`, and of safetensors itself.
+_HALF_WRITTEN = (".*.tmp", ".tmp??????")
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete half-written files of a process that was killed."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+    for pattern in _HALF_WRITTEN:
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
