@@ -133,7 +133,7 @@ gpu-hopper:
 
 gpu-test:
 	$(GPU_PYTHON) -m pytest -q -m gpu tests --ignore tests/test_cuda_hopper.py
-	$(GPU_PYTHON) -m pytest -q tests/test_ops.py tests/test_layer_op.py tests/test_backends.py
+	$(GPU_PYTHON) -m pytest -q tests/test_ops.py tests/test_tf32.py tests/test_layer_op.py tests/test_backends.py
 
 gpu-sanitize:
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(GPU_PYTHON) -m pytest -q -m gpu tests/test_cuda_ops.py tests/test_gradients.py -k "same_bits or slices"

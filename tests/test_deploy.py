@@ -111,7 +111,8 @@ def test_the_wheel_of_the_kit_alone(model: Path, tmp_path: Path) -> None:
     )
     arguments = ["bench", str(model), "--provider", "cpu", "--size", "4", "--iterations", "3"]
     # Without site, an editable install of the whole package does not come first.
-    found = os.pathsep.join([str(tmp_path / "site"), sysconfig.get_path("purelib")])
+    installed_in = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
+    found = os.pathsep.join([str(tmp_path / "site"), *installed_in])
     done = python(code, *arguments, options=("-S",), PYTHONPATH=found)
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "site" / "dwattn" / "__init__.py") in done.stdout

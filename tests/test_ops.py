@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import subprocess
@@ -480,39 +479,3 @@ def test_the_instruction_set_can_be_chosen_by_environment(isa: str) -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == isa
-
-
-# TF32 on a GPU
-
-
-@pytest.fixture
-def fp32_precision() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
-@pytest.mark.usefixtures("fp32_precision")
-def test_the_kernels_are_told_what_pytorch_allows_in_fp32() -> None:
-    allowed = torch.ops.dwattn._allow_tf32.default
-    assert allowed() is False  # PyTorch's default
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    assert allowed() is True
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    assert allowed() is False
-    torch.set_float32_matmul_precision("high")
-    assert allowed() is True
-    torch.set_float32_matmul_precision("highest")
-    assert allowed() is False
-
-
-def test_without_python_there_is_no_tf32() -> None:
-    spec = importlib.util.find_spec("dwattn._C")
-    assert spec is not None
-    code = f"""
-import torch
-torch.ops.load_library({spec.origin!r})
-torch.backends.cuda.matmul.fp32_precision = "tf32"
-assert torch.ops.dwattn._allow_tf32.default() is False
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -32,8 +32,6 @@ constexpr int64_t padded_lanes(int64_t count) {
 }
 // Keys whose weights are multiplied by V at a time.
 constexpr int64_t kKeyBlock = 96;
-// Tasks that each worker gets, at least.
-constexpr int64_t kTasksPerWorker = 3;
 
 // How a head is cut into tiles, and what one tile needs, in bytes.
 struct AttentionTiles {
