@@ -26,7 +26,7 @@ demo: $(VENV)/.installed $(VENV)/.demo-data
 	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/dwattn demo --out $(OUT)
 
 test: $(VENV)/.installed $(VENV)/.transformers-4.57 $(VENV)/.deploy-tools lint
-	DWATTN_TRANSFORMERS_457=$(HF457) $(DEPLOY_VARIABLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	DWATTN_TRANSFORMERS_457=$(HF457) $(DEPLOY_VARIABLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # The long checks of GPU kernels on a machine without a GPU: planted bugs, all architectures, Triton's compiler.
 test-kernels: $(VENV)/.installed $(VENV)/.kernel-tools $(VENV)/.deploy-tools

@@ -6,6 +6,7 @@ Build tools that the dev extra installs are found although the environment is no
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from support import fuzzing, torchvision_shim
 
 torchvision_shim.install()
+#: A run that was started in the background ignores Ctrl-C, which tests of interruptions send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
@@ -37,6 +40,11 @@ def one_thread() -> Iterator[None]:
 def fresh_dynamo() -> None:
     """No compiled graphs of earlier tests."""
     torch._dynamo.reset()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first: with several processes none is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -20,6 +20,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> cuda_sources.Objects:
     return cuda_sources.Objects(tmp_path_factory.mktemp("objects"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", cuda_sources.programs())
 def test_kernels_agree_with_the_definition(
     program: str, objects: cuda_sources.Objects, tmp_path: Path

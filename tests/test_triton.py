@@ -36,6 +36,8 @@ from support.triton_cases import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+#: Those with kernels; those of the compiler need no interpreter.
+FILES = sorted(p for p in Path(__file__).parent.glob("test_triton*.py") if "compile" not in p.stem)
 
 
 @pytest.mark.slow
@@ -45,12 +47,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     BROKEN_INTERPRETER, reason="The interpreter of Triton 3.6 does not work with NumPy 2.4."
 )
 @pytest.mark.skipif(INTERPRETED, reason="This is the process with the interpreter.")
-def test_under_the_interpreter() -> None:
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_under_the_interpreter(file: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    here = Path(__file__)
-    files = [here, *here.parent.glob("test_triton_[!c]*.py")]  # those of the compiler need none
     done = subprocess.run(
-        [*command, *files],
+        [*command, file],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
