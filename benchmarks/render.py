@@ -152,7 +152,7 @@ def _projection() -> str:
 
 
 #: Files of layers on several CPUs; ``make bench`` writes the first.
-LAYERS = ("cpu-layer", "cpu-layer-amx", "cpu-layer-emulated")
+LAYERS = ("cpu-layer", "cpu-layer-amx", "cpu-layer-emulated", "cpu-layer-avx2")
 
 
 def _cpu(machine: dict[str, Any]) -> str:
