@@ -28,7 +28,8 @@ demo: $(VENV)/.installed $(VENV)/.demo-data
 test: $(VENV)/.installed $(VENV)/.transformers-4.57 $(VENV)/.deploy-tools lint
 	DWATTN_TRANSFORMERS_457=$(HF457) $(DEPLOY_VARIABLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-# The long checks of GPU kernels on a machine without a GPU: planted bugs, all architectures, Triton's compiler.
+# The long checks of GPU kernels on a machine without a GPU: planted bugs, all architectures,
+# JetPack's and Triton's compilers.
 test-kernels: $(VENV)/.installed $(VENV)/.kernel-tools $(VENV)/.deploy-tools
 	PATH=$(CURDIR)/$(VENV)/cuda-tools/nvidia/cu13/bin:$$PATH $(DEPLOY_VARIABLES) OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest -m thorough -n $(JOBS)
@@ -160,6 +161,7 @@ $(VENV)/.transformers-4.57: $(VENV)/.torch
 
 $(VENV)/.kernel-tools: $(VENV)/.torch
 	$(PIP) install --quiet --target $(VENV)/cuda-tools nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	-$(PIP) install --quiet --target $(VENV)/nvrtc-12.6 "nvidia-cuda-nvrtc-cu12==12.6.*" "nvidia-cuda-runtime-cu12==12.6.*"
 	touch $@
 
 # TensorRT itself cannot be installed from a package index; these can: its headers, and two plugin registries. Tests of
@@ -171,7 +173,6 @@ $(VENV)/.deploy-tools: $(VENV)/.torch
 	-$(PIP) install --quiet --no-deps --target $(TRT)/lean tensorrt_lean_cu13_libs==11.4.0.106 tensorrt_lean_cu13_bindings==11.4.0.106
 	-for version in 10.3.0 11.4.0.106; do $(PIP) install --quiet --no-deps --target $(TRT)/bindings/$$version \
 	  tensorrt_cu12_bindings==$$version; done
-	-$(PIP) install --quiet --target $(VENV)/nvrtc-12.6 "nvidia-cuda-nvrtc-cu12==12.6.*" "nvidia-cuda-runtime-cu12==12.6.*"
 	-$(PIP) install --quiet --target $(VENV)/cuda-aarch64 --platform manylinux2014_aarch64 --only-binary=:all: --no-deps \
 	  nvidia-cuda-runtime==13.0.96
 	touch $@

@@ -17,7 +17,7 @@ import torch
 from support import fuzzing, torchvision_shim
 
 torchvision_shim.install()
-#: A run that was started in the background ignores Ctrl-C, which tests of interruptions send.
+# A run that was started in the background ignores Ctrl-C, which tests of interruptions send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 

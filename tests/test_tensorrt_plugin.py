@@ -89,6 +89,17 @@ def test_the_kernels_are_compiled_for_orin(library: Path) -> None:
         assert "sm_87" in command or command.startswith(":")  # or it is the linker's
 
 
+@pytest.mark.thorough
+def test_a_library_for_orin_and_hopper() -> None:
+    """Hopper's kernels are in it, which compile to nothing elsewhere."""
+    library = tensorrt_build.library(tensorrt.include_dir(), "87-real;90a-real")
+    assert_exports_are_right(library)
+    compiled = tensorrt_build.commands(library.parent.name, "dwattn_trt")
+    (hopper,) = [c for c in compiled if "dw_attention_sm90.cu" in c and " -c " in c]
+    assert "sm_87" in hopper
+    assert "sm_90a" in hopper
+
+
 GOOD: list[tuple[str, dict[str, Any]]] = [
     ("DWAttention", {"inputs": "x wv kernel wo", "height": 3, "width": 4}),
     (

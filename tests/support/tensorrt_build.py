@@ -19,8 +19,7 @@ from support import cuda_sources
 SOURCES = cuda_sources.ROOT / "plugins" / "tensorrt"
 BUILDS = cuda_sources.ROOT / "build" / "tests"
 
-#: Orin. That the kernels compile for the others is tested without the plugin.
-ARCHITECTURES = "87-real"
+ORIN = "87-real"
 
 
 def cmake(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -50,12 +49,13 @@ def built(name: str, target: str, *options: str) -> Path:
 
 
 @functools.cache
-def library(headers: Path) -> Path:
-    """``libdwattn_trt.so`` for :data:`ARCHITECTURES`, compiled by nvcc against TensorRT's ``headers``."""
+def library(headers: Path, architectures: str = ORIN) -> Path:
+    """``libdwattn_trt.so`` for ``architectures``, compiled by nvcc against TensorRT's ``headers``."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    options = (f"-DTENSORRT_INCLUDE_DIR={headers}", f"-DDWATTN_CUDA_ARCHITECTURES={ARCHITECTURES}")
-    return built("tensorrt", "dwattn_trt", *options) / "libdwattn_trt.so"
+    options = (f"-DTENSORRT_INCLUDE_DIR={headers}", f"-DDWATTN_CUDA_ARCHITECTURES={architectures}")
+    folder = "tensorrt" if architectures == ORIN else "tensorrt-several"
+    return built(folder, "dwattn_trt", *options) / "libdwattn_trt.so"
 
 
 @functools.cache
