@@ -340,12 +340,12 @@ def study_claims() -> str:
 
 def study_limits() -> str:
     """How many blocks can go."""
+    columns = ["layer", "replaced", *(f"against {name}" for name in study_page.BASELINES.values())]
     parts = []
     for task, found in studies(LIMITS).items():
-        lines = study_page.limits(found, study_page.TASKS[task])
-        parts.append(
-            "\n".join([f"{study_page.NAMES[task]}:", "", *(f"- {line}" for line in lines)])
-        )
+        metric = study_page.TASKS[task]
+        table = _lines(columns, study_page.limits(found, metric))
+        parts += [f"{study_page.NAMES[task]}:", table, "\n".join(study_page.within(found, metric))]
     return "\n\n".join(parts) or NOT_RUN
 
 

@@ -12,6 +12,13 @@ from dwattn.finetune.study_results import interval, points
 TASKS = {"classify": "top1", "segment": "miou"}
 NAMES = {"classify": "Fashion-MNIST, top-1", "segment": "cut-outs on photos, mIoU"}
 Label = tuple[str, str, str, str, str]
+#: A difference in points, half its interval, and the number of seeds that it is from.
+Pair = tuple[float, float | None, int]
+#: What a converted model is compared with, by stages of the unconverted one.
+BASELINES = {
+    "two-stage": "the unconverted model trained as long",
+    "one-stage": "it after the first stage alone",
+}
 #: Differences below this, in points, are called a draw.
 DRAW = 0.3
 
@@ -78,10 +85,8 @@ def table(found: dict[str, Any], metric: str) -> list[list[str]]:
     return rows  # fmt: skip
 
 
-def compared(
-    found: dict[str, Any], metric: str, first: Label, second: Label
-) -> tuple[float, float | None, int] | None:
-    """Difference in points, half its interval and the number of seeds that have both; None without any."""
+def compared(found: dict[str, Any], metric: str, first: Label, second: Label) -> Pair | None:
+    """Two settings, seed by seed; None without a seed that has both."""
     by_label: dict[tuple[str, ...], dict[int, float]] = {}
     for run in found["runs"]:
         by_label.setdefault(tuple(run["label"]), {})[run["seed"]] = run["metrics"][metric]
@@ -91,7 +96,12 @@ def compared(
     return None if mean is None else (mean, half, len(paired))
 
 
-def verdict(ours: Sequence[tuple[float, float | None, int]], paper: float) -> str:
+def signed(pair: Pair) -> str:
+    """What :func:`compared` found, as text."""
+    return f"{pair[0]:+.2f}" + ("" if pair[1] is None else f" ± {pair[1]:.2f}")
+
+
+def verdict(ours: Sequence[Pair], paper: float) -> str:
     """Whether ours point where the paper's does; ``open`` where an interval holds both signs."""
     if not ours:
         return "not run"
@@ -110,11 +120,7 @@ def claims(results: dict[str, dict[str, Any]]) -> list[list[str]]:
         ours, cells = [], []
         for task, found in results.items():
             pair = compared(found, TASKS[task], first, second)
-            cells.append(
-                ""
-                if pair is None
-                else f"{pair[0]:+.2f}" + ("" if pair[1] is None else f" ± {pair[1]:.2f}")
-            )
+            cells.append("" if pair is None else signed(pair))
             ours += [] if pair is None else [pair]
         if ours:
             rows.append(
@@ -128,30 +134,35 @@ def claims(results: dict[str, dict[str, Any]]) -> list[list[str]]:
     return rows  # fmt: skip
 
 
-def limits(found: dict[str, Any], metric: str, allowed: float = 1.0) -> list[str]:
-    """A line a layer: its difference at each number of blocks that was run with ``residual``, and what stays in bounds."""
-    counts: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for entry in found["summary"]:
-        attention, criterion, count, stages, init = entry["label"]
-        if (entry["metric"], criterion, stages, init) == (
-            metric,
-            "residual",
-            "two-stage",
-            "calibrated",
-        ):
-            counts.setdefault(attention, []).append((int(count), entry))
-    lines = []
-    for attention, entries in counts.items():
-        entries.sort(key=lambda pair: pair[0])
-        told = ", ".join(
-            f"{count}: {points(e['difference'], e['difference_interval'], sign=True)}"
-            for count, e in entries
-        )
-        within = [
-            count
-            for count, e in entries
-            if e["difference"] is not None and 100 * e["difference"] >= -allowed
+def losses(found: dict[str, Any], metric: str) -> dict[tuple[str, int], list[Pair | None]]:
+    """By layer and number of blocks, chosen by ``residual``: differences from each of :data:`BASELINES`."""
+    labels = {tuple(entry["label"]) for entry in found["summary"]}
+    return {
+        (one[0], int(one[2])): [
+            compared(found, metric, one, (BASELINE, "", "", stages, "")) for stages in BASELINES
         ]
-        best = f"{max(within)} of {DEPTH}" if within else "none of these"
-        lines.append(f"`{attention}`: {told}. Mean loss within {allowed:.1f} point: {best}.")
-    return lines  # fmt: skip
+        for one in sorted(labels)
+        if one == label(one[0], "residual", one[2])
+    }
+
+
+def limits(found: dict[str, Any], metric: str) -> list[list[str]]:
+    """:func:`losses` as rows of a table."""
+    return [
+        [f"`{attention}`", f"{count} of {DEPTH}", *("" if p is None else signed(p) for p in pairs)]
+        for (attention, count), pairs in sorted(losses(found, metric).items())
+    ]
+
+
+def within(found: dict[str, Any], metric: str, allowed: float = 1.0) -> list[str]:
+    """A line a baseline: up to how many blocks of each layer the mean loss is at most ``allowed`` points."""
+    lines = []
+    for place, name in enumerate(BASELINES.values()):
+        most: dict[str, int] = {}
+        for (attention, count), pairs in losses(found, metric).items():
+            pair = pairs[place]
+            kept = pair is not None and pair[0] >= -allowed
+            most[attention] = max(most.get(attention, 0), count if kept else 0)
+        told = (f"`{a}` {f'{n} of {DEPTH}' if n else 'none of these'}" for a, n in most.items())
+        lines.append(f"Mean loss within {allowed:.1f} point of {name}: {', '.join(told)}.")
+    return lines

@@ -65,6 +65,31 @@ def test_orderings_are_judged_by_paired_differences() -> None:
     assert study_page.verdict([(2.0, None, 1)], 1.0) == "open"
 
 
+def test_how_many_blocks_can_go_is_told_for_both_baselines() -> None:
+    values = {
+        ("mhsa", "", "", "two-stage", ""): (0.90, 0.92),
+        ("mhsa", "", "", "one-stage", ""): (0.88, 0.91),
+        study_page.label(criterion="residual", count="6"): (0.89, 0.915),
+        study_page.label(criterion="residual", count="9"): (0.87, 0.905),
+        study_page.label(criterion="variance", count="9"): (0.95, 0.95),
+    }
+    runs = [
+        {"label": list(label), "seed": seed, "metrics": {"top1": value}}
+        for label, row in values.items()
+        for seed, value in enumerate(row)
+    ]
+    found = {"runs": runs, "summary": [{"label": list(label)} for label in values]}
+    assert [row[:2] for row in study_page.limits(found, "top1")] == [
+        ["`dw`", "6 of 12"],
+        ["`dw`", "9 of 12"],
+    ]
+    longer, first = study_page.within(found, "top1")
+    assert longer.endswith("trained as long: `dw` 6 of 12.")
+    assert first.endswith("alone: `dw` 9 of 12.")
+    longer, _ = study_page.within(found, "top1", allowed=0.5)
+    assert longer.endswith(": `dw` none of these.")
+
+
 @pytest.mark.parametrize(
     "name",
     [
