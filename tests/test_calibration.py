@@ -12,15 +12,18 @@ from torch import Tensor, nn
 
 import dwattn
 from dwattn import reference
-from dwattn.adapters import describe
+from dwattn.adapters import adapter_for, describe
+from dwattn.calibration import ridge
 from dwattn.calibration.lowrank import OutputCovariance, output_directions
 from dwattn.calibration.ridge import CorrectionFit
 from dwattn.calibration.stencil import PrefixFit, StencilFit
+from dwattn.calibration.streams import BlockRunner, embed
 from dwattn.calibration.views import Views
 from dwattn.data import Batch
 from dwattn.errors import CalibrationError, DataError, DwattnError
 from dwattn.geometry import Geometry
 from dwattn.plan import Plan
+from support.models import FAMILIES, Family
 
 timm = pytest.importorskip("timm")
 
@@ -452,7 +455,7 @@ def test_post_norm_blocks_get_kernels_but_no_compensation() -> None:
 
 
 def test_true_rows_match_the_layer() -> None:
-    from dwattn.adapters import adapter_for
+
     from dwattn.calibration.layer_fit import true_rows
 
     model = tiny_vit(qk_norm=True)
@@ -465,3 +468,40 @@ def test_true_rows_match_the_layer() -> None:
         torch.testing.assert_close(
             F.linear(rows, attention.proj.weight, attention.proj.bias), attention(x)
         )
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_a_block_goes_on_behind_a_known_attention(family: Family) -> None:
+    model = family.build().eval()
+    layout = describe(model)
+    site = layout.blocks[0]
+    adapter = adapter_for(site.attention)
+    assert adapter is not None
+    convention = adapter.convention(site.attention)
+    with torch.no_grad():
+        images = family.images(3)
+        tokens, call = embed(model, layout, lambda model: family.tokens(model, images))
+        runner = BlockRunner(site, call)
+        whole = runner(tokens)
+        attention, _ = runner.attention_pass(tokens, convention.unpack)
+        given, _ = runner.behind_attention(tokens, attention, convention)
+        other, _ = runner.behind_attention(tokens, attention + 1, convention)
+        again = runner(tokens)
+    torch.testing.assert_close(given, whole)
+    assert not torch.allclose(other, whole, atol=1e-3)
+    torch.testing.assert_close(again, whole)
+
+
+def test_how_many_images_move_together_does_not_matter() -> None:
+    found = []
+    for batch_size in (None, 1, 5):
+        model = tiny_vit()
+        replace(model, [1], batch_size=batch_size)
+        found.append(tokens(model, images()))
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[0], found[2], atol=1e-4, rtol=1e-4)
+
+
+def test_gram_matrices_are_formed_block_by_block() -> None:
+    f = torch.randn(50, 2 * ridge._GRAM_COLUMNS + 3, dtype=torch.float64)
+    torch.testing.assert_close(ridge._gram(f), f.T @ f)

@@ -9,6 +9,7 @@ towards the original model's residual stream, shrunk towards its pretrained weig
 from __future__ import annotations
 
 from dwattn.calibration.journal import CalibrationResult, LayerNote
-from dwattn.calibration.sweep import CalibrationOptions, calibrate
+from dwattn.calibration.options import CalibrationOptions
+from dwattn.calibration.sweep import calibrate
 
 __all__ = ["CalibrationOptions", "CalibrationResult", "LayerNote", "calibrate"]

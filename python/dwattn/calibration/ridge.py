@@ -21,6 +21,9 @@ from torch import Tensor
 #: error rises.
 STRENGTHS = tuple(10.0 ** (k / 2) for k in range(2, -9, -1))
 
+#: Columns of a Gram matrix that are multiplied at a time.
+_GRAM_COLUMNS = 384
+
 #: A correction is kept only if it lowers the held-out error by this share.
 MIN_GAIN = 1e-3
 
@@ -60,7 +63,7 @@ class _Moments:
         self.f += f.sum(0)
         self.e += e.sum(0)
         self.ee += e.square().sum()
-        self.ff += f.T @ f
+        self.ff += _gram(f)
         self.fe += f.T @ e
 
     def __add__(self, other: _Moments) -> _Moments:
@@ -90,6 +93,18 @@ class _Moments:
         mean_fit = (self.f / self.count) @ weight
         offset = bias @ bias + 2 * bias @ mean_fit - 2 * bias @ (self.e / self.count)
         return float(self.ee / self.count - 2 * cross + quadratic + offset)
+
+
+def _gram(f: Tensor) -> Tensor:
+    """``f^T f`` of ``f (tokens, p)``: what lies above the diagonal blocks is copied from below them."""
+    features = f.shape[1]
+    gram = f.new_empty(features, features)
+    for start in range(0, features, _GRAM_COLUMNS):
+        block = slice(start, start + _GRAM_COLUMNS)
+        below = f[:, start:].T @ f[:, block]
+        gram[start:, block] = below
+        gram[block, start:] = below.T
+    return gram
 
 
 class CorrectionFit:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dwattn.adapters import BackboneLayout, BlockSite
+from dwattn.adapters import BackboneLayout, BlockSite, CallConvention
 from dwattn.errors import CalibrationError
 
 
@@ -86,8 +86,7 @@ class BlockRunner:
         self.block = copy.deepcopy(site.module).float().eval()
         self.path = site.attention_name.removeprefix(site.name + ".")
         if attention is not None:
-            parent, _, leaf = self.path.rpartition(".")
-            setattr(self.block.get_submodule(parent), leaf, attention)
+            self._attend_by(attention)
         self._paths = {id(module): name for name, module in site.module.named_modules()}
 
     @property
@@ -160,6 +159,32 @@ class BlockRunner:
         finally:
             handle.remove()
         raise CalibrationError(f"The block never called its attention layer {self.path!r}.")
+
+    def behind_attention(
+        self, tokens: Tensor, attention: Tensor, convention: CallConvention, *watched: nn.Module
+    ) -> tuple[Tensor, list[Tensor]]:
+        """:meth:`watch` with the output of the attention layer given, ``(B, N, D)``."""
+        layer = self.attention
+        self._attend_by(_Given(attention, convention))
+        try:
+            return self.watch(tokens, *watched)
+        finally:
+            self._attend_by(layer)
+
+    def _attend_by(self, layer: nn.Module) -> None:
+        parent, _, leaf = self.path.rpartition(".")
+        setattr(self.block.get_submodule(parent), leaf, layer)
+
+
+class _Given(nn.Module):
+    """An attention layer whose output is known."""
+
+    def __init__(self, output: Tensor, convention: CallConvention) -> None:
+        super().__init__()
+        self.output, self.convention = output, convention
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.convention.pack(self.output)
 
 
 @contextmanager

@@ -1,0 +1,64 @@
+"""How a model is calibrated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dwattn.errors import CalibrationError
+
+REFIT_SCOPES = ("all", "replaced", "attention", "none")
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How a model is calibrated.
+
+    Args:
+        batch_size: images that are moved through a block together; None for as many as are fastest: on a CPU so many
+            that their activations stay in its cache.
+        num_images: use at most this many images; None for all.
+        photos: how many photos there are, where ``data`` brings rounds of views of them (``views`` is then 1): image
+            ``i`` shows photo ``i % photos``, and all views of a photo stand on one side of the split.
+        views: how often each photo is used: itself, as a mirrored random crop, then in mosaics of four photos.
+        refit: which linear layers are corrected: ``all`` that write to the residual stream behind the first
+            replacement, those of ``replaced`` blocks, only the ``attention`` output of replaced layers, or ``none``.
+        held_out: share of the photos on which ridge strengths are judged.
+        rank: of ``lowrank_dw``: ``{"fidelity": share}`` chooses each layer's width as the least that keeps this
+            share of its output energy; anything else keeps the width the layer was built with.
+        seed: of crops and mosaics.
+        progress: show a progress bar on stderr.
+    """
+
+    batch_size: int | None = None
+    num_images: int | None = None
+    photos: int | None = None
+    views: int = 3
+    refit: str = "all"
+    held_out: float = 0.25
+    rank: int | float | dict[str, float] | None = None
+    seed: int = 0
+    progress: bool = True
+
+    @property
+    def fidelity(self) -> float | None:
+        """The fidelity target of ``rank``, if it is one."""
+        return self.rank.get("fidelity") if isinstance(self.rank, dict) else None
+
+    def __post_init__(self) -> None:
+        if self.refit not in REFIT_SCOPES:
+            raise CalibrationError(
+                f"refit={self.refit!r} must be one of {', '.join(REFIT_SCOPES)}."
+            )
+        if self.batch_size is not None and self.batch_size < 1:
+            raise CalibrationError(f"batch_size={self.batch_size} must be at least 1.")
+        if self.views < 1:
+            raise CalibrationError(f"views={self.views} must be at least 1: the photo itself.")
+        if self.photos is not None and (self.photos < 1 or self.views > 1):
+            raise CalibrationError(
+                f"photos={self.photos} says that the images are views of so many photos already: it must be at least 1, "
+                f"and views={self.views} must be 1."
+            )
+        if not 0 < self.held_out < 1:
+            raise CalibrationError(f"held_out={self.held_out} must be a share between 0 and 1.")
+        if self.fidelity is not None and not 0 < self.fidelity <= 1:
+            raise CalibrationError(f"fidelity={self.fidelity} must lie in (0, 1].")
