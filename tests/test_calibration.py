@@ -23,7 +23,7 @@ from dwattn.data import Batch
 from dwattn.errors import CalibrationError, DataError, DwattnError
 from dwattn.geometry import Geometry
 from dwattn.plan import Plan
-from support.models import FAMILIES, Family
+from support.models import BY_NAME
 
 timm = pytest.importorskip("timm")
 
@@ -470,8 +470,9 @@ def test_true_rows_match_the_layer() -> None:
         )
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
-def test_a_block_goes_on_behind_a_known_attention(family: Family) -> None:
+@pytest.mark.parametrize("name", ["timm", "hf-dinov2", "hf-vit", "hf-clip", "hub"])
+def test_a_block_goes_on_behind_a_known_attention(name: str) -> None:
+    family = BY_NAME[name]
     model = family.build().eval()
     layout = describe(model)
     site = layout.blocks[0]
