@@ -137,20 +137,21 @@ def claims(results: dict[str, dict[str, Any]]) -> list[list[str]]:
 def losses(found: dict[str, Any], metric: str) -> dict[tuple[str, int], list[Pair | None]]:
     """By layer and number of blocks, chosen by ``residual``: differences from each of :data:`BASELINES`."""
     labels = {tuple(entry["label"]) for entry in found["summary"]}
-    return {
+    by_layer = {
         (one[0], int(one[2])): [
             compared(found, metric, one, (BASELINE, "", "", stages, "")) for stages in BASELINES
         ]
-        for one in sorted(labels)
+        for one in labels
         if one == label(one[0], "residual", one[2])
     }
+    return dict(sorted(by_layer.items()))
 
 
 def limits(found: dict[str, Any], metric: str) -> list[list[str]]:
     """:func:`losses` as rows of a table."""
     return [
         [f"`{attention}`", f"{count} of {DEPTH}", *("" if p is None else signed(p) for p in pairs)]
-        for (attention, count), pairs in sorted(losses(found, metric).items())
+        for (attention, count), pairs in losses(found, metric).items()
     ]
 
 
@@ -161,8 +162,10 @@ def within(found: dict[str, Any], metric: str, allowed: float = 1.0) -> list[str
         most: dict[str, int] = {}
         for (attention, count), pairs in losses(found, metric).items():
             pair = pairs[place]
-            kept = pair is not None and pair[0] >= -allowed
-            most[attention] = max(most.get(attention, 0), count if kept else 0)
+            if pair is not None:
+                most[attention] = max(most.get(attention, 0), count if pair[0] >= -allowed else 0)
+        if not most:
+            continue  # this baseline was not run
         told = (f"`{a}` {f'{n} of {DEPTH}' if n else 'none of these'}" for a, n in most.items())
         lines.append(f"Mean loss within {allowed:.1f} point of {name}: {', '.join(told)}.")
     return lines
