@@ -142,13 +142,18 @@ def parse() -> argparse.Namespace:
         type=Path,
         help="time the models, and write tables and figures to this HTML file",
     )
+    parser.add_argument(
+        "--latency-size",
+        type=int,
+        help="pixels of the image that they are timed on; default: --size",
+    )
     parser.add_argument("--list", action="store_true", help="say which runs are left, and stop")
     parser.add_argument(
         "--collect", action="store_true", help="run nothing more, write what is done"
     )
     parser.add_argument("--progress", action="store_true")
     options = parser.parse_args()
-    for name, value in DEFAULTS[options.task].items():
+    for name, value in {**DEFAULTS[options.task], "latency_size": options.size}.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     return options
@@ -160,18 +165,20 @@ def setting(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(
-    options: argparse.Namespace, study: Grid, result: StudyResult, work: Path, test: Views
-) -> None:
-    """Time what was not timed yet on this machine, and write the page."""
-    where = options.device or "cpu"
-    image = test[0, 0]["pixels"][None].to(where)
-    latency = study_latency(study, timm_backbone(options.size).to(where), image, work)
+    options: argparse.Namespace, study: Grid, result: StudyResult, work: Path
+) -> list[dict[str, Any]]:
+    """Time what was not timed yet on this machine, write the page, and return the times."""
+    where, size = options.device or "cpu", options.latency_size
+    image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(where)
+    latency = study_latency(study, timm_backbone(size).to(where), image, work)
+    cpu = machine.environment(torch.get_num_threads())["CPU"]
     page = StudyReport.of(
         work, result, command=COMMAND, setting=setting(options), latency=latency,
-        machine=machine.environment(torch.get_num_threads())["CPU"],
+        machine=f"{cpu}, {size} x {size} pixels",
     )  # fmt: skip
     options.report.parent.mkdir(parents=True, exist_ok=True)
     write_study(page, options.report)
+    return latency
 
 
 def main() -> None:
@@ -194,9 +201,7 @@ def main() -> None:
             note=lambda text: print(text, flush=True),
         )  # fmt: skip
     Console().print(result.table())
-    if options.report:
-        report(options, study, result, work, test)
-    timed = work / "latency.json"
+    latency = report(options, study, result, work) if options.report else None
     if options.json:
         document = {
             "created": machine.now(),
@@ -205,7 +210,7 @@ def main() -> None:
             "model": DESCRIPTION,
             "setting": setting(options),
             "grid": study.model_dump(mode="json"),
-            "latency": json.loads(timed.read_text(encoding="utf-8")) if timed.exists() else None,
+            "latency": latency,
             **result.to_dict(),
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""Plots of result files: growth as curves, peers as fidelity over time, everything else as bars over the floor.
+"""Plots of result files: growth as curves, peers as fidelity over time, studies as accuracy over time, everything else as
+bars over the floor.
 
     python benchmarks/plot.py benchmarks/results/growth.json growth.png
 
@@ -8,6 +9,7 @@ Needs matplotlib (the ``demo`` extra). The format follows the ending: png, svg o
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -18,6 +20,10 @@ import rounds
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+
+from dwattn.finetune.study_results import StudyResult
+from dwattn.report.study import StudyReport
+from dwattn.report.study_figures import draw_pareto
 
 ALONG = re.compile(r"(tokens|batch|width)=(\d+)")
 
@@ -82,15 +88,28 @@ def bars(results: list[dict[str, Any]]) -> Any:
     return figure
 
 
+def study(document: dict[str, Any]) -> Any:
+    """Differences to the unconverted model over time relative to its, beside the paper's: a file of ``bench_tasks.py``."""
+    page = StudyReport(StudyResult(document["runs"]), "", latency=document["latency"] or ())
+    figure, axis = plt.subplots(figsize=(7, 5))
+    draw_pareto(axis, page.points(), page.metric)
+    return figure
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
-    document = rounds.read(options.results)
-    figure = DRAW.get(document["benchmark"], bars)(document["results"])
-    machine = document["machine"]
-    figure.suptitle(f"{machine['CPU']}, {machine['created']}", fontsize=9)
+    found = json.loads(options.results.read_text(encoding="utf-8"))
+    if "grid" in found:
+        figure, where = study(found), {**found["environment"], "created": found["created"]}
+        where["CPU"] += f", {found['setting']['latency_size']} pixels"
+    else:
+        document = rounds.read(options.results)
+        figure = DRAW.get(document["benchmark"], bars)(document["results"])
+        where = document["machine"]
+    figure.suptitle(f"{where['CPU']}, {where['created']}", fontsize=9)
     figure.tight_layout()
     figure.savefig(options.out, dpi=120)
 

@@ -326,7 +326,8 @@ def _study(task: str, kind: str = "") -> str:
     if found is None:
         return NOT_RUN
     columns = ["layer", "chosen by", "replaced", "stages", "start", "mean", "difference", "seeds"]
-    columns += ["time saved"] if found.get("latency") else []
+    size = found["setting"].get("latency_size", found["setting"]["size"])
+    columns += [f"time saved at {size} px"] if found.get("latency") else []
     return _lines(columns, study_page.table(found, study_page.TASKS[task]))
 
 

@@ -30,6 +30,7 @@ from dwattn.finetune import (
     run_study,
 )
 from dwattn.finetune import study as study_module
+from dwattn.finetune import study_latency as latency_module
 from dwattn.report.study import StudyReport
 from dwattn.report.study_figures import aligned
 from support.models import BY_NAME
@@ -295,6 +296,35 @@ def test_the_command(tmp_path: Path) -> None:
     assert "0 of 4 runs are left" in left.output
     wrong = CliRunner().invoke(app, [*map(str, arguments), "--task", "distill"])
     assert wrong.exit_code == 2
+
+
+def test_models_are_timed_once_for_each_size_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = next(cell for cell in GRID.cells(["stages"]) if cell.kind is not None)
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / f"{cell.name}.json").write_text('{"replaced": ["blocks.1.attn"]}')
+    timed: list[tuple[list[int], int]] = []
+    real = latency_module.measure_cells
+
+    def counted(backbone: Any, pixels: Any, cells: Any, **options: Any) -> list[dict[str, Any]]:
+        timed.append((list(pixels.shape[-2:]), len(cells)))
+        return real(backbone, pixels, cells, **options)
+
+    monkeypatch.setattr(latency_module, "measure_cells", counted)
+    large, small = FAMILY.images(1), torch.zeros(1, 3, 28, 28)
+    assert small.shape != large.shape
+
+    def measure(pixels: torch.Tensor) -> list[dict[str, Any]]:
+        options = {"rounds": 2, "dynamic_grid": True}
+        return latency_module.study_latency(GRID, FAMILY.build(), pixels, tmp_path, **options)
+
+    first, again, other = measure(large), measure(large), measure(small)
+    assert first == again
+    assert [entry["size"] for entry in (*first, *other)] == [list(large.shape[-2:]), [28, 28]]
+    assert timed == [(list(large.shape[-2:]), 1), (list(large.shape[-2:]), 0), ([28, 28], 1)]
+    kept = json.loads((tmp_path / "latency.json").read_text())
+    assert kept == [*first, *other]
 
 
 def test_deviations_are_aligned_on_their_query() -> None:

@@ -217,7 +217,7 @@ def paper_grid(depth: int, heads: int, recipe: Recipe, **shared: Any) -> Grid:
             ),
             "scattered": Comparison(heads=(half * heads,), criteria=("variance", "dsp")),
             # How far it goes, and at what width.
-            "ranks": Comparison(kinds=tuple(narrow), blocks=(half, most), criteria=("residual",)),
+            "ranks": Comparison(kinds=(*narrow, ensemble), blocks=(half, most), criteria=("residual",)),
             "depth": Comparison(
                 kinds=(dw, quarter), blocks=(blocks(16), blocks(20), depth), criteria=("residual",)
             ),

@@ -25,23 +25,25 @@ from dwattn.surgery import replace
 def study_latency(
     grid: Grid, backbone: nn.Module, pixels: Tensor, folder: str | Path, **options: Any
 ) -> list[dict[str, Any]]:
-    """:func:`measure_cells` of all cells of a study's folder that are done; measured once, kept in ``latency.json``.
+    """:func:`measure_cells` of all cells of a study's folder that are done; measured once for each size of images, kept in
+    ``latency.json``.
 
     Args:
-        backbone, pixels, options: of :func:`measure_cells`.
+        backbone, pixels, options: of :func:`measure_cells`; the size may be another than that of the study's images.
     """
     root, path = Path(folder), Path(folder) / "latency.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    known = [entry for entry in kept if entry.get("size") == _size(pixels)]
     have = {(entry["attention"], entry["count"]) for entry in known}
     cells = []
     for cell in grid.cells():
         done = root / "cells" / f"{cell.name}.json"
         if done.exists() and (cell.label[0], cell.label[2]) not in have:
             cells.append((cell, json.loads(done.read_text(encoding="utf-8"))["replaced"]))
-    entries: list[dict[str, Any]] = known + measure_cells(backbone, pixels, cells, **options)
+    new = measure_cells(backbone, pixels, cells, **options)
     with write_atomically(path, DwattnError) as temporary:
-        temporary.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    return entries
+        temporary.write_text(json.dumps(kept + new, indent=1) + "\n", encoding="utf-8")
+    return known + new
 
 
 def measure_cells(
@@ -52,7 +54,8 @@ def measure_cells(
     rounds: int = 15,
     **replace_options: Any,
 ) -> list[dict[str, Any]]:
-    """One entry a kind and count: medians in ms, and the median over rounds of the ratio to the original.
+    """One entry a kind and count: medians in ms, the median over rounds of the ratio to the original, and the size of the
+    images in pixels.
 
     Args:
         backbone: not converted; it stays as it is.
@@ -72,11 +75,16 @@ def measure_cells(
         entries.append(
             {
                 "attention": key[0], "count": key[1], "ms": statistics.median(after),
-                "original_ms": statistics.median(before),
+                "original_ms": statistics.median(before), "size": _size(pixels),
                 "ratio": statistics.median(a / b for a, b in zip(after, before, strict=True)),
             }
         )  # fmt: skip
     return entries
+
+
+def _size(pixels: Tensor) -> list[int]:
+    """Height and width, as JSON gives them back."""
+    return list(pixels.shape[-2:])
 
 
 def _converted(

@@ -81,31 +81,38 @@ def by_count(points: Sequence[Point], metric: str) -> str:
     return svg
 
 
-def pareto(points: Sequence[Point], metric: str) -> str:
-    """Difference over time relative to the unconverted model, the paper's points in grey."""
+def draw_pareto(axis: Any, points: Sequence[Point], metric: str) -> None:
+    """Difference over time relative to the unconverted model on a matplotlib axis, the paper's points in grey."""
     timed = [p for p in points if p.ratio is not None]
+    for name, (colour, marker) in _styles(p.attention for p in timed).items():
+        for number, point in enumerate(p for p in timed if p.attention == name):
+            axis.errorbar(
+                point.ratio, point.difference, yerr=point.interval, color=colour, marker=marker, ms=6,
+                capsize=2, elinewidth=0.8, ls="none", label=name if number == 0 else None,
+            )  # fmt: skip
+            axis.annotate(
+                point.count, (point.ratio, point.difference), xytext=(5, 3), fontsize=8,
+                textcoords="offset points",
+            )  # fmt: skip
+    for number, (_, _, ratio, lost) in enumerate(PAPER):
+        label = "the paper's (Orin Nano)" if number == 0 else None
+        axis.plot(ratio, lost, color=GREY, marker="o", mfc="none", ls="none", ms=5, label=label)
+    axis.axhline(-1, color=_INK, lw=1, ls=(0, (4, 3)))
+    axis.set_xlabel("time over the unconverted model's")
+    axis.set_ylabel(f"{metric}, difference in points")
+    axis.grid(visible=True, axis="y")
+    axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.18), ncols=3, columnspacing=1.2)
+
+
+def pareto(points: Sequence[Point], metric: str) -> str:
+    """:func:`draw_pareto` as a figure of the page."""
     with _pyplot("pareto") as plt:
         figure, axis = plt.subplots(figsize=(5.6, 3.6))
-        for name, (colour, marker) in _styles(p.attention for p in timed).items():
-            for number, point in enumerate(p for p in timed if p.attention == name):
-                axis.errorbar(
-                    point.ratio, point.difference, yerr=point.interval, color=colour, marker=marker, ms=6,
-                    capsize=2, elinewidth=0.8, ls="none", label=name if number == 0 else None,
-                )  # fmt: skip
-                axis.annotate(
-                    point.count, (point.ratio, point.difference), xytext=(5, 3), fontsize=8,
-                    textcoords="offset points",
-                )  # fmt: skip
-        for number, (_, _, ratio, lost) in enumerate(PAPER):
-            label = "the paper's (Orin Nano)" if number == 0 else None
-            axis.plot(ratio, lost, color=GREY, marker="o", mfc="none", ls="none", ms=5, label=label)
-        axis.axhline(-1, color=_INK, lw=1, ls=(0, (4, 3)))
-        axis.set_xlabel("time over the unconverted model's")
-        axis.set_ylabel(f"{metric}, difference in points")
-        axis.grid(visible=True, axis="y")
-        axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.18), ncols=3, columnspacing=1.2)
+        draw_pareto(axis, points, metric)
         told = "; ".join(
-            f"{p.attention} {p.count}: {p.ratio:.3f}, {p.difference:+.2f}" for p in timed
+            f"{p.attention} {p.count}: {p.ratio:.3f}, {p.difference:+.2f}"
+            for p in points
+            if p.ratio is not None
         )
         svg = _svg(figure, "pareto", told)
         plt.close(figure)
