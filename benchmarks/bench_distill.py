@@ -9,6 +9,7 @@ are kept in ``--work``: a bench that was stopped goes on. Needs what ``bench_fid
 
     python benchmarks/more_photos.py more-photos
     python benchmarks/bench_distill.py --photos more-photos --json benchmarks/results/distill.json
+    python benchmarks/bench_distill.py --photos more-photos --refine --rounds 5 --work refined --json benchmarks/results/distill-refined.json
     python benchmarks/bench_distill.py --only dw-6 --rounds 14        # the demo's photos alone
     python benchmarks/bench_distill.py --only dw-6 dw-6-gaussian --rounds 10 --json benchmarks/results/distill-gaussian.json
 """
@@ -74,20 +75,29 @@ class Bench:
             pool, calibration=CALIBRATION, held_out=HELD_OUT, seed=options.seed
         )
         self.held_out = HeldOut.of(self.model, *photos.load(kept))
+        self.own = self.fitting[:]
         if options.photos is not None:
             self.fitting += more_photos.photos(options.photos)
             random.Random(options.seed).shuffle(self.fitting)
         self.views = PhotoViews(self.fitting, free_cutouts(kept), options.seed)
 
-    def plan(self, blocks: int) -> dwattn.Plan:
-        """Of the original's scores, measured once."""
-        path = self.work / "scores.safetensors"
+    def plan(self, case: Case) -> dwattn.Plan:
+        """By the original's scores, measured once; with ``--refine`` by trying sets out on the demo's photos."""
+        path, criterion = self.work / "scores.safetensors", self.options.criterion
         if not path.exists():
             images, _ = photos.load(self.fitting)
             dwattn.score(self.model, images, num_images=len(images), progress=False).save(path)
-        return dwattn.select(
-            dwattn.Scores.load(path), blocks=blocks, criterion=self.options.criterion
-        )
+        scores = dwattn.Scores.load(path)
+        if not self.options.refine or case.gaussian:
+            return dwattn.select(scores, blocks=case.blocks, criterion=criterion)
+        # Judged on scenes that are not fitted.
+        fitted, judged = photos.split(self.own, calibration=80, held_out=40, seed=1)
+        found = dwattn.refine(
+            self.model, scores, photos.load(fitted)[0], case.blocks, judge=photos.load(judged)[0],
+            criterion=criterion, variant=case.variant, rank=case.rank, seed=self.options.seed,
+            trials=self.work / f"{case.name}-trials.json", progress=self.options.progress,
+        )  # fmt: skip
+        return found.plan
 
     def row(self, case: Case) -> dict[str, Any]:
         """Carry out one case, or take what an earlier run with the same options found."""
@@ -99,8 +109,9 @@ class Bench:
         carry_out = self.trained if case.gaussian else self.fitted
         student, how = carry_out(case)
         fidelity = self.held_out.fidelity(*outputs(student, self.held_out.pixels))
+        replaced = [layer.name for layer in self.plan(case).layers]
         row = {
-            "case": vars(case), "options": settings, **how, "after": fidelity.model_dump(),
+            "case": vars(case), "options": settings, "replaced": replaced, **how, "after": fidelity.model_dump(),
             "in_budget": how["minutes"] <= BUDGET_MINUTES,
             "reached": case.wanted is None
             or (fidelity.cosine >= case.wanted[0] and fidelity.iou >= case.wanted[1]),
@@ -136,7 +147,7 @@ class Bench:
         noted = path.with_suffix(".minutes")
         if noted.exists():
             return dwattn.load(build("timm"), path), float(noted.read_text("utf-8"))
-        plan, student = self.plan(case.blocks), build("timm")
+        plan, student = self.plan(case), build("timm")
         began = time.perf_counter()
         with products_in_bf16(faster_in_bf16()):
             dwattn.replace(
@@ -152,7 +163,7 @@ class Bench:
         """The paper's start and gradient steps alone, for the minutes of ``--minutes``."""
         student = build("timm")
         dwattn.replace(
-            student, self.plan(case.blocks), variant=case.variant, rank=case.rank,
+            student, self.plan(case), variant=case.variant, rank=case.rank,
             kernel_init="gaussian", context=True, progress=False,
         )  # fmt: skip
         steps = self.descend(case, student, self.options.minutes, self.options.lr)
@@ -249,6 +260,11 @@ def main() -> None:
         "--photos", help="folder of more photos to fit to; more_photos.py fetches one"
     )
     parser.add_argument("--criterion", default="residual", help="by which blocks are chosen")
+    parser.add_argument(
+        "--refine",
+        action="store_true",
+        help="then exchange blocks where that helps, see dwattn.refine; not timed",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", default="distill-runs", help="folder of the runs")
     parser.add_argument("--only", nargs="*", help=f"of {', '.join(c.name for c in CASES)}")

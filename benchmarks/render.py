@@ -86,12 +86,20 @@ def fidelity() -> str:
 
 
 def distill() -> str:
-    """What a few minutes of label-free distillation keep."""
-    found = load("distill")
-    photos = found["photos"]
+    """What a few minutes of label-free distillation keep, with blocks of lowest score and with refined sets."""
+    chosen = {
+        "distill": "Label-free distillation on 2 cores",
+        "distill-refined": "The same with blocks chosen by `dwattn.refine`, whose own time is not counted",
+    }
+    return "\n\n".join(_distillation(*pair) for pair in chosen.items())
+
+
+def _distillation(name: str, title: str) -> str:
+    found = load(name)
+    photos, cpu = found["photos"], found["environment"]["CPU"]
     lines = [
-        f"Label-free distillation on 2 cores, {photos['fitted']} photos in many views, {photos['held_out']} held-out "
-        f"photos, {photos['with_object']} of them with an object ({link('distill')}, {day(found['created'])}):",
+        f"{title}; {photos['fitted']} photos in many views, {photos['held_out']} held-out "
+        f"photos, {photos['with_object']} of them with an object ({cpu}, {link(name)}, {day(found['created'])}):",
         "",
         row("replaced", "layer", "how", "images", "minutes", "all photos", "with an object"),
         row(*["---"] * 7),

@@ -82,6 +82,23 @@ def scored(place: Path) -> Path:
     return path
 
 
+def test_refine_writes_the_best_plan(place: Path, scored: Path, tmp_path: Path) -> None:
+    model, plan = f"{place / 'factory.py'}:make", tmp_path / "plan.json"
+    found = invoke_json(
+        "refine", model, scored, "--images", place / "images", "--judge", place / "images", "--blocks", 2,
+        "--variant", "lowrank_dw", "--rank", 16, "--width", 1, "--rounds", 1, "--num-images", 8, "--size", 56,
+        "--trials", tmp_path / "trials.json", "--out", plan, "--no-progress",
+    )  # fmt: skip
+    drift = {tuple(trial["blocks"]): trial["drift"] for trial in found["trials"]}
+    assert len(drift) == 2
+    assert tuple(found["blocks"]) in drift
+    assert json.loads(plan.read_text()) == found["plan"]
+    kept = json.loads((tmp_path / "trials.json").read_text())
+    assert kept["trials"] == found["trials"]
+    wrong = invoke("refine", model, scored, "--images", place / "images", "--blocks", 9, "--size", 56, code=1)  # fmt: skip
+    assert "only 4" in wrong.stderr
+
+
 def test_the_whole_chain(place: Path, scored: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     model, plan = f"{place / 'factory.py'}:make", tmp_path / "plan.json"

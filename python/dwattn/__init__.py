@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from dwattn.export import export
     from dwattn.geometry import Geometry
     from dwattn.plan import Plan
+    from dwattn.refinement import refine
     from dwattn.scattered import ScatteredDWAttention, SelfAttention
     from dwattn.scoring import Scores, score
     from dwattn.selection import select
@@ -55,6 +56,7 @@ _WHERE = {
     "export": "export",
     "Geometry": "geometry",
     "Plan": "plan",
+    "refine": "refinement",
     "ScatteredDWAttention": "scattered",
     "SelfAttention": "scattered",
     "Scores": "scoring",
@@ -83,6 +85,7 @@ __all__ = [
     "flops",
     "load",
     "params",
+    "refine",
     "replace",
     "restore",
     "save",

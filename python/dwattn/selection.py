@@ -64,7 +64,7 @@ def select(
         )
         count = _count(heads, len(ranked_heads), "heads", scores)
         return _heads_plan(scores, ranked_heads[:count], criterion, label)
-    ranked = _rank_blocks(scores, criterion) if order is None else _check_order(scores, order)
+    ranked = rank_blocks(scores, criterion) if order is None else _check_order(scores, order)
     if target_speedup is not None:
         count = _blocks_for(target_speedup, ranked, latency, model, scores)
     else:
@@ -72,7 +72,8 @@ def select(
     return _blocks_plan(scores, ranked[:count], criterion, label)
 
 
-def _rank_blocks(scores: Scores, criterion: str) -> list[LayerScore]:
+def rank_blocks(scores: Scores, criterion: str) -> list[LayerScore]:
+    """Scored layers, the lowest scores first, equal ones in depth order."""
     return sorted(scores.layers, key=lambda layer: (block_score(layer, criterion), layer.block))
 
 

@@ -71,8 +71,8 @@ def score(
     """Measure how much every head's attention map varies from image to image."""
     import dwattn
 
-    loaded = _model(model, weights, device)
-    data = _images(loaded, model, images, size, mean, std, batch_size, num_images)
+    loaded = read_model(model, weights, device)
+    data = read_images(loaded, model, images, size, mean, std, batch_size, num_images)
     budget = None if memory_budget is None else int(memory_budget * 2**20)
     scores = dwattn.score(
         loaded, data, num_images, batch_size=batch_size, entries=entries, residual=residual,
@@ -132,7 +132,7 @@ def select(
         raise typer.BadParameter("--target-speedup times the model; name it with --model.")
     timed = None
     if target_speedup is not None and model is not None:
-        timed = _model(model, None, "cpu", pretrained=False)
+        timed = read_model(model, None, "cpu", pretrained=False)
     plan = dwattn.select(
         dwattn.Scores.load(scores),
         blocks=blocks,
@@ -219,12 +219,12 @@ def replace(
         raise typer.BadParameter(
             "Say where the student goes with --out student.safetensors, or ask for --dry-run."
         )
-    wanted_rank = _parse_rank(rank)
+    wanted_rank = parse_rank(rank)
     chosen = Plan.load(plan)
-    loaded = _model(model, weights, device)
+    loaded = read_model(model, weights, device)
     data = None
     if calibrate is not None and not dry_run:
-        data = _images(loaded, model, calibrate, size, mean, std, batch_size, num_images)
+        data = read_images(loaded, model, calibrate, size, mean, std, batch_size, num_images)
     options: dict[str, Any] = {}
     if data is not None:
         options["batch_size"] = batch_size
@@ -305,7 +305,7 @@ def export(
     if fp32_io and not fp16:
         raise typer.BadParameter("--fp32-io changes nothing without --fp16.")
     with busy("Loading the model"):
-        loaded = _model(model, weights, "cpu", pretrained=student is None)
+        loaded = read_model(model, weights, "cpu", pretrained=student is None)
         if student is not None:
             loaded = dwattn.load(loaded, student)
     with busy("Exporting and checking on onnxruntime"):
@@ -319,7 +319,9 @@ def export(
     note(f"Wrote {out}.")
 
 
-def _model(spec: str, weights: Path | None, device: str, *, pretrained: bool = True) -> nn.Module:
+def read_model(
+    spec: str, weights: Path | None, device: str, *, pretrained: bool = True
+) -> nn.Module:
     from dwattn.models import load_model
 
     model = load_model(spec, weights, pretrained=pretrained)
@@ -330,7 +332,7 @@ def _model(spec: str, weights: Path | None, device: str, *, pretrained: bool = T
         raise DwattnError(f"The model cannot be moved to device {device!r}: {reason}") from error
 
 
-def _images(
+def read_images(
     model: nn.Module,
     spec: str,
     folder: Path,
@@ -352,7 +354,7 @@ def _images(
     )
 
 
-def _parse_rank(text: str | None) -> int | float | dict[str, float] | None:
+def parse_rank(text: str | None) -> int | float | dict[str, float] | None:
     """``96`` is a width, ``0.25`` a share of C, ``fidelity=0.95`` a target."""
     if text is None:
         return None

@@ -1,0 +1,85 @@
+"""``dwattn refine``: choose blocks by trying sets of them out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dwattn.cli.common import (
+    BatchOption,
+    DeviceOption,
+    JsonOption,
+    MeanOption,
+    ModelArgument,
+    SizeOption,
+    StdOption,
+    WeightsOption,
+    command,
+    emit,
+    note,
+)
+from dwattn.cli.pipeline import ImagesOption, ProgressOption, parse_rank, read_images, read_model
+
+
+@command
+def refine(
+    model: ModelArgument,
+    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="File written by dwattn score.")],
+    images: ImagesOption,
+    blocks: Annotated[int, typer.Option(min=1, help="Replace this many whole blocks.")],
+    judge: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Images to compare on, of other scenes; default: every fourth batch of --images.",
+        ),
+    ] = None,
+    variant: Annotated[str, typer.Option(help="dw, lowrank_dw, conv, ens_dw or spvit.")] = "dw",
+    rank: Annotated[
+        str | None,
+        typer.Option(help="lowrank_dw: inner width (96), share of C (0.25), or fidelity=0.95."),
+    ] = None,
+    criterion: Annotated[
+        str, typer.Option(help="Where the search starts: variance, residual or perturbation.")
+    ] = "residual",
+    width: Annotated[
+        int, typer.Option(min=1, help="Blocks on either side of the border that are exchanged.")
+    ] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Exchanges, at most.")] = 2,
+    num_images: Annotated[int, typer.Option(min=1, help="Calibration images, at most.")] = 80,
+    trials: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep what was tried, to go on after a stop."),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Plan to write.")] = Path("plan.json"),
+    size: SizeOption = None,
+    weights: WeightsOption = None,
+    batch_size: BatchOption = 16,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    device: DeviceOption = "cpu",
+    progress: ProgressOption = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose blocks by what their set loses together: sets are calibrated and compared in turn."""
+    import dwattn
+
+    loaded = read_model(model, weights, device)
+    options: dict[str, Any] = {"variant": variant}
+    if rank is not None:
+        options["rank"] = parse_rank(rank)
+    if judge is not None:
+        options["judge"] = read_images(
+            loaded, model, judge, size, mean, std, batch_size, num_images
+        )
+    found = dwattn.refine(
+        loaded, dwattn.Scores.load(scores),
+        read_images(loaded, model, images, size, mean, std, batch_size, num_images), blocks,
+        criterion=criterion, width=width, rounds=rounds, num_images=num_images, trials=trials,
+        progress=progress, **options,
+    )  # fmt: skip
+    found.plan.save(out)
+    emit(found, as_json)
+    note(f"Wrote {out}.")
