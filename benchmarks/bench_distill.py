@@ -95,7 +95,7 @@ class Bench:
         found = dwattn.refine(
             self.model, scores, photos.load(fitted)[0], case.blocks, judge=photos.load(judged)[0],
             criterion=criterion, variant=case.variant, rank=case.rank, seed=self.options.seed,
-            trials=self.work / f"{case.name}-trials.json", progress=self.options.progress,
+            trials=self.trials(case), progress=self.options.progress,
         )  # fmt: skip
         return found.plan
 
@@ -109,15 +109,24 @@ class Bench:
         carry_out = self.trained if case.gaussian else self.fitted
         student, how = carry_out(case)
         fidelity = self.held_out.fidelity(*outputs(student, self.held_out.pixels))
-        replaced = [layer.name for layer in self.plan(case).layers]
         row = {
-            "case": vars(case), "options": settings, "replaced": replaced, **how, "after": fidelity.model_dump(),
+            "case": vars(case), "options": settings, **self.choice(case), **how, "after": fidelity.model_dump(),
             "in_budget": how["minutes"] <= BUDGET_MINUTES,
             "reached": case.wanted is None
             or (fidelity.cosine >= case.wanted[0] and fidelity.iou >= case.wanted[1]),
         }  # fmt: skip
         path.write_text(json.dumps(row, indent=1), encoding="utf-8")
         return row
+
+    def choice(self, case: Case) -> dict[str, Any]:
+        """The replaced layers, and the sets that were tried if any were."""
+        replaced, trials = [layer.name for layer in self.plan(case).layers], self.trials(case)
+        tried = json.loads(trials.read_text("utf-8"))["trials"] if trials.exists() else []
+        return {"replaced": replaced, "trials": tried}
+
+    def trials(self, case: Case) -> Path:
+        """Where the sets are kept that ``--refine`` tried."""
+        return self.work / f"{case.name}-trials.json"
 
     def settings(self) -> dict[str, Any]:
         """Options on which the results depend."""

@@ -158,7 +158,7 @@ def test_a_search_that_was_stopped_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_
             dwattn.refine(model, scores, images, 2, **options)
 
 
-@pytest.mark.parametrize("family", ["timm-clip", "hf-dinov2", "hf-vit"])
+@pytest.mark.parametrize("family", ["timm-clip", "hf-dinov2", "hf-vit", "hub-chunked"])
 def test_other_families(family: str) -> None:
     model, images, scores = scored(BY_NAME[family])
     found = dwattn.refine(model, scores, images, 2, rounds=1, width=1, progress=False)

@@ -286,6 +286,10 @@ def _tokens(model: nn.Module, layout: BackboneLayout, batches: Sequence[Batch]) 
             batch.call(model)
     finally:
         handle.remove()
+    if not seen:
+        raise DataError(
+            f"The model finished without calling its last block {layout.blocks[-1].name!r}."
+        )
     sizes = sorted({tokens.shape[1] for tokens in seen})
     if len(sizes) > 1:
         raise DataError(f"The images to compare on give {sizes} tokens; take images of one size.")
