@@ -103,6 +103,8 @@ bench-distill: $(VENV)/.installed $(VENV)/.demo-data
 	$(BIN)/python benchmarks/more_photos.py $(VENV)/demo-data/more-photos
 	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/python benchmarks/bench_distill.py --work $(VENV)/distill-runs \
 	  --photos $(VENV)/demo-data/more-photos --json benchmarks/results/distill.json
+	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/python benchmarks/bench_distill.py --work $(VENV)/distill-refined --only lowrank-9 \
+	  --photos $(VENV)/demo-data/more-photos --refine --rounds 5 --json benchmarks/results/distill-refined.json
 
 # The paper's comparisons on two small tasks: hours on one core; it goes on where it was stopped, then docs/study.md follows.
 bench-study: $(VENV)/.installed $(VENV)/.demo-data
@@ -110,8 +112,10 @@ bench-study: $(VENV)/.installed $(VENV)/.demo-data
 	  dpkg-deb -x dataset-fashion-mnist_*.deb . && rm dataset-fashion-mnist_*.deb)
 	for task in classify segment; do \
 	  study="env DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/python benchmarks/bench_tasks.py $$task --work $(VENV)/task-studies"; \
-	  $$study main --json $(RESULTS)/study-limits-$$task.json || exit 1; \
+	  $$study main ranks --report $(OUT)/study-limits-$$task.html --latency-size 518 \
+	    --json $(RESULTS)/study-limits-$$task.json || exit 1; \
 	  $$study --report $(OUT)/study-$$task.html --json $(RESULTS)/study-$$task.json || exit 1; done
+	$(BIN)/python benchmarks/plot.py $(RESULTS)/study-limits-classify.json docs/study.svg
 	$(BIN)/python benchmarks/render.py
 
 # On a machine with a GPU, in an environment that has torch with CUDA and the dev extra; no network is used. The

@@ -9,7 +9,7 @@ are kept in ``--work``: a bench that was stopped goes on. Needs what ``bench_fid
 
     python benchmarks/more_photos.py more-photos
     python benchmarks/bench_distill.py --photos more-photos --json benchmarks/results/distill.json
-    python benchmarks/bench_distill.py --photos more-photos --refine --rounds 5 --work refined --json benchmarks/results/distill-refined.json
+    python benchmarks/bench_distill.py --photos more-photos --refine --rounds 5 --only lowrank-9 --work refined --json benchmarks/results/distill-refined.json
     python benchmarks/bench_distill.py --only dw-6 --rounds 14        # the demo's photos alone
     python benchmarks/bench_distill.py --only dw-6 dw-6-gaussian --rounds 10 --json benchmarks/results/distill-gaussian.json
 """
