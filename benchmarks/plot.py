@@ -17,6 +17,7 @@ from typing import Any
 
 import matplotlib as mpl
 import rounds
+import study_page
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -104,7 +105,7 @@ def main() -> None:
     found = json.loads(options.results.read_text(encoding="utf-8"))
     if "grid" in found:
         figure, where = study(found), {**found["environment"], "created": found["created"]}
-        where["CPU"] += f", {found['setting']['latency_size']} pixels"
+        where["CPU"] += f", {study_page.latency_size(found)} pixels"
     else:
         document = rounds.read(options.results)
         figure = DRAW.get(document["benchmark"], bars)(document["results"])

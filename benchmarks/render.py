@@ -334,8 +334,9 @@ def _study(task: str, kind: str = "") -> str:
     if found is None:
         return NOT_RUN
     columns = ["layer", "chosen by", "replaced", "stages", "start", "mean", "difference", "seeds"]
-    size = found["setting"].get("latency_size", found["setting"]["size"])
-    columns += [f"time saved at {size} px"] if found.get("latency") else []
+    columns += (
+        [f"time saved at {study_page.latency_size(found)} px"] if found.get("latency") else []
+    )
     return _lines(columns, study_page.table(found, study_page.TASKS[task]))
 
 

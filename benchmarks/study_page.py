@@ -55,6 +55,12 @@ CLAIMS: tuple[tuple[str, Label, Label, float | None], ...] = (
 )  # fmt: skip
 
 
+def latency_size(found: dict[str, Any]) -> int:
+    """Pixels of the image that the models of a study were timed on."""
+    setting = found["setting"]
+    return int(setting.get("latency_size", setting["size"]))
+
+
 def table(found: dict[str, Any], metric: str) -> list[list[str]]:
     """Rows of all settings that were run, the unconverted model first."""
     times = {(t["attention"], t["count"]): t["ratio"] for t in found.get("latency") or ()}

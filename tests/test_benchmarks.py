@@ -313,6 +313,19 @@ def test_results_are_drawn(benchmark: str, tmp_path: Path, monkeypatch: pytest.M
     assert "<!-- mhsa -->" in drawn
 
 
+@pytest.mark.parametrize(("name", "size"), [("study-classify", 98), ("study-limits-classify", 518)])
+def test_a_study_is_plotted_over_the_time_of_its_models(name: str, size: int) -> None:
+    pytest.importorskip("matplotlib", reason="figures need the demo extra")
+    import plot
+
+    found = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    assert study_page.latency_size(found) == size
+    (axis,) = plot.study(found).axes
+    labels = {text.get_text() for text in axis.get_legend().get_texts()}
+    timed = {entry["attention"] for entry in found["latency"]}
+    assert labels == {*timed, "the paper's (Orin Nano)"}
+
+
 def test_distillations_are_written_with_what_they_took(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

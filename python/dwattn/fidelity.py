@@ -68,6 +68,17 @@ def prefix_cosine(original: Tensor, converted: Tensor, num_prefix: int) -> Tenso
     return F.cosine_similarity(*pair, dim=-1).mean(1)
 
 
+def drift(original: Tensor, converted: Tensor, num_prefix: int = 0) -> float:
+    """Share by which patch tokens ``(B, N, D)`` differ: ``|t' - t|^2 / |t - mean(t)|^2``, mean over images and patches.
+
+    NaN or infinite where the tokens are not finite or all of the original's are the same.
+    """
+    same_shape(original, converted, "Tokens")
+    wanted = original[:, num_prefix:]
+    apart = (converted[:, num_prefix:] - wanted).square().sum()
+    return float(apart / (wanted - wanted.mean((0, 1))).square().sum())
+
+
 def map_iou(first: Tensor, second: Tensor, threshold: float = 0.5) -> Tensor:
     """Intersection over union of ``first > threshold`` and ``second > threshold`` by image:
     ``(B,)`` fp32.

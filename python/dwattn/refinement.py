@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from dwattn import data as image_data
 from dwattn.adapters import BackboneLayout, describe
 from dwattn.data import Batch
 from dwattn.errors import DataError, PlanError
+from dwattn.fidelity import drift
 from dwattn.files import parse_json, write_atomically
 from dwattn.finite import all_finite
 from dwattn.plan import Plan
@@ -70,10 +72,10 @@ class Refinement:
         table.add_column("blocks")
         table.add_column("drift", justify="right")
         table.add_column("")
-        for blocks, drift in sorted(self.drift.items(), key=lambda pair: pair[1]):
+        for blocks, apart in sorted(self.drift.items(), key=lambda pair: pair[1]):
             mark = "chosen" if blocks == self.blocks else ""
             mark += " lowest scores" if blocks == self.start else ""
-            table.add_row(", ".join(map(str, blocks)), f"{drift:.4f}", mark.strip())
+            table.add_row(", ".join(map(str, blocks)), f"{apart:.4f}", mark.strip())
         return table
 
 
@@ -189,10 +191,12 @@ class _Search:
         layout = describe(student)
         with untouched(student):
             tokens = _tokens(student, layout, self.judged)
-        patches = slice(layout.num_prefix, None)
-        wanted, found = self.original[:, patches], tokens[:, patches]
-        spread = (wanted - wanted.mean((0, 1))).square().sum()
-        self.drift[blocks] = float((found - wanted).square().sum() / spread)
+        apart = drift(self.original, tokens, layout.num_prefix)
+        if not math.isfinite(apart):
+            raise DataError(
+                "All patch tokens are the same on the images to compare on; give varied photos."
+            )
+        self.drift[blocks] = apart
         self._write()
 
     def remember(self, path: str | os.PathLike[str] | None, settings: dict[str, Any]) -> None:
@@ -237,8 +241,8 @@ class _Search:
             temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def _listed(drift: dict[Blocks, float]) -> list[dict[str, Any]]:
-    return [{"blocks": list(blocks), "drift": value} for blocks, value in drift.items()]
+def _listed(trials: dict[Blocks, float]) -> list[dict[str, Any]]:
+    return [{"blocks": list(blocks), "drift": value} for blocks, value in trials.items()]
 
 
 def _sides(
@@ -262,9 +266,9 @@ def _sides(
             f"One batch of {fitted[0].size} images cannot be divided into images to calibrate on and images to compare "
             f"on; give more images, or those to compare on as judge=."
         )
-    judged = fitted[EVERY - 1 :: EVERY] or fitted[-1:]
-    kept = {id(batch) for batch in judged}
-    return [batch for batch in fitted if id(batch) not in kept], judged
+    every = min(EVERY, len(fitted))
+    rest = [batch for index, batch in enumerate(fitted) if index % every != every - 1]
+    return rest, fitted[every - 1 :: every]
 
 
 @torch.inference_mode()

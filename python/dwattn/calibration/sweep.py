@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import fields
@@ -23,6 +24,7 @@ from dwattn.calibration.ridge import Correction, CorrectionFit
 from dwattn.calibration.streams import BlockCall, BlockRunner, embed
 from dwattn.calibration.views import Views
 from dwattn.errors import CalibrationError
+from dwattn.fidelity import drift
 from dwattn.geometry import Geometry
 from dwattn.projections import AttentionWeights
 from dwattn.scattered import ScatteredDWAttention
@@ -359,15 +361,13 @@ class _Sweep:
     def _check(self, site: BlockSite) -> None:
         """Note how far the streams are apart on held-out images; refuse values that are not finite."""
         part = slice(0, self.num_held_out or None)
-        patches = self.original[part, self.geometry.num_prefix :]
-        apart = (self.converted[part, self.geometry.num_prefix :] - patches).square().sum()
-        drift = float(apart / (patches - patches.mean((0, 1))).square().sum())
-        if drift != drift or drift == float("inf"):
+        apart = drift(self.original[part], self.converted[part], self.geometry.num_prefix)
+        if not math.isfinite(apart):
             raise CalibrationError(
                 f"Calibration of {site.attention_name} gave values that are not finite; the images may be constant, "
                 f"or the weights extreme. Use more varied photos (at least about 50)."
             )
-        self.result.drift[site.name] = drift
+        self.result.drift[site.name] = apart
 
 
 def _weights(runner: BlockRunner) -> AttentionWeights:

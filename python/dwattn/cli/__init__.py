@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dwattn.cli import deployment, pipeline, refining, study, tools, training
+from dwattn.cli import deployment, pipeline, refinement, study, tools, training
 
 __all__ = ["app"]
 
@@ -49,7 +49,7 @@ app.command("demo")(tools.demo)
 app.command("doctor")(tools.doctor)
 app.command("score")(pipeline.score)
 app.command("select")(pipeline.select)
-app.command("refine")(refining.refine)
+app.command("refine")(refinement.refine)
 app.command("replace")(pipeline.replace)
 app.command("finetune")(training.finetune)
 app.command("study")(study.study)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
-from dwattn.errors import DwattnError
+from dwattn.errors import DataError, DwattnError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -190,6 +190,57 @@ def normalisation(model: nn.Module, spec: str, mean: str | None, std: str | None
     )
 
 
+def read_model(
+    spec: str, weights: Path | None, device: str, *, pretrained: bool = True
+) -> nn.Module:
+    """The model that ``spec`` names, on ``device``."""
+    from dwattn.models import load_model
+
+    model = load_model(spec, weights, pretrained=pretrained)
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise DwattnError(f"The model cannot be moved to device {device!r}: {reason}") from error
+
+
+def read_images(
+    model: nn.Module,
+    spec: str,
+    folder: Path,
+    size: str | None,
+    mean: str | None,
+    std: str | None,
+    batch_size: int,
+    num_images: int,
+) -> Any:
+    """The images of a folder, in the size and normalisation that the model wants."""
+    from dwattn.data import image_folder
+
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder} to read images from.")
+    pixels = image_size(model, size)
+    norm = normalisation(model, spec, mean, std)
+    note(f"Images from {folder} at {pixels[0]} x {pixels[1]}, normalised with {norm.source}.")
+    return image_folder(
+        folder, pixels, norm.mean, norm.std, batch_size=batch_size, limit=num_images
+    )
+
+
+def parse_rank(text: str | None) -> int | float | dict[str, float] | None:
+    """``96`` is a width, ``0.25`` a share of C, ``fidelity=0.95`` a target."""
+    if text is None:
+        return None
+    try:
+        if text.startswith("fidelity="):
+            return {"fidelity": float(text.removeprefix("fidelity="))}
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"--rank {text} is neither a width (96), nor a share of C (0.25), nor fidelity=0.95."
+        ) from None
+
+
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -225,4 +276,15 @@ DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cu
 BatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on stdout and nothing else there.")
+]
+ImagesOption = Annotated[
+    Path, typer.Option(metavar="DIR", help="Folder of images, searched with its subfolders.")
+]
+ProgressOption = Annotated[
+    bool, typer.Option("--progress/--no-progress", help="Progress with time left, on stderr.")
+]
+VariantOption = Annotated[str, typer.Option(help="dw, lowrank_dw, conv, ens_dw or spvit.")]
+RankOption = Annotated[
+    str | None,
+    typer.Option(help="lowrank_dw: inner width (96), share of C (0.25), or fidelity=0.95."),
 ]

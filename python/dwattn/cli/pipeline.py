@@ -13,30 +13,28 @@ import typer
 from dwattn.cli.common import (
     BatchOption,
     DeviceOption,
+    ImagesOption,
     JsonOption,
     MeanOption,
     ModelArgument,
+    ProgressOption,
+    RankOption,
     SizeOption,
     StdOption,
+    VariantOption,
     WeightsOption,
     busy,
     command,
     emit,
     image_size,
-    normalisation,
     note,
+    parse_rank,
+    read_images,
+    read_model,
 )
-from dwattn.errors import DataError, DwattnError
 
 if TYPE_CHECKING:
-    from torch import nn
-
-ImagesOption = Annotated[
-    Path, typer.Option(metavar="DIR", help="Folder of images, searched with its subfolders.")
-]
-ProgressOption = Annotated[
-    bool, typer.Option("--progress/--no-progress", help="Progress with time left, on stderr.")
-]
+    pass
 
 
 @command
@@ -168,11 +166,8 @@ def replace(
             metavar="FILE", help="Student to write (.safetensors); needed unless --dry-run."
         ),
     ] = None,
-    variant: Annotated[str, typer.Option(help="dw, lowrank_dw, conv, ens_dw or spvit.")] = "dw",
-    rank: Annotated[
-        str | None,
-        typer.Option(help="lowrank_dw: inner width (96), share of C (0.25), or fidelity=0.95."),
-    ] = None,
+    variant: VariantOption = "dw",
+    rank: RankOption = None,
     prefix: Annotated[
         str, typer.Option(help="What CLS and registers get: exact, static or drop.")
     ] = "exact",
@@ -317,55 +312,6 @@ def export(
         )  # fmt: skip
     emit(report, as_json)
     note(f"Wrote {out}.")
-
-
-def read_model(
-    spec: str, weights: Path | None, device: str, *, pretrained: bool = True
-) -> nn.Module:
-    from dwattn.models import load_model
-
-    model = load_model(spec, weights, pretrained=pretrained)
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise DwattnError(f"The model cannot be moved to device {device!r}: {reason}") from error
-
-
-def read_images(
-    model: nn.Module,
-    spec: str,
-    folder: Path,
-    size: str | None,
-    mean: str | None,
-    std: str | None,
-    batch_size: int,
-    num_images: int,
-) -> Any:
-    from dwattn.data import image_folder
-
-    if not folder.is_dir():
-        raise DataError(f"There is no folder {folder} to read images from.")
-    pixels = image_size(model, size)
-    norm = normalisation(model, spec, mean, std)
-    note(f"Images from {folder} at {pixels[0]} x {pixels[1]}, normalised with {norm.source}.")
-    return image_folder(
-        folder, pixels, norm.mean, norm.std, batch_size=batch_size, limit=num_images
-    )
-
-
-def parse_rank(text: str | None) -> int | float | dict[str, float] | None:
-    """``96`` is a width, ``0.25`` a share of C, ``fidelity=0.95`` a target."""
-    if text is None:
-        return None
-    try:
-        if text.startswith("fidelity="):
-            return {"fidelity": float(text.removeprefix("fidelity="))}
-        return int(text) if text.lstrip("+-").isdigit() else float(text)
-    except ValueError:
-        raise typer.BadParameter(
-            f"--rank {text} is neither a width (96), nor a share of C (0.25), nor fidelity=0.95."
-        ) from None
 
 
 def _plan_table(plan: Any) -> Any:

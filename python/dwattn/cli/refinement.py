@@ -10,17 +10,23 @@ import typer
 from dwattn.cli.common import (
     BatchOption,
     DeviceOption,
+    ImagesOption,
     JsonOption,
     MeanOption,
     ModelArgument,
+    ProgressOption,
+    RankOption,
     SizeOption,
     StdOption,
+    VariantOption,
     WeightsOption,
     command,
     emit,
     note,
+    parse_rank,
+    read_images,
+    read_model,
 )
-from dwattn.cli.pipeline import ImagesOption, ProgressOption, parse_rank, read_images, read_model
 
 
 @command
@@ -36,11 +42,8 @@ def refine(
             help="Images to compare on, of other scenes; default: every fourth batch of --images.",
         ),
     ] = None,
-    variant: Annotated[str, typer.Option(help="dw, lowrank_dw, conv, ens_dw or spvit.")] = "dw",
-    rank: Annotated[
-        str | None,
-        typer.Option(help="lowrank_dw: inner width (96), share of C (0.25), or fidelity=0.95."),
-    ] = None,
+    variant: VariantOption = "dw",
+    rank: RankOption = None,
     criterion: Annotated[
         str, typer.Option(help="Where the search starts: variance, residual or perturbation.")
     ] = "residual",
