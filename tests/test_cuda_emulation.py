@@ -14,20 +14,12 @@ import pytest
 from support import cuda_sources
 
 
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> cuda_sources.Objects:
-    cuda_sources.need_emulation()
-    return cuda_sources.Objects(tmp_path_factory.mktemp("objects"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("program", cuda_sources.programs())
-def test_kernels_agree_with_the_definition(
-    program: str, objects: cuda_sources.Objects, tmp_path: Path
-) -> None:
-    kernels = [objects.kernel(name) for name in cuda_sources.linked(program)]
+def test_kernels_agree_with_the_definition(program: str, tmp_path: Path) -> None:
+    kernels = cuda_sources.kernel_objects(cuda_sources.linked(program))
     executable = tmp_path / program
-    cuda_sources.link([objects.program(program), *kernels], executable)
+    cuda_sources.link([cuda_sources.program_object(program), *kernels], executable)
     done = cuda_sources.run(executable)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert re.search(r"\b0 failure", done.stdout.splitlines()[-1])
@@ -46,11 +38,9 @@ def test_kernels_agree_with_the_definition(
         ("unrounded-tf32", "not rounded to TF32"),
     ],
 )
-def test_the_emulation_refuses_broken_kernels(
-    rule: str, sentence: str, objects: cuda_sources.Objects, tmp_path: Path
-) -> None:
+def test_the_emulation_refuses_broken_kernels(rule: str, sentence: str, tmp_path: Path) -> None:
     executable = tmp_path / "test_emulation"
-    cuda_sources.link([objects.program("test_emulation")], executable)
+    cuda_sources.link([cuda_sources.program_object("test_emulation")], executable)
     done = cuda_sources.run(executable, rule)
     assert done.returncode != 0
     assert sentence in done.stderr

@@ -33,12 +33,6 @@ BUGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> cuda_sources.Objects:
-    cuda_sources.need_emulation()
-    return cuda_sources.Objects(tmp_path_factory.mktemp("objects"))
-
-
 def depends(source: Path, changed: Path, kernels: Path) -> bool:
     """Whether a source is the changed file or includes it, directly or not."""
     if source == changed:
@@ -54,7 +48,7 @@ def test_every_program_has_bugs_to_find() -> None:
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.what.replace(" ", "-"))
-def test_a_planted_bug_is_found(bug: Bug, objects: cuda_sources.Objects, tmp_path: Path) -> None:
+def test_a_planted_bug_is_found(bug: Bug, tmp_path: Path) -> None:
     for folder in ("csrc/kernels", cuda_sources.PROGRAMS):
         shutil.copytree(cuda_sources.ROOT / folder, tmp_path / folder)
     changed = tmp_path / bug.file
@@ -70,9 +64,9 @@ def test_a_planted_bug_is_found(bug: Bug, objects: cuda_sources.Objects, tmp_pat
             parts.append(tmp_path / f"{source.stem}.o")
             cuda_sources.compile_object(source, parts[-1], tree=tmp_path)
         elif source == program:
-            parts.append(objects.program(bug.program))
+            parts.append(cuda_sources.program_object(bug.program))
         else:
-            parts.append(objects.kernel(source.name))
+            parts += cuda_sources.kernel_objects([source.name])
     executable = tmp_path / bug.program
     cuda_sources.link(parts, executable)
     done = cuda_sources.run(executable)

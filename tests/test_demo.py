@@ -345,29 +345,3 @@ def test_another_onnx_file_is_refused(tmp_path: Path) -> None:
 def test_unknown_library_is_refused() -> None:
     with pytest.raises(DataError, match="keras"):
         pretrained.build("keras")  # type: ignore[arg-type]
-
-
-@pytest.mark.model
-@pytest.mark.slow
-def test_the_whole_journey_in_small(tmp_path: Path) -> None:
-    """A dozen photos, three conversions: every file is there and the numbers are sane."""
-    _require_model()
-    for package in ("timm", "onnxruntime", "matplotlib"):
-        pytest.importorskip(package)
-    from dwattn.demo import run
-    from dwattn.report import Results
-
-    results = run(tmp_path, quick=True, json=True, calibration=20, held_out=10)
-    assert Results.load(tmp_path / "results.json").to_dict() == results.to_dict()
-    for name in ("report.html", "student.onnx", "student.safetensors"):
-        assert (tmp_path / name).stat().st_size > 10_000
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-    assert results.export is not None
-    assert results.export.max_difference < 1e-3
-    fitted, narrow, gaussian = results.conversions
-    assert len(fitted.blocks) == 6
-    assert fitted.fidelity.cosine > 0.8 > 0.6 > gaussian.fidelity.cosine
-    assert narrow.fidelity.cosine > 0.7
-    (latency, *_) = results.latency
-    assert latency.median("removed") < latency.median("original")
-    assert [row.outcome for row in results.layers].count("replaced") == 6

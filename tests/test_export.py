@@ -49,17 +49,17 @@ def run(path: Path, x: Tensor) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def convert(model: nn.Module, **options: Any) -> nn.Module:
-    """Block 0 whole and one head of block 1; with a third block, that one is left alone."""
+    """Block 0 whole and one head of block 1; others, if there are any, are left alone."""
     replace(model, Plan.for_layers(model, [0, 1], [None, [1]]), **options)
     return model
 
 
 def shortened(model: nn.Module) -> nn.Module:
-    """The first three blocks: every block costs the exporter time and teaches nothing new."""
+    """The first two blocks: every block costs the exporter time and teaches nothing new."""
     blocks = describe(model).blocks
     parent = model.get_submodule(blocks[0].name.rpartition(".")[0])
     if len(parent) == len(blocks):  # not chunked
-        del parent[3:]
+        del parent[2:]
     return model
 
 

@@ -325,9 +325,9 @@ def test_nothing_surrounds_the_nodes_of_a_dinov2_s(tmp_path: Path) -> None:
     import timm
 
     model = timm.create_model(
-        "vit_small_patch14_dinov2.lvd142m", pretrained=False, img_size=224, num_classes=0, depth=5
+        "vit_small_patch14_dinov2.lvd142m", pretrained=False, img_size=224, num_classes=0, depth=3
     ).eval()  # fmt: skip
-    chosen = [1, 2, 4]
+    chosen = [1, 2]
     replace(model, Plan.for_layers(model, chosen))
     options: dict[str, Any] = {"method": "forward_features", "lowering": "plugin"}
     report = dwattn.export(model, tmp_path / "plugin.onnx", 224, **options)
@@ -337,7 +337,7 @@ def test_nothing_surrounds_the_nodes_of_a_dinov2_s(tmp_path: Path) -> None:
     added = Counter(report.ops)
     added.subtract(Counter(bare.ops))
     # The nodes, which have taken the LayerScale product and the residual sum of their blocks.
-    assert {op: n for op, n in added.items() if n} == {"DWAttention": 3, "Mul": -3, "Add": -3}
+    assert {op: n for op, n in added.items() if n} == {"DWAttention": 2, "Mul": -2, "Add": -2}
     convolutions = [n for n in onnx.load(report.path).graph.node if n.op_type == "Conv"]
     assert len(convolutions) == 1  # the patch embedding
 

@@ -76,7 +76,7 @@ def test_nothing_of_tensorrt_cuda_or_python_is_needed(library: Path) -> None:
 
 @pytest.mark.slow
 def test_the_kernels_are_compiled_for_orin(library: Path) -> None:
-    if library.parent != tensorrt_build.BUILDS / "tensorrt":
+    if library.parent != cuda_sources.BUILDS / "tensorrt":
         pytest.skip("the library was not built here")
     compiled = [
         c for c in tensorrt_build.commands("tensorrt", "dwattn_trt") if "kernels/cuda/" in c

@@ -40,7 +40,7 @@ def gradients(case: OperatorCase, backend: str, weight: Tensor) -> list[Tensor]:
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_agree_with_the_reference(dtype: torch.dtype) -> None:
-    for case in cases(dtype):
+    for case in cases(dtype, dtype == torch.float16):
         if case.geometry.num_prefix == 0:  # PyTorch cannot sum over no prefix tokens in fp16
             continue
         shape = (case.v.shape[0], case.geometry.num_patches, case.v.shape[2])
@@ -94,14 +94,14 @@ def test_gradients_of_many_strips_are_right_repeatable_and_of_any_strides() -> N
 
 @runs_kernels
 def test_operators_under_the_compiler() -> None:
-    case = make_case()
+    case = make_case(batch=1)
     operator = torch.ops.dwattn_triton.dw_aggregate.default
     assert triton_ops.available()
     arguments = (case.v.requires_grad_(), case.kernel.requires_grad_(), *case.coefficients)
     moved = [t.detach().to(DEVICE).requires_grad_(t.requires_grad) for t in arguments]
     torch.library.opcheck(operator, (*moved, *case.sizes))
 
-    layer = lowrank_arguments(torch.float32, 3, 4, 8, 1, 2)
+    layer = lowrank_arguments(torch.float32, 3, 4, 8, 1, 1)
     names = ("x", "wv", "bv", "kernel", "kappa", "mu", "beta", "wo", "bo", "residual", "scale")
     torch.library.opcheck(
         torch.ops.dwattn_triton.lowrank_dw_attention.default,

@@ -1,6 +1,5 @@
 // lowrank_dw_attention under the emulation, against loops in fp64.
 #include "harness.h"
-#include "kernels/cuda/lowrank_dw_attention.cu"
 #include "kernels/cuda/lowrank_dw_plan.cu"
 
 namespace {

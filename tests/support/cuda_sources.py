@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -16,6 +18,8 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 KERNELS = "csrc/kernels/cuda"
 PROGRAMS = "tests/cuda"
+#: What tests compile and keep: a second run compiles only what has changed.
+BUILDS = ROOT / "build" / "tests"
 
 _DW_ATTENTION = ("dw_attention.cu", "dw_attention_sm90.cu", "dw_context.cu", "tensor_map.cu")
 
@@ -26,6 +30,7 @@ LINKED: dict[str, tuple[str, ...]] = {
     "test_dw_aggregate": ("dw_aggregate.cu",),
     "test_dw_backward": ("dw_backward.cu",),
     "test_linear": ("linear.cu",),
+    "test_lowrank_dw_attention": ("lowrank_dw_attention.cu",),
     "test_dw_layer": (
         "dw_layer.cu",
         *_DW_ATTENTION,
@@ -68,6 +73,8 @@ def need_emulation() -> Path:
         pytest.skip("the emulation switches fibers with instructions of x86-64 or AArch64")
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
+    if shutil.which("ninja") is None:
+        pytest.skip("ninja is not installed")
     include = cuda_include()
     if include is None:
         pytest.skip("CUDA's headers are not installed (nvcc on PATH or CUDA_HOME)")
@@ -90,12 +97,16 @@ def linked(program: str) -> tuple[str, ...]:
 
 def compile_object(source: Path, target: Path, tree: Path = ROOT) -> None:
     """One file of ``tree`` (the repository or a changed copy of its sources) for the emulation."""
-    command = [
-        "g++", *_FLAGS, "-isystem", str(need_emulation()), "-I", str(tree / "csrc"),
-        "-I", str(tree / PROGRAMS), "-x", "c++", "-c", str(source), "-o", str(target),
-    ]  # fmt: skip
+    command = [*_compile_command(tree), "-c", str(source), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def _compile_command(tree: Path) -> list[str]:
+    return [
+        "g++", *_FLAGS, "-isystem", str(need_emulation()), "-I", str(tree / "csrc"),
+        "-I", str(tree / PROGRAMS), "-x", "c++",
+    ]  # fmt: skip
 
 
 def link(objects: Iterable[Path], target: Path) -> None:
@@ -112,20 +123,42 @@ def run(program: Path, *arguments: str, timeout: float = 300) -> subprocess.Comp
     )  # fmt: skip
 
 
-class Objects:
-    """Object files of the unchanged sources, compiled when first asked for."""
+def kernel_objects(names: Iterable[str]) -> list[Path]:
+    """Object files of the unchanged kernels, compiled where they are not up to date."""
+    return _objects([ROOT / KERNELS / name for name in names])
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
 
-    def kernel(self, name: str) -> Path:
-        return self._compiled(ROOT / KERNELS / name)
+def program_object(name: str) -> Path:
+    """The same of a test program."""
+    return _objects([ROOT / PROGRAMS / f"{name}.cpp"])[0]
 
-    def program(self, name: str) -> Path:
-        return self._compiled(ROOT / PROGRAMS / f"{name}.cpp")
 
-    def _compiled(self, source: Path) -> Path:
-        target = self._folder / f"{source.stem}.o"
-        if not target.exists():
-            compile_object(source, target)
-        return target
+def _objects(sources: list[Path]) -> list[Path]:
+    """In ``build/tests``, shared by all tests; the processes of one test run wait for each other."""
+    if not sources:  # ninja would take that for all
+        return []
+    folder = BUILDS / "emulated"
+    folder.mkdir(parents=True, exist_ok=True)
+    targets = [folder / f"{source.stem}.o" for source in sources]
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rules = _ninja_file([*(ROOT / KERNELS).glob("*.cu"), *(ROOT / PROGRAMS).glob("*.cpp")])
+        (folder / "build.ninja").write_text(rules, encoding="utf-8")
+        done = subprocess.run(
+            ["ninja", "-C", str(folder), *(target.name for target in targets)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return targets
+
+
+def _ninja_file(sources: list[Path]) -> str:
+    compiler = shlex.join(_compile_command(ROOT))
+    lines = [
+        "rule compile",
+        f"  command = {compiler} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        *(f"build {s.stem}.o: compile {str(s).replace(' ', '$ ')}" for s in sorted(sources)),
+    ]
+    return "\n".join(lines) + "\n"

@@ -17,7 +17,6 @@ import pytest
 from support import cuda_sources
 
 SOURCES = cuda_sources.ROOT / "plugins" / "tensorrt"
-BUILDS = cuda_sources.ROOT / "build" / "tests"
 
 ORIN = "87-real"
 
@@ -37,7 +36,7 @@ def configure(build: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 def built(name: str, target: str, *options: str) -> Path:
     """The file ``target`` of the build folder ``name``, up to date."""
-    folder = BUILDS / name
+    folder = cuda_sources.BUILDS / name
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -53,8 +52,11 @@ def library(headers: Path, architectures: str = ORIN) -> Path:
     """``libdwattn_trt.so`` for ``architectures``, compiled by nvcc against TensorRT's ``headers``."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    options = (f"-DTENSORRT_INCLUDE_DIR={headers}", f"-DDWATTN_CUDA_ARCHITECTURES={architectures}")
-    folder = "tensorrt" if architectures == ORIN else "tensorrt-several"
+    options = [f"-DTENSORRT_INCLUDE_DIR={headers}", f"-DDWATTN_CUDA_ARCHITECTURES={architectures}"]
+    folder = "tensorrt-several"
+    if architectures == ORIN:
+        folder = "tensorrt"
+        options.append("-DCMAKE_CUDA_FLAGS=-Xcicc -O1")  # half the time; nothing runs the kernels
     return built(folder, "dwattn_trt", *options) / "libdwattn_trt.so"
 
 
@@ -69,8 +71,10 @@ def harness(headers: Path) -> Path:
 def emulated_harness(headers: Path) -> Path:
     """The harness with plugin and emulated kernels in one program, under sanitizers."""
     cuda = cuda_sources.need_emulation()
+    kernels = cuda_sources.kernel_objects(cuda_sources.linked("test_dw_layer"))
     options = (
         "-DDWATTN_TRT_EMULATION=ON",
+        f"-DDWATTN_TRT_EMULATED_KERNELS={';'.join(map(str, kernels))}",
         f"-DTENSORRT_INCLUDE_DIR={headers}",
         f"-DDWATTN_CUDA_INCLUDE_DIR={cuda}",
     )
@@ -81,7 +85,7 @@ def emulated_harness(headers: Path) -> Path:
 def commands(name: str, target: str) -> list[str]:
     """What ninja runs in the build folder ``name`` to make ``target``, in order; the last one links."""
     done = subprocess.run(
-        ["ninja", "-C", str(BUILDS / name), "-t", "commands", target],
+        ["ninja", "-C", str(cuda_sources.BUILDS / name), "-t", "commands", target],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     return done.stdout.splitlines()
@@ -90,6 +94,11 @@ def commands(name: str, target: str) -> list[str]:
 def run_command(name: str, command: str) -> None:
     """Runs a changed one of these commands in its build folder."""
     done = subprocess.run(
-        command, shell=True, cwd=BUILDS / name, capture_output=True, text=True, check=False
+        command,
+        shell=True,
+        cwd=cuda_sources.BUILDS / name,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]

@@ -3,7 +3,8 @@
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -47,6 +48,13 @@ SIZES = (
     (11, 9, 16, 1, 1),
 )
 
+Entry = TypeVar("Entry")
+
+
+def share(entries: Sequence[Entry], part: int, parts: int) -> Sequence[Entry]:
+    """All of ``entries`` on a GPU. The interpreter is slow: each of ``parts`` tests takes every ``parts``-th."""
+    return entries if ON_GPU else entries[part % parts :: parts]
+
 
 def on_device(case: OperatorCase) -> OperatorCase:
     moved = {
@@ -68,8 +76,9 @@ def attention(case: OperatorCase, **options: Tensor) -> Tensor:
     )
 
 
-def cases(dtype: torch.dtype, **options: bool) -> Iterator[OperatorCase]:
-    for height, width, channels, num_prefix, batch in SIZES:
+def cases(dtype: torch.dtype, part: int = 0, **options: bool) -> Iterator[OperatorCase]:
+    """Every size on a GPU, every second one under the interpreter; ``part`` says which."""
+    for height, width, channels, num_prefix, batch in share(SIZES, part, 2):
         case = make_case(
             height, width, channels, num_prefix=num_prefix, batch=batch, dtype=dtype, **options
         )
