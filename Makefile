@@ -112,7 +112,7 @@ bench-study: $(VENV)/.installed $(VENV)/.demo-data
 	  dpkg-deb -x dataset-fashion-mnist_*.deb . && rm dataset-fashion-mnist_*.deb)
 	for task in classify segment; do \
 	  study="env DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/python benchmarks/bench_tasks.py $$task --work $(VENV)/task-studies"; \
-	  $$study main ranks --report $(OUT)/study-limits-$$task.html --latency-size 518 \
+	  $$study main ranks dsp-e2e --report $(OUT)/study-limits-$$task.html --latency-size 518 \
 	    --json $(RESULTS)/study-limits-$$task.json || exit 1; \
 	  $$study --report $(OUT)/study-$$task.html --json $(RESULTS)/study-$$task.json || exit 1; done
 	$(BIN)/python benchmarks/plot.py $(RESULTS)/study-limits-classify.json docs/study.svg

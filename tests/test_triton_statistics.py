@@ -12,12 +12,14 @@ from support.operators import assert_as_exact, error
 from support.triton_cases import (
     DEVICE,
     DTYPES,
-    ON_GPU,
     draw_heads,
     runs_kernels,
+    share,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+STATES = (torch.float32, torch.float64)
 
 
 def exact_maps(q: Tensor, k: Tensor) -> Tensor:
@@ -26,16 +28,20 @@ def exact_maps(q: Tensor, k: Tensor) -> Tensor:
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("state", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("heads", "tokens", "width", "num_prefix"),
     [(1, 1, 8, 0), (2, 37, 20, 1), (2, 70, 64, 5), (1, 16, 33, 0)],
 )
 def test_attention_statistics_over_two_batches(
+    dtype: torch.dtype, heads: int, tokens: int, width: int, num_prefix: int
+) -> None:
+    for state in share(STATES, dtype == torch.float16, len(STATES)):
+        check_statistics(dtype, state, heads, tokens, width, num_prefix)
+
+
+def check_statistics(
     dtype: torch.dtype, state: torch.dtype, heads: int, tokens: int, width: int, num_prefix: int
 ) -> None:
-    if tokens == 70 and not ON_GPU and (dtype == torch.float16) == (state == torch.float64):
-        pytest.skip("the interpreter is slow: each dtype and each state once at this size")
     q, k, v = draw_heads(dtype, 5, heads, tokens, width)
     size = tokens - num_prefix
     # Garbage, because nothing was seen yet; views, because a state may be one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import os
@@ -10,7 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,17 @@ BUILDS = ROOT / "build" / "tests"
 
 _DW_ATTENTION = ("dw_attention.cu", "dw_attention_sm90.cu", "dw_context.cu", "tensor_map.cu")
 
+#: What ``dw_layer`` needs: the plugin's kernels.
+DW_LAYER = (
+    "dw_layer.cu",
+    *_DW_ATTENTION,
+    "lowrank_dw_attention.cu",
+    "lowrank_dw_plan.cu",
+    "linear.cu",
+    "exact_prefix_rows.cu",
+    "static_prefix_rows.cu",
+)
+
 #: The .cu files that a test program links; a program that is not listed includes what it needs.
 LINKED: dict[str, tuple[str, ...]] = {
     "test_dw_attention": _DW_ATTENTION,
@@ -31,15 +43,7 @@ LINKED: dict[str, tuple[str, ...]] = {
     "test_dw_backward": ("dw_backward.cu",),
     "test_linear": ("linear.cu",),
     "test_lowrank_dw_attention": ("lowrank_dw_attention.cu",),
-    "test_dw_layer": (
-        "dw_layer.cu",
-        *_DW_ATTENTION,
-        "lowrank_dw_attention.cu",
-        "lowrank_dw_plan.cu",
-        "linear.cu",
-        "exact_prefix_rows.cu",
-        "static_prefix_rows.cu",
-    ),
+    "test_dw_layer": DW_LAYER,
 }
 
 _FLAGS = (
@@ -123,6 +127,16 @@ def run(program: Path, *arguments: str, timeout: float = 300) -> subprocess.Comp
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def build_folder(name: str) -> Iterator[Path]:
+    """A folder in ``build/tests``; the processes of one test run wait for each other."""
+    folder = BUILDS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
 def kernel_objects(names: Iterable[str]) -> list[Path]:
     """Object files of the unchanged kernels, compiled where they are not up to date."""
     return _objects([ROOT / KERNELS / name for name in names])
@@ -134,14 +148,10 @@ def program_object(name: str) -> Path:
 
 
 def _objects(sources: list[Path]) -> list[Path]:
-    """In ``build/tests``, shared by all tests; the processes of one test run wait for each other."""
     if not sources:  # ninja would take that for all
         return []
-    folder = BUILDS / "emulated"
-    folder.mkdir(parents=True, exist_ok=True)
-    targets = [folder / f"{source.stem}.o" for source in sources]
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with build_folder("emulated") as folder:
+        targets = [folder / f"{source.stem}.o" for source in sources]
         rules = _ninja_file([*(ROOT / KERNELS).glob("*.cu"), *(ROOT / PROGRAMS).glob("*.cpp")])
         (folder / "build.ninja").write_text(rules, encoding="utf-8")
         done = subprocess.run(

@@ -6,7 +6,6 @@ other.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from support import cuda_sources
+from support.cuda_sources import BUILDS
 
 SOURCES = cuda_sources.ROOT / "plugins" / "tensorrt"
 
@@ -36,10 +36,7 @@ def configure(build: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 def built(name: str, target: str, *options: str) -> Path:
     """The file ``target`` of the build folder ``name``, up to date."""
-    folder = cuda_sources.BUILDS / name
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with cuda_sources.build_folder(name) as folder:
         done = configure(folder, *options)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         done = cmake("--build", str(folder), "--target", target)
@@ -71,7 +68,7 @@ def harness(headers: Path) -> Path:
 def emulated_harness(headers: Path) -> Path:
     """The harness with plugin and emulated kernels in one program, under sanitizers."""
     cuda = cuda_sources.need_emulation()
-    kernels = cuda_sources.kernel_objects(cuda_sources.linked("test_dw_layer"))
+    kernels = cuda_sources.kernel_objects(cuda_sources.DW_LAYER)
     options = (
         "-DDWATTN_TRT_EMULATION=ON",
         f"-DDWATTN_TRT_EMULATED_KERNELS={';'.join(map(str, kernels))}",
@@ -85,7 +82,7 @@ def emulated_harness(headers: Path) -> Path:
 def commands(name: str, target: str) -> list[str]:
     """What ninja runs in the build folder ``name`` to make ``target``, in order; the last one links."""
     done = subprocess.run(
-        ["ninja", "-C", str(cuda_sources.BUILDS / name), "-t", "commands", target],
+        ["ninja", "-C", str(BUILDS / name), "-t", "commands", target],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     return done.stdout.splitlines()
@@ -94,11 +91,6 @@ def commands(name: str, target: str) -> list[str]:
 def run_command(name: str, command: str) -> None:
     """Runs a changed one of these commands in its build folder."""
     done = subprocess.run(
-        command,
-        shell=True,
-        cwd=cuda_sources.BUILDS / name,
-        capture_output=True,
-        text=True,
-        check=False,
+        command, shell=True, cwd=BUILDS / name, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
