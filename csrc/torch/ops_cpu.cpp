@@ -127,12 +127,6 @@ void run_layer(const Tensor& x, const Tensor& wv, const OptionalTensor& bv,
   check_status(cpu::dw_layer(p, scratch.take(bytes), parallel));
 }
 
-// Rows of V whose stride is a multiple of a page fall into the same few cache sets.
-int64_t padded_row(int64_t channels, ScalarType type) {
-  const int64_t size = dtype_size(kernel_dtype(type));
-  return channels * size % 2048 == 0 ? channels + 64 / size : channels;
-}
-
 // Images per chunk: large enough that the product and its threads are worth starting, small enough
 // that the values are still in the cache when they are aggregated (measured:
 // benchmarks/bench_cpu_dw.py).
@@ -161,7 +155,7 @@ class ValueChunks {
         tokens_(x.size(1)),
         dim_(x.size(2)),
         channels_(wv.size(0)),
-        row_(type_ == accumulation_type(type_) ? padded_row(channels_, type_) : channels_),
+        row_(type_ == accumulation_type(type_) ? cpu::spaced_channels(channels_, element_) : channels_),
         chunk_(images_per_chunk(batch_, tokens_ * row_ * element_)),
         coefficients_(given.prepared(accumulation_type(type_))),
         bias_(dense(bv, accumulation_type(type_))) {}

@@ -35,7 +35,7 @@ class Layer {
     const bool apart = threads > 1 && (p.batch % threads == 0 || p.batch >= 4 * threads);
     groups_ = apart ? threads : 1;
     const int64_t value = dtype_size(value_dtype()), together = apart ? 1 : threads;
-    row_ = p.channels * value % 2048 == 0 ? p.channels + 64 / value : p.channels;
+    row_ = spaced_channels(p.channels, value);
     const int64_t image = tokens() * row_ * value, fitting = together * kCachedBytes / (image + 1);
     const int64_t share = (p.batch + groups_ - 1) / groups_;
     chunk_ = fitting < 1 ? 1 : fitting < share ? fitting : share;
@@ -201,7 +201,7 @@ class Layer {
   const Isa isa_;
   const int64_t threads_;
   int64_t groups_;  // of threads; one group shares its images, several have their own
-  int64_t row_;     // stride between tokens of V and of Y: rows a page apart share cache sets
+  int64_t row_;     // stride between tokens of V and of Y
   int64_t chunk_;   // images
   bool once_;       // all images are one chunk: its second weight is packed where the first one was
   WeightParams wv_, wo_;
