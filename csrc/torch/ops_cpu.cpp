@@ -155,8 +155,7 @@ class ValueChunks {
         tokens_(x.size(1)),
         dim_(x.size(2)),
         channels_(wv.size(0)),
-        row_(type_ == accumulation_type(type_) ? cpu::spaced_channels(channels_, element_)
-                                               : channels_),
+        row_(type_ == accumulation_type(type_) ? cpu::spaced_row(channels_, element_) : channels_),
         chunk_(images_per_chunk(batch_, tokens_ * row_ * element_)),
         coefficients_(given.prepared(accumulation_type(type_))),
         bias_(dense(bv, accumulation_type(type_))) {}

@@ -20,14 +20,6 @@ constexpr int64_t padded_channels(int64_t channels) {
   return (channels + kChannelPad - 1) / kChannelPad * kChannelPad;
 }
 
-// Distance of two rows of V, or of Y, that is good for the aggregation: an odd number of cache
-// lines. It walks along the tokens, and at an even distance they fall into a half of the cache's
-// sets, at 24 lines (384 numbers) into an eighth.
-constexpr int64_t spaced_channels(int64_t channels, int64_t element) {
-  constexpr int64_t kLine = 64;
-  return ((channels * element + kLine - 1) / kLine | 1) * kLine / element;
-}
-
 // One implementation per instruction set, each in its own translation unit.
 #define DWATTN_DECLARE_ISA(ISA)                                         \
   namespace ISA {                                                       \

@@ -35,7 +35,7 @@ class Layer {
     const bool apart = threads > 1 && (p.batch % threads == 0 || p.batch >= 4 * threads);
     groups_ = apart ? threads : 1;
     const int64_t value = dtype_size(value_dtype()), together = apart ? 1 : threads;
-    row_ = spaced_channels(p.channels, value);
+    row_ = spaced_row(p.channels, value);
     const int64_t image = tokens() * row_ * value, fitting = together * kCachedBytes / (image + 1);
     const int64_t share = (p.batch + groups_ - 1) / groups_;
     chunk_ = fitting < 1 ? 1 : fitting < share ? fitting : share;

@@ -1,6 +1,7 @@
 #include "kernels/cpu/gemm.h"
 
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/scratch.h"
 
 #ifdef DWATTN_HAVE_AMX
 #include "kernels/cpu/gemm_amx.h"
@@ -61,7 +62,7 @@ int64_t gemm_workspace(const GemmParams& p, [[maybe_unused]] int64_t threads,
   if (by_pairs(p.a_dtype, isa)) return pairs::gemm_workspace(p);
 #endif
   const bool widened = p.a_dtype == DType::kFloat16 || p.a_dtype == DType::kBFloat16;
-  return widened ? p.batch * p.m * widened_stride(p.k) * 4 : 0;
+  return widened ? p.batch * p.m * spaced_row(p.k, 4) * 4 : 0;
 }
 
 Status gemm(const GemmParams& p, void* workspace, const ParallelFor& parallel, Isa isa) {

@@ -65,8 +65,5 @@ int64_t rows_of_a_block(const GemmParams& params, int64_t tile, int64_t weight_b
 
 // Columns of a packed weight are rounded up to this many, a multiple of every vector width.
 constexpr int64_t kColumnPad = 16;
-// Widened rows of `a` lie this far apart: not at a multiple of a page, which would put all rows of
-// a tile into one set of the cache.
-constexpr int64_t widened_stride(int64_t k) { return k + 16; }
 
 }  // namespace dwattn::cpu

@@ -16,6 +16,7 @@
 
 #include "kernels/cpu/half.h"
 #include "kernels/cpu/pairs_impl.h"
+#include "kernels/cpu/scratch.h"
 
 namespace dwattn::cpu::amx {
 namespace {
@@ -159,8 +160,7 @@ struct Plan {
     copy_bytes = copied ? kBand * copied_stride(p.k) * 2 : 0;
   }
 
-  // Not at a multiple of a page, which would put all rows of a tile into one set of the cache.
-  static int64_t copied_stride(int64_t k) { return (pieces(k, kDepth) | 1) * kDepth; }
+  static int64_t copied_stride(int64_t k) { return spaced_row(k, 2); }
 
   int64_t task_bytes() const { return packed_bytes + kSumsBytes + copy_bytes; }
 

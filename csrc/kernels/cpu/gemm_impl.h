@@ -7,6 +7,7 @@
 #pragma once
 
 #include "kernels/cpu/gemm.h"
+#include "kernels/cpu/scratch.h"
 #include "kernels/cpu/simd.h"
 
 namespace dwattn::cpu::DWATTN_ISA {
@@ -131,7 +132,7 @@ class Gemm {
       a = static_cast<const T*>(p_.a) + b * p_.a_stride_batch + first * p_.a_stride_row;
       stride = p_.a_stride_row;
     } else {
-      stride = widened_stride(p_.k);
+      stride = spaced_row(p_.k, sizeof(T));
       T* rows = widened_ + (b * p_.m + first) * stride;
       const In* from =
           static_cast<const In*>(p_.a) + b * p_.a_stride_batch + first * p_.a_stride_row;

@@ -12,6 +12,14 @@
 
 namespace dwattn::cpu {
 
+// Distance in elements of two temporary rows of `numbers`: an odd number of cache lines. Tiles of a
+// product, and the aggregation on its way along the tokens, read the same columns of many rows, and
+// at an even distance these share a half of the cache's sets or less, at a multiple of a page one.
+constexpr int64_t spaced_row(int64_t numbers, int64_t element) {
+  constexpr int64_t kLine = 64;
+  return ((numbers * element + kLine - 1) / kLine | 1) * kLine / element;
+}
+
 class Scratch {
  public:
   static constexpr int64_t kRetainedBytes = 32 << 20;
