@@ -14,6 +14,7 @@ import dwattn
 from dwattn import adapters, reference
 from dwattn.adapters import describe
 from dwattn.errors import GeometryError, PlanError, UnsupportedAttentionError
+from dwattn.rotary import placed
 from support.models import FAMILIES, Family, clip_both, hf_model, hub_vit, timm_vit
 
 parametrize_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -43,11 +44,12 @@ def test_weights_and_calls_are_understood(family: Family) -> None:
     """The mapped weights reproduce every layer's output on the tokens it is really called with."""
     model, images = family.build(), family.images()
     layout = describe(model)
-    calls: dict[str, tuple[Tensor, Tensor]] = {}
+    calls: dict[str, tuple[Tensor, Tensor, Any]] = {}
 
     def recorder(name: str, convention: Any) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-            calls[name] = (convention.tokens(args, kwargs), convention.unpack(result))
+            x, out = convention.tokens(args, kwargs), convention.unpack(result)
+            calls[name] = (x, out, convention.rotary(kwargs))
 
         return hook
 
@@ -58,15 +60,15 @@ def test_weights_and_calls_are_understood(family: Family) -> None:
         block.attention.register_forward_hook(hook, with_kwargs=True)
     family.tokens(model, images)
     for block in layout.blocks:
-        x, out = calls[block.name]
+        x, out, rotary = calls[block.name]
         assert x.shape[1] == layout.geometry().num_tokens
         w = adapters.adapter_for(block.attention).weights(block.attention)
         q, k, v = (
             reference.split_heads(nn.functional.linear(x, weight, bias), w.num_heads)
             for weight, bias in ((w.wq, w.bq), (w.wk, w.bk), (w.wv, w.bv))
         )
-        q = q if w.q_norm is None else w.q_norm(q)
-        k = k if w.k_norm is None else w.k_norm(k)
+        assert w.rotary == (rotary is not None)
+        q, k = placed(q, k, w, rotary)
         rows = reference.merge_heads(reference.attention_map(q, k, w.scale) @ v)
         torch.testing.assert_close(
             nn.functional.linear(rows, w.wo, w.bo), out, rtol=1e-4, atol=1e-5

@@ -17,7 +17,7 @@ from dwattn import adapters, reference
 from dwattn.adapters import AttentionAdapter, BackboneAdapter, BackboneLayout, BlockSite, describe
 from dwattn.errors import UnsupportedAttentionError
 from dwattn.projections import AttentionWeights
-from support.models import HF, TIMM, timm_model
+from support.models import DINOV3, HF, TIMM, timm_eva, timm_model
 
 
 class ThirdPartyAttention(nn.Module):
@@ -173,3 +173,17 @@ def test_timm_families_are_real() -> None:
     assert layout.grid == (2, 3)
     tiny = {cls.__name__ for family in TIMM for cls in type(family.build()).__mro__}
     assert type(model).__name__ in tiny
+
+
+def test_rotary_families_are_real() -> None:
+    model = timm_model("vit_small_patch16_dinov3.lvd1689m", img_size=(32, 48), embed_dim=48, depth=1, num_heads=3)  # fmt: skip
+    layout = describe(model)
+    assert layout.num_prefix == 5
+    assert layout.grid == (2, 3)
+    tiny = timm_eva(**DINOV3)
+    assert type(tiny.blocks[0].attn) is type(model.blocks[0].attn)
+    assert type(tiny.rope) is type(model.rope)
+    assert tiny.blocks[0].attn.rotate_half == model.blocks[0].attn.rotate_half
+    eva = timm_model("eva02_tiny_patch14_224", img_size=28, embed_dim=48, depth=1, num_heads=3)
+    assert type(timm_eva().blocks[0].attn) is type(eva.blocks[0].attn)
+    assert [type(m).__name__ for m in describe(eva).blocks[0].module.mlp.children()]

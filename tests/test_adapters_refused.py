@@ -12,7 +12,7 @@ import dwattn
 from dwattn.adapters import describe
 from dwattn.errors import PlanError, UnsupportedAttentionError
 from support import hub_dinov2
-from support.models import HF, Family, hf_model, hub_vit, timm_model, timm_vit
+from support.models import DINOV3, HF, Family, hf_model, hub_vit, timm_eva, timm_model, timm_vit
 
 
 def hf_tiny(kind: str, **options: Any) -> nn.Module:
@@ -29,7 +29,6 @@ _SMALL = {
     "intermediate_size": 32,
 }
 UNSUPPORTED_MODELS = {
-    "eva": (lambda: timm_model("eva02_tiny_patch14_224", depth=1), "EvaAttention cannot.*rotary"),
     "beit": (
         lambda: timm_model("beit_base_patch16_224", depth=1, embed_dim=48, num_heads=3),
         "Attention cannot be replaced.*relative position bias",
@@ -37,10 +36,6 @@ UNSUPPORTED_MODELS = {
     "swin": (
         lambda: timm_model("swin_tiny_patch4_window7_224", depths=(1, 1), embed_dim=24, num_heads=(1, 1)),
         "WindowAttention cannot.*windowed",
-    ),
-    "hf-dinov3": (
-        lambda: hf_tiny("DINOv3ViT", **_SMALL, image_size=32, patch_size=8),
-        "DINOv3ViTAttention cannot.*rotary",
     ),
     "hf-pixtral": (
         lambda: hf_tiny("PixtralVision", **_SMALL, image_size=32, patch_size=8),
@@ -73,12 +68,44 @@ def test_unsupported_models_are_refused_by_name(name: str) -> None:
     assert before == {n: id(m) for n, m in model.named_modules()}
 
 
+def test_the_hub_s_dinov3_is_refused_with_the_way_out() -> None:
+    layer = type("SelfAttention", (nn.Module,), {"__module__": "dinov3.layers.attention"})()
+    with pytest.raises(
+        UnsupportedAttentionError, match=r"SelfAttention cannot.*timm.*transformers"
+    ):
+        describe(nn.Sequential(layer))
+
+
+def test_rotations_of_each_block_are_refused() -> None:
+    model = timm_eva(rope_type="mixed")
+    with pytest.raises(UnsupportedAttentionError, match="Eva learns rotary frequencies of its own"):
+        dwattn.Plan.for_layers(model, [0])
+
+
 def _gated() -> nn.Module:
     from timm.layers import Attention
 
     model = timm_vit()
     model.blocks[1].attn = Attention(48, num_heads=3, qkv_bias=True, gated=True)
     return model
+
+
+def _eva_gated() -> nn.Module:
+    model = timm_eva(**DINOV3)
+    model.blocks[1].attn.gate = nn.Linear(48, 48)
+    return model
+
+
+def _eva_norm() -> nn.Module:
+    model = timm_eva()
+    model.blocks[1].attn.norm = nn.LayerNorm(48)
+    return model
+
+
+def _eva_grouped() -> nn.Module:
+    return timm_eva(
+        **{**DINOV3, "attn_type": "rope", "num_kv_heads": (3, 1, 3, 3), "qkv_fused": False}
+    )
 
 
 def _scale_norm() -> nn.Module:
@@ -133,6 +160,9 @@ def _custom() -> nn.Module:
 
 UNSUPPORTED_LAYERS = {
     "gated": (_gated, "gate"),
+    "eva gated": (_eva_gated, "gate"),
+    "eva norm": (_eva_norm, "scale_norm"),
+    "eva grouped": (_eva_grouped, "fewer key/value heads"),
     "lora": (_lora, "LoRALinear"),
     "causal": (_causal, "Causal attention"),
     "nan": (_nan, "wq holds NaN"),

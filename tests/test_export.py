@@ -36,6 +36,8 @@ FAMILIES = [
     "hf-siglip",
     "hub-reg4",
     "hub-chunked",
+    "timm-dinov3",
+    "hf-dinov3",
 ]
 
 

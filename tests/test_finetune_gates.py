@@ -29,7 +29,7 @@ from dwattn.scattered import ScatteredDWAttention
 from support.models import BY_NAME
 from support.surgery import shims
 
-FAMILIES = [BY_NAME[name] for name in ("hub-reg4", "timm", "hf-dinov2-reg", "hf-clip")]
+FAMILIES = [BY_NAME[name] for name in ("hub-reg4", "timm", "hf-clip", "timm-dinov3")]
 
 
 def tokens(family: Any, model: nn.Module, count: int = 2) -> torch.Tensor:

@@ -102,7 +102,7 @@ def test_images_of_the_other_orientation_are_not_taken_for_the_same_grid() -> No
         model(IMAGES.mT)
 
 
-@pytest.mark.parametrize("name", ["timm-reg4", "hf-dinov2-reg", "hub-reg4"])
+@pytest.mark.parametrize("name", ["timm-reg4", "hf-dinov2-reg", "hub-reg4", "timm-dinov3"])
 @torch.no_grad()
 def test_register_tokens_do_not_become_a_grid_row(name: str) -> None:
     """Four of them did, silently. 4x4 patches and 4 registers would also be a 5x4 grid."""

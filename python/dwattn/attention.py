@@ -18,6 +18,7 @@ from dwattn.errors import DwattnError
 from dwattn.geometry import Geometry
 from dwattn.prefix import PREFIX_MODES, ExactPrefixRows, StaticPrefixRows
 from dwattn.projections import AttentionWeights, is_plain_linear, linear_weights
+from dwattn.rotary import Rotary
 from dwattn.token_grid import Grid, TokenGridModule
 
 
@@ -32,7 +33,8 @@ class ReplacementAttention(TokenGridModule):
         own_prefix_value, own_prefix_proj: whether exact prefix rows have a value and an output projection of
             their own instead of using the layer's; always so where the layer's have another width than C.
         context: whether the terms ``kappa (P, C)``, ``mu (C)``, ``beta (C)`` exist.
-        q_norm, k_norm: query and key norms of the replaced layer, for exact prefix rows.
+        q_norm, k_norm, rotary: query and key norms of the replaced layer, and whether its calls come with a rotary
+            embedding; for exact prefix rows.
 
     Raises:
         DwattnError: sizes or options that do not fit together, with their values.
@@ -66,6 +68,7 @@ class ReplacementAttention(TokenGridModule):
         scale: float | None = None,
         q_norm: nn.Module | None = None,
         k_norm: nn.Module | None = None,
+        rotary: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -87,7 +90,8 @@ class ReplacementAttention(TokenGridModule):
         self.value = nn.Linear(dim, self.value_dim, bias=qkv_bias, **options)
         self.proj = nn.Linear(self.output_dim, dim, bias=proj_bias, **options)
         add_context(self, context, num_prefix, self.inner_dim, options)
-        self._add_prefix(qkv_bias, q_norm, k_norm, options)
+        norms: dict[str, Any] = {"q_norm": q_norm, "k_norm": k_norm, "rotary": rotary}
+        self._add_prefix({"qkv_bias": qkv_bias, **norms}, options)
         channels = num_heads * self.head_dim
         if self.prefix == "exact" and (own_prefix_value or self.value_dim != channels):
             self.prefix_value = nn.Linear(dim, channels, bias=qkv_bias, **options)
@@ -104,20 +108,14 @@ class ReplacementAttention(TokenGridModule):
         """Columns of the output projection's weight."""
         return self.inner_dim
 
-    def _add_prefix(
-        self,
-        qkv_bias: bool,
-        q_norm: nn.Module | None,
-        k_norm: nn.Module | None,
-        options: dict[str, Any],
-    ) -> None:
+    def _add_prefix(self, attention: dict[str, Any], options: dict[str, Any]) -> None:
         self.prefix_rows, self.prefix_value, self.prefix_proj = None, None, None
         if self.prefix == "static":
             self.prefix_rows = StaticPrefixRows(self.num_prefix, self.output_dim, **options)
         elif self.prefix == "exact":
             self.prefix_rows = ExactPrefixRows(
                 self.dim, self.num_heads, self.head_dim, self.num_prefix,
-                scale=self.scale, qkv_bias=qkv_bias, q_norm=q_norm, k_norm=k_norm, **options,
+                scale=self.scale, **attention, **options,
             )  # fmt: skip
 
     def own_prefix_projection(self) -> None:
@@ -135,13 +133,13 @@ class ReplacementAttention(TokenGridModule):
             "context": self.beta is not None,
         }
 
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None, rotary: Rotary | None = None) -> Tensor:
         """``(B, N, D) -> (B, N, D)``; ``grid=(H, W)`` overrides the fixed grid for this call."""
         geometry = self.geometry(x, grid)
         patches = self.patch_output(x, geometry)
         if self.prefix_rows is None:
             return patches
-        return torch.cat([self.prefix_output(x), patches], dim=1)
+        return torch.cat([self.prefix_output(x, rotary), patches], dim=1)
 
     def patch_features(self, x: Tensor, geometry: Geometry) -> Tensor:
         """Patch rows before the output projection: ``(B, H*W, C)``."""
@@ -151,7 +149,7 @@ class ReplacementAttention(TokenGridModule):
         """Patch rows after the output projection: ``(B, H*W, D)``."""
         return self.output_projection(self.patch_features(x, geometry))
 
-    def prefix_output(self, x: Tensor) -> Tensor:
+    def prefix_output(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         """Prefix rows after the output projection: ``(B, P, D)``."""
         assert self.prefix_rows is not None
         if isinstance(self.prefix_rows, ExactPrefixRows):
@@ -163,11 +161,11 @@ class ReplacementAttention(TokenGridModule):
             if fused is not None:
                 return fused
         if self.prefix_value is None:
-            rows: Tensor = self.prefix_rows(x, *self.value_projection())
+            rows: Tensor = self.prefix_rows(x, *self.value_projection(), rotary)
         elif is_plain_linear(self.prefix_value):
-            rows = self.prefix_rows(x, self.prefix_value.weight, self.prefix_value.bias)
+            rows = self.prefix_rows(x, self.prefix_value.weight, self.prefix_value.bias, rotary)
         else:
-            rows = self.prefix_rows.of_values(x, self.prefix_value(x))
+            rows = self.prefix_rows.of_values(x, self.prefix_value(x), rotary)
         project = self.output_projection if self.prefix_proj is None else self.prefix_proj
         out: Tensor = project(rows)
         return out
@@ -260,25 +258,25 @@ class FusedDWAttention(ReplacementAttention):
         self.kernel = nn.Parameter(torch.empty(self.inner_dim, 3, 3, **factory_of(self.value)))
         gaussian_kernel_(self.kernel)
 
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None, rotary: Rotary | None = None) -> Tensor:
         """``(B, N, D) -> (B, N, D)``; ``grid=(H, W)`` overrides the fixed grid for this call."""
         geometry = self.geometry(x, grid)
         if not (is_plain_linear(self.value) and is_plain_linear(self.proj)):
-            return self._through_modules(x, geometry)
+            return self._through_modules(x, geometry, rotary)
         return functional.dw_layer(
             x, self.value.weight, self.value.bias, self.kernel, self.proj.weight, self.proj.bias, geometry,
             self.kappa, self.mu, self.beta,
-            prefix_out=None if self.prefix_rows is None else self.prefix_output(x),
+            prefix_out=None if self.prefix_rows is None else self.prefix_output(x, rotary),
         )  # fmt: skip
 
-    def _through_modules(self, x: Tensor, geometry: Geometry) -> Tensor:
+    def _through_modules(self, x: Tensor, geometry: Geometry, rotary: Rotary | None) -> Tensor:
         """The same layer, calling whatever stands in the place of a projection."""
         v = self.value(x)
         y = functional.dw_aggregate(v, self.kernel, geometry, self.kappa, self.mu, self.beta)
         if self.prefix_rows is None:
             return self.output_projection(y)
         own = v if self.prefix_value is None else self.prefix_value(x)
-        rows = self.prefix_rows.of_values(x, own).to(y.dtype)
+        rows = self.prefix_rows.of_values(x, own, rotary).to(y.dtype)
         if self.prefix_proj is None:
             return self.output_projection(torch.cat([rows, y], dim=1))
         return torch.cat([self.prefix_proj(rows), self.output_projection(y)], dim=1)

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dwattn.adapters import BackboneLayout, adapter_for, describe, refusal
+from dwattn.adapters import (
+    AttentionAdapter,
+    BackboneLayout,
+    BlockSite,
+    adapter_for,
+    describe,
+    refusal,
+)
 from dwattn.errors import DwattnError
 from dwattn.projections import AttentionWeights
 from dwattn.token_grid import Grid
@@ -168,7 +175,7 @@ def measure_latency(
             shape = _shape(weights, site.attention)
             shapes[site.attention_name] = shape
             if (shape, "attention") not in calls:
-                timed = _layer_calls(site.attention, weights, layout, grid, batch, variant, options)
+                timed = _layer_calls(adapter, site, layout, grid, batch, variant, options)
                 calls.update({(shape, part): call for part, call in timed.items()})
         times = _medians(calls, rounds, like.device)
     return LatencyTable(
@@ -206,15 +213,20 @@ def _shape(weights: AttentionWeights, attention: nn.Module) -> tuple[Any, ...]:
 
 
 def _layer_calls(
-    attention: nn.Module,
-    weights: AttentionWeights,
+    adapter: AttentionAdapter,
+    site: BlockSite,
     layout: BackboneLayout,
     grid: Grid,
     batch: int,
     variant: str,
     options: dict[str, Any],
 ) -> dict[str, Callable[[], Any]]:
-    tokens = layout.num_prefix + grid[0] * grid[1]
+    attention, weights = site.attention, adapter.weights(site.attention)
+    patches = grid[0] * grid[1]
+    tokens = layout.num_prefix + patches
+    convention = adapter.convention(attention)
+    given = convention.rotary_arguments(patches, weights.head_dim, weights.wv)
+    rotary = convention.rotary(given)
     x = (
         torch.linspace(-1, 1, batch * tokens * weights.dim)
         .view(batch, tokens, weights.dim)
@@ -223,14 +235,14 @@ def _layer_calls(
     common: dict[str, Any] = {"num_prefix": layout.num_prefix, "grid": grid}
     layer = build_replacement(variant, weights, **common, **options)
     calls: dict[str, Callable[[], Any]] = {
-        "attention": lambda: attention(x),
-        "replaced": lambda: layer(x),
+        "attention": lambda: attention(x, **given),
+        "replaced": lambda: layer(x, rotary=rotary),
     }
     if variant == "dw" and weights.num_heads > 1:
         half = build_replacement(
             variant, weights, heads=list(range(weights.num_heads // 2)), **common, **options
         )
-        calls["half"] = lambda: half(x)
+        calls["half"] = lambda: half(x, rotary=rotary)
     return calls
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dwattn import backends, library
 from dwattn.projections import is_plain_linear
 from dwattn.reference import merge_heads, split_heads
+from dwattn.rotary import Rotary
 
 PREFIX_MODES = ("exact", "static", "drop")
 
@@ -25,14 +26,15 @@ _BF16_LANES = 64
 class ExactPrefixRows(nn.Module):
     """Softmax attention of ``P`` prefix queries over all tokens: ``(B, N, D) -> (B, P, C)``, before Wo.
 
-    Without key normalisation ``q_t Wk`` is absorbed into one D-vector a head (``O(n_h N D)``, no K, no V of
-    all tokens; a key bias cancels in the softmax). A key norm is not linear, so with ``k_norm`` the keys of
-    all tokens are formed: one more ``(N, D) x (D, C)`` product.
+    ``q_t Wk`` is absorbed into one D-vector a head (``O(n_h N D)``, no K, no V of all tokens; a key bias cancels in the
+    softmax). A key norm is not linear and a rotation differs from token to token, so with ``k_norm`` or ``rotary`` the
+    keys of all tokens are formed: one more ``(N, D) x (D, C)`` product.
 
     Args:
         dim: ``D``; num_heads: ``n_h``; head_dim: ``d_h``; num_prefix: ``P``.
         scale: logit factor, default ``1 / sqrt(d_h)``.
         q_norm, k_norm: modules on ``(B, n_h, N, d_h)``, or None.
+        rotary: whether calls come with a rotation of the keys.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class ExactPrefixRows(nn.Module):
         qkv_bias: bool = True,
         q_norm: nn.Module | None = None,
         k_norm: nn.Module | None = None,
+        rotary: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -54,14 +57,19 @@ class ExactPrefixRows(nn.Module):
         self.scale = head_dim**-0.5 if scale is None else scale
         channels = num_heads * head_dim
         self.query = nn.Linear(dim, channels, bias=qkv_bias, device=device, dtype=dtype)
-        self.key = nn.Linear(
-            dim, channels, bias=k_norm is not None and qkv_bias, device=device, dtype=dtype
-        )
-        self.q_norm, self.k_norm = q_norm, k_norm
+        formed = k_norm is not None or rotary
+        self.key = nn.Linear(dim, channels, bias=formed and qkv_bias, device=device, dtype=dtype)
+        self.q_norm, self.k_norm, self.rotary = q_norm, k_norm, rotary
 
-    def forward(self, x: Tensor, value_weight: Tensor, value_bias: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        value_weight: Tensor,
+        value_bias: Tensor | None,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
         """``x (B, N, D)``, ``value_weight (C, D)``, ``value_bias (C,)`` -> rows ``(B, P, C)`` before Wo."""
-        pooled = self.attention(x).flatten(1, 2) @ x
+        pooled = self.attention(x, rotary).flatten(1, 2) @ x
         pooled = pooled.unflatten(1, (self.num_heads, self.num_prefix))
         value = value_weight.unflatten(0, (self.num_heads, self.head_dim))
         rows = merge_heads(pooled @ value.transpose(1, 2))
@@ -75,7 +83,7 @@ class ExactPrefixRows(nn.Module):
         """
         if not x.is_cpu or torch.is_autocast_enabled("cpu"):
             return None
-        if self.q_norm is not None or self.k_norm is not None:
+        if self.q_norm is not None or self.k_norm is not None or self.rotary:
             return None
         if x.dtype == torch.bfloat16 and self.num_heads * self.num_prefix > _BF16_LANES:
             return None
@@ -96,21 +104,23 @@ class ExactPrefixRows(nn.Module):
             x, wq, bq, wk, wv, bv, wo, bo, self.num_heads, self.num_prefix, self.scale
         )
 
-    def of_values(self, x: Tensor, v: Tensor) -> Tensor:
+    def of_values(self, x: Tensor, v: Tensor, rotary: Rotary | None = None) -> Tensor:
         """The same rows from the values ``v (B, N, C)`` of all tokens, where these exist anyway."""
-        return merge_heads(self.attention(x) @ split_heads(v, self.num_heads))
+        return merge_heads(self.attention(x, rotary) @ split_heads(v, self.num_heads))
 
-    def attention(self, x: Tensor) -> Tensor:
+    def attention(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         """Softmax weights of the prefix queries on all tokens: ``(B, n_h, P, N)``."""
         q = split_heads(self.query(x[:, : self.num_prefix]), self.num_heads)
         q = (q if self.q_norm is None else self.q_norm(q)) * self.scale
-        return torch.softmax(self._logits(q, x), dim=-1).to(x.dtype)
+        return torch.softmax(self._logits(q, x, rotary), dim=-1).to(x.dtype)
 
-    def _logits(self, q: Tensor, x: Tensor) -> Tensor:
+    def _logits(self, q: Tensor, x: Tensor, rotary: Rotary | None) -> Tensor:
         """``(B, n_h, P, N)`` logits of the scaled prefix queries."""
-        if self.k_norm is not None or not is_plain_linear(self.key):
+        formed = self.k_norm is not None or rotary is not None
+        if formed or not is_plain_linear(self.key):
             keys = split_heads(self.key(x), self.num_heads)
             keys = keys if self.k_norm is None else self.k_norm(keys)
+            keys = keys if rotary is None else rotary.rotate(keys)
             return q @ keys.transpose(-2, -1)
         absorbed = q @ self.key.weight.unflatten(0, (self.num_heads, self.head_dim))
         logits = absorbed.flatten(1, 2) @ x.transpose(1, 2)
@@ -123,7 +133,8 @@ class ExactPrefixRows(nn.Module):
 class StaticPrefixRows(nn.Module):
     """``Y_t = a V_t + b mean_patches(V)`` for the prefix tokens: ``(B, N, D) -> (B, P, C)``, before Wo.
 
-    Parameters ``a`` and ``b`` are ``(P, C)``. The default ``a = 0, b = 1`` attends evenly to the patches.
+    Parameters ``a`` and ``b`` are ``(P, C)``. The default ``a = 0, b = 1`` attends evenly to the patches. There are no
+    queries and keys that a ``rotary`` embedding could turn.
     """
 
     def __init__(
@@ -139,14 +150,20 @@ class StaticPrefixRows(nn.Module):
         self.a = nn.Parameter(torch.zeros(num_prefix, channels, device=device, dtype=dtype))
         self.b = nn.Parameter(torch.ones(num_prefix, channels, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor, value_weight: Tensor, value_bias: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        value_weight: Tensor,
+        value_bias: Tensor | None,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
         """``mean(V) = mean(x) Wv^T + bv``, so only ``P + 1`` rows are projected."""
         prefix = x[:, : self.num_prefix]
         mean = x[:, self.num_prefix :].mean(1, keepdim=True)
         values = F.linear(torch.cat([prefix, mean], 1), value_weight, value_bias)
         return self.a * values[:, : self.num_prefix] + self.b * values[:, self.num_prefix :]
 
-    def of_values(self, x: Tensor, v: Tensor) -> Tensor:
+    def of_values(self, x: Tensor, v: Tensor, rotary: Rotary | None = None) -> Tensor:
         """The same rows from the values ``v (B, N, C)`` of all tokens, where these exist anyway."""
         prefix, patches = v[:, : self.num_prefix], v[:, self.num_prefix :]
         return self.a * prefix + self.b * patches.mean(1, keepdim=True)

@@ -53,6 +53,8 @@ class AttentionWeights:
         scale: factor of the logits, usually ``1 / sqrt(d_h)``.
         wq, wk, wv: ``(C, D)``; wo: ``(D, C)``; biases ``(C,)`` or ``(D,)`` or None.
         q_norm, k_norm: modules applied to ``(B, n_h, N, d_h)`` queries and keys, or None.
+        rotary: whether queries and keys of patches are turned behind the norms, by what comes with each call (see
+            :class:`dwattn.rotary.Rotary`).
     """
 
     num_heads: int
@@ -68,6 +70,7 @@ class AttentionWeights:
     bo: Tensor | None = None
     q_norm: nn.Module | None = None
     k_norm: nn.Module | None = None
+    rotary: bool = False
 
     def __post_init__(self) -> None:
         channels, dim = self.channels, self.wq.shape[1]

@@ -14,6 +14,7 @@ from dwattn.errors import DwattnError
 from dwattn.prefix import ExactPrefixRows
 from dwattn.projections import AttentionWeights
 from dwattn.reference import merge_heads, split_heads
+from dwattn.rotary import Rotary, placed
 from dwattn.token_grid import Grid, TokenGridModule
 
 
@@ -70,7 +71,7 @@ class ScatteredDWAttention(TokenGridModule):
 
     Args:
         heads: indices of the replaced heads, at least one and not all of them.
-        qkv_bias, proj_bias, context, q_norm, k_norm: as for :class:`dwattn.attention.ReplacementAttention`.
+        qkv_bias, proj_bias, context, q_norm, k_norm, rotary: as for :class:`dwattn.attention.ReplacementAttention`.
 
     Raises:
         DwattnError: ``heads`` empty, out of range, repeated, or all of them.
@@ -96,6 +97,7 @@ class ScatteredDWAttention(TokenGridModule):
         scale: float | None = None,
         q_norm: nn.Module | None = None,
         k_norm: nn.Module | None = None,
+        rotary: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -120,7 +122,7 @@ class ScatteredDWAttention(TokenGridModule):
         if num_prefix:
             self.prefix_rows = ExactPrefixRows(
                 dim, len(self.replaced), self.head_dim, num_prefix,
-                scale=self.scale, qkv_bias=qkv_bias, q_norm=q_norm, k_norm=k_norm, **factory,
+                scale=self.scale, qkv_bias=qkv_bias, q_norm=q_norm, k_norm=k_norm, rotary=rotary, **factory,
             )  # fmt: skip
 
     def config(self) -> dict[str, Any]:
@@ -131,25 +133,25 @@ class ScatteredDWAttention(TokenGridModule):
             "context": self.beta is not None,
         }
 
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None, rotary: Rotary | None = None) -> Tensor:
         """``(B, N, D) -> (B, N, D)``; ``grid=(H, W)`` overrides the fixed grid for this call."""
-        out: Tensor = self.proj(self.rows(x, grid))
+        out: Tensor = self.proj(self.rows(x, grid, rotary))
         return out
 
-    def rows(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+    def rows(self, x: Tensor, grid: Grid | None = None, rotary: Rotary | None = None) -> Tensor:
         """Kept heads' channels, then replaced heads', of all tokens before Wo: ``(B, N, C)``."""
         geometry = self.geometry(x, grid)
         kept, replaced = self.value(x).split([self.kept_dim, self.inner_dim], dim=-1)
         y = functional.dw_aggregate(replaced, self.kernel, geometry, self.kappa, self.mu, self.beta)
         if self.prefix_rows is not None:
-            y = torch.cat([self.prefix_rows.of_values(x, replaced).to(y.dtype), y], dim=1)
-        return torch.cat([self._attend(x, kept), y], dim=-1)
+            prefix = self.prefix_rows.of_values(x, replaced, rotary).to(y.dtype)
+            y = torch.cat([prefix, y], dim=1)
+        return torch.cat([self._attend(x, kept, rotary), y], dim=-1)
 
-    def _attend(self, x: Tensor, value: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, value: Tensor, rotary: Rotary | None) -> Tensor:
         heads = len(self.kept)
         q, k, v = (split_heads(t, heads) for t in (self.query(x), self.key(x), value))
-        q = q if self.q_norm is None else self.q_norm(q)
-        k = k if self.k_norm is None else self.k_norm(k)
+        q, k = placed(q, k, self, rotary)
         return merge_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale))
 
     @torch.no_grad()

@@ -28,6 +28,7 @@ from dwattn.residual import (
     sample_positions,
     unexplained,
 )
+from dwattn.rotary import Rotary, placed
 from dwattn.scores import LayerScore, map_statistics
 from dwattn.untouched import instance_forward
 from dwattn.variance import AttentionVariance
@@ -80,17 +81,19 @@ class LayerRun:
             return [F.linear(tokens, weight, bias) for weight, bias in pairs]
         return F.linear(tokens, weight, bias).chunk(3, dim=-1)
 
-    def attention(self, tokens: Tensor, sample: Sample | None) -> Tensor:
+    def attention(
+        self, tokens: Tensor, sample: Sample | None, rotary: Rotary | None = None
+    ) -> Tensor:
         """What the layer itself computes, ``(B, N, D)``; the statistics are updated on the way."""
         # Queries, keys and values are gone before the output is made: their room is used again.
-        return F.linear(self._rows(tokens, sample), self.weights.wo, self.weights.bo)
+        rows = self._rows(tokens, sample, rotary)
+        return F.linear(rows, self.weights.wo, self.weights.bo)
 
-    def _rows(self, tokens: Tensor, sample: Sample | None) -> Tensor:
+    def _rows(self, tokens: Tensor, sample: Sample | None, rotary: Rotary | None) -> Tensor:
         """Attention output before Wo, ``(B, N, C)``."""
         w = self.weights
         q, k, v = (split_heads(t, w.num_heads) for t in self._projections(tokens))
-        q = q if w.q_norm is None else w.q_norm(q)
-        k = k if w.k_norm is None else w.k_norm(k)
+        q, k = placed(q, k, w, rotary)
         rows = merge_heads(self.variance.attend(q, k, v, w.scale))
         if sample is not None:
             assert self.fit is not None
@@ -333,7 +336,8 @@ class ScoringRun:
             try:
                 tokens = layer.convention.tokens(args, kwargs)
                 self._check_tokens(tokens)
-                return layer.convention.pack(layer.attention(tokens, self.sample))
+                rotary = layer.convention.rotary(kwargs)
+                return layer.convention.pack(layer.attention(tokens, self.sample, rotary))
             except DwattnError as error:
                 raise type(error)(f"{name}: {error}") from error
 

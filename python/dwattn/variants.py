@@ -64,6 +64,7 @@ def build_replacement(
         "proj_bias": weights.bo is not None,
         "q_norm": _private_copy(weights.q_norm),
         "k_norm": _private_copy(weights.k_norm),
+        "rotary": weights.rotary,
         "device": weights.wv.device,
         "dtype": weights.wv.dtype,
     }

@@ -65,7 +65,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
-        if name.endswith(("gamma", "lambda1")):
+        if name.endswith(("gamma", "gamma_1", "gamma_2", "lambda1")):
             parameter.copy_(0.6 + 0.1 * values)
         elif parameter.dim() < 2:
             weight = "norm" in name and name.endswith("weight")
@@ -90,6 +90,35 @@ def timm_model(name: str, **options: Any) -> nn.Module:
     import timm
 
     return timm.create_model(name, **options)
+
+
+def timm_eva(**options: Any) -> nn.Module:
+    """``timm`` Eva of 4 blocks, 48 wide, 3 heads, rotary as in EVA-02 unless told otherwise."""
+    from timm.models.eva import Eva
+
+    defaults = {
+        "img_size": (32, 24),
+        "patch_size": 8,
+        "embed_dim": 48,
+        "depth": 4,
+        "num_heads": 3,
+        "use_rot_pos_emb": True,
+        "num_classes": 5,
+    }
+    return randomise(Eva(**{**defaults, **options}))
+
+
+#: What makes an Eva a DINOv3.
+DINOV3: dict[str, Any] = {
+    "dynamic_img_size": True,
+    "rope_type": "dinov3",
+    "rope_temperature": 100,
+    "rope_rotate_half": True,
+    "use_abs_pos_emb": False,
+    "num_reg_tokens": 4,
+    "init_values": 1e-5,
+    "qkv_bias": False,
+}
 
 
 def timm_distilled() -> nn.Module:
@@ -122,6 +151,11 @@ def hf_model(kind: str, class_name: str | None = None, **options: Any) -> nn.Mod
     return randomise(getattr(transformers, class_name or f"{kind}Model")(config))
 
 
+def hf_dinov3() -> nn.Module:
+    """transformers' DINOv3, rotary, with registers."""
+    return hf_model("DINOv3ViT", num_register_tokens=4)
+
+
 def clip_both(kind: str = "CLIP", class_name: str | None = None) -> nn.Module:
     """CLIP or SigLIP with both towers, so that the text tower can be checked to stay as it is."""
     import transformers
@@ -151,7 +185,7 @@ def _vision(model: nn.Module, x: Tensor) -> Tensor:
     return model.vision_model(pixel_values=x).last_hidden_state
 
 
-_TIMM, _HF = "blocks.0.attn", "encoder.layer.0.attention"
+_TIMM, _HF, _LAYER = "blocks.0.attn", "encoder.layer.0.attention", "layer.0.attention"
 
 TIMM = [
     Family("timm", timm_vit, (32, 24), (4, 3), 1, _TIMM),
@@ -188,6 +222,10 @@ TIMM = [
     ),
     Family("timm-deit", timm_distilled, (32, 24), (4, 3), 2, _TIMM),
     Family("timm-dynamic", lambda: timm_vit(dynamic_img_size=True), (32, 24), (4, 3), 1, _TIMM),
+    Family("timm-dinov3", lambda: timm_eva(**DINOV3), (32, 24), (4, 3), 5, _TIMM, True),
+    Family(
+        "timm-eva02", lambda: timm_eva(swiglu_mlp=True, qkv_fused=False), (32, 24), (4, 3), 1, _TIMM
+    ),
 ]
 HF = [
     Family("hf-dinov2", lambda: hf_model("Dinov2"), (32, 32), (4, 4), 1, _HF, True),
@@ -203,6 +241,7 @@ HF = [
     Family(
         "hf-dinov2-reg", lambda: hf_model("Dinov2WithRegisters"), (32, 32), (4, 4), 5, _HF, True
     ),
+    Family("hf-dinov3", hf_dinov3, (32, 32), (4, 4), 5, f"model.{_LAYER}", True),
     Family(
         "hf-dinov2-head",
         lambda: hf_model("Dinov2", "Dinov2ForImageClassification"),

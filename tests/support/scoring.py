@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dwattn.adapters import adapter_for, describe
+from dwattn.rotary import placed
 from support.models import Family
 
 IMAGES = 6
@@ -44,7 +45,7 @@ def direct(model: nn.Module, data: Any, entries: str = "patches") -> dict[str, t
                 return y.view(*x.shape[:2], w.num_heads, w.head_dim).transpose(1, 2)
 
             q, k = project(w.wq, w.bq), project(w.wk, w.bk)
-            q, k = (t if n is None else n(t) for t, n in ((q, w.q_norm), (k, w.k_norm)))
+            q, k = placed(q, k, w, convention.rotary(kwargs))
             e = torch.softmax(q @ k.transpose(2, 3) * w.scale, -1)
             maps.setdefault(name, []).append(e)
 

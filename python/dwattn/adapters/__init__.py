@@ -27,6 +27,7 @@ from dwattn.adapters.base import (
 )
 from dwattn.adapters.dinov2_hub import HubAttentionAdapter, HubBackboneAdapter
 from dwattn.adapters.timm import TimmAttentionAdapter, TimmBackboneAdapter
+from dwattn.adapters.timm_eva import EvaAttentionAdapter, EvaBackboneAdapter
 from dwattn.adapters.transformers import TransformersAttentionAdapter, TransformersBackboneAdapter
 from dwattn.adapters.unsupported import refusal_by_name
 from dwattn.errors import UnsupportedAttentionError
@@ -47,11 +48,13 @@ __all__ = [
 
 _attention_adapters: list[AttentionAdapter] = [
     TimmAttentionAdapter(),
+    EvaAttentionAdapter(),
     TransformersAttentionAdapter(),
     HubAttentionAdapter(),
 ]
 _backbone_adapters: list[BackboneAdapter] = [
     TimmBackboneAdapter(),
+    EvaBackboneAdapter(),
     TransformersBackboneAdapter(),
     HubBackboneAdapter(),
 ]
@@ -116,7 +119,8 @@ def describe(model: nn.Module) -> BackboneLayout:
     reasons = " ".join(sentences) or "It has no attention layers."
     raise UnsupportedAttentionError(
         f"{type(model).__name__} is not a Vision Transformer that dwattn knows ({reasons}). "
-        "Supported are timm VisionTransformer, transformers Dinov2, Dinov2WithRegisters, ViT, "
-        "ViTMAE, DeiT, CLIP and SigLIP vision models, and hub DINOv2; other classes can be added "
+        "Supported are timm VisionTransformer and Eva (DINOv3), transformers Dinov2, "
+        "Dinov2WithRegisters, DINOv3ViT, ViT, ViTMAE, DeiT, CLIP and SigLIP vision models, and hub "
+        "DINOv2; other classes can be added "
         "with dwattn.adapters.register()."
     )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dwattn.errors import DataError, UnsupportedAttentionError
 from dwattn.geometry import Geometry
 from dwattn.projections import AttentionWeights
+from dwattn.rotary import Rotary
 from dwattn.token_grid import Grid
 from dwattn.variants import Replacement
 
@@ -60,6 +61,18 @@ class CallConvention:
         "attn_bias",
         "head_mask",
     )
+    #: Keyword arguments that carry a rotary embedding which this convention cannot read.
+    foreign_rotary: tuple[str, ...] = ("position_embeddings", "rope")
+
+    def rotary(self, kwargs: dict[str, Any]) -> Rotary | None:
+        """The rotary position embedding of a call, or None."""
+        return None
+
+    def rotary_arguments(self, patches: int, head_dim: int, like: Tensor) -> dict[str, Any]:
+        """Keyword arguments with some rotary embedding of so many patches, to call a layer alone; for
+        most none. ``like`` has device and dtype.
+        """
+        return {}
 
     def tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The ``(B, N, D)`` tokens of a call.
@@ -76,8 +89,10 @@ class CallConvention:
                 )
         if kwargs.get("is_causal"):
             raise _cannot("with is_causal=True", "has no causal order")
-        if any(kwargs.get(name) is not None for name in ("position_embeddings", "rope")):
-            raise _cannot("with a rotary position embedding", "has no queries and keys to rotate")
+        if any(kwargs.get(name) is not None for name in self.foreign_rotary):
+            raise _cannot(
+                "with a rotary position embedding", "does not know its form from this class"
+            )
         if kwargs.get("output_attentions"):
             raise _cannot("with output_attentions=True", "forms no attention weights")
         tokens, rest = (
@@ -134,7 +149,9 @@ class ConvertedAttention(nn.Module):
         self.original_print: dict[str, Any] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.convention.pack(self.layer(self.convention.tokens(args, kwargs)))
+        tokens, rotary = self.convention.tokens(args, kwargs), self.convention.rotary(kwargs)
+        turned = {} if rotary is None else {"rotary": rotary}
+        return self.convention.pack(self.layer(tokens, **turned))
 
 
 class AttentionAdapter(ABC):

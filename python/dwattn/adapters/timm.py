@@ -7,6 +7,7 @@ there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -94,27 +95,30 @@ class TimmBackboneAdapter(BackboneAdapter):
             raise UnsupportedAttentionError(
                 f"{type(module).__name__} uses rotary position embedding, which cannot be replaced."
             )
-        prefix = f"{name}." if name else ""
-        blocks = [
-            _block(f"{prefix}blocks.{child}", block)
-            for child, block in model.blocks.named_children()
-        ]
-        patch = model.patch_embed
-        grid = getattr(patch, "grid_size", None)
-        # Hybrid embeddings put patches on the features of a CNN; feat_ratio is in pixels for both.
-        size = patch.feat_ratio(as_scalar=False)
-        return BackboneLayout(
-            family=f"timm {type(module).__name__}",
-            name=name,
-            module=module,
-            blocks=tuple(blocks),
-            num_prefix=int(model.num_prefix_tokens),
-            grid=None if grid is None else (int(grid[0]), int(grid[1])),
-            patch_size=(int(size[0]), int(size[1])),
-            patch_embed=patch,
-            final_norm=norm_or_none(getattr(model, "norm", None)),
-            padded=bool(getattr(patch, "dynamic_img_pad", False)),
-        )
+        return vit_layout(name, module, _block)
+
+
+def vit_layout(name: str, model: Any, site: Callable[[str, Any], BlockSite]) -> BackboneLayout:
+    """A model with timm's ``patch_embed`` and ``blocks``; ``site`` describes a block by its dotted path."""
+    prefix = f"{name}." if name else ""
+    patch = model.patch_embed
+    grid = getattr(patch, "grid_size", None)
+    # Hybrid embeddings put patches on the features of a CNN; feat_ratio is in pixels for both.
+    size = patch.feat_ratio(as_scalar=False)
+    return BackboneLayout(
+        family=f"timm {type(model).__name__}",
+        name=name,
+        module=model,
+        blocks=tuple(
+            site(f"{prefix}blocks.{child}", block) for child, block in model.blocks.named_children()
+        ),
+        num_prefix=int(model.num_prefix_tokens),
+        grid=None if grid is None else (int(grid[0]), int(grid[1])),
+        patch_size=(int(size[0]), int(size[1])),
+        patch_embed=patch,
+        final_norm=norm_or_none(getattr(model, "norm", None)),
+        padded=bool(getattr(patch, "dynamic_img_pad", False)),
+    )
 
 
 def _block(name: str, block: Any) -> BlockSite:

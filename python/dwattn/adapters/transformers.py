@@ -1,5 +1,5 @@
-"""transformers 5.x and 4.57: DINOv2 (with registers), ViT, ViT-MAE, DeiT, and the CLIP and SigLIP
-vision towers.
+"""transformers 5.x and 4.57: DINOv2 (with registers), DINOv3, ViT, ViT-MAE, DeiT, and the CLIP and
+SigLIP vision towers.
 
 transformers is recognised by class and module name, never imported. 5.x keeps ``q_proj k_proj
 v_proj`` beside their output projection and returns ``(output, weights)``; 4.57 nests
@@ -27,10 +27,12 @@ from dwattn.adapters.base import (
 from dwattn.adapters.vit_mae import IdentityMasking
 from dwattn.errors import UnsupportedAttentionError
 from dwattn.projections import AttentionWeights
+from dwattn.rotary import Rotary
 
 _ATTENTION_CLASSES = (
     "Dinov2Attention",
     "Dinov2WithRegistersAttention",
+    "DINOv3ViTAttention",
     "ViTAttention",
     "ViTMAEAttention",
     "DeiTAttention",
@@ -44,6 +46,8 @@ _BACKBONE_CLASSES = (
     "Dinov2Backbone",
     "Dinov2WithRegistersModel",
     "Dinov2WithRegistersBackbone",
+    "DINOv3ViTModel",
+    "DINOv3ViTBackbone",
     "ViTModel",
     "ViTMAEModel",
     "DeiTModel",
@@ -61,8 +65,21 @@ class SingleTupleConvention(CallConvention):
         return (output,)
 
 
+class RotaryTupleConvention(TupleConvention):
+    """``position_embeddings=`` is ``(cos, sin)``, each ``(H*W, d_h)``."""
+
+    foreign_rotary = ("rope",)
+
+    def rotary(self, kwargs: dict[str, Any]) -> Rotary | None:
+        embedding = kwargs.get("position_embeddings")
+        return None if embedding is None else Rotary(*embedding)
+
+    def rotary_arguments(self, patches: int, head_dim: int, like: Tensor) -> dict[str, Any]:
+        return {"position_embeddings": (like.new_ones(patches, head_dim),) * 2}
+
+
 class TransformersAttentionAdapter(AttentionAdapter):
-    """The seven attention classes, with flat (5.x, CLIP, SigLIP) or nested (4.57) projections."""
+    """The attention classes above, with flat (5.x, CLIP, SigLIP) or nested (4.57) projections."""
 
     name = "transformers attention"
 
@@ -97,13 +114,20 @@ class TransformersAttentionAdapter(AttentionAdapter):
             bk=key.bias,
             bv=value.bias,
             bo=out.bias,
+            rotary=_is_rotary(module),
         )
 
     def convention(self, module: nn.Module) -> CallConvention:
+        if _is_rotary(module):
+            return RotaryTupleConvention()
         if hasattr(module, "q_proj"):
             return TupleConvention()
         old = "output_attentions" in inspect.signature(module.forward).parameters
         return SingleTupleConvention() if old else CallConvention()
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    return type(module).__name__ == "DINOv3ViTAttention"
 
 
 def _projections(module: nn.Module) -> Any:
@@ -160,20 +184,27 @@ class TransformersBackboneAdapter(BackboneAdapter):
             grid=(image_size[0] // patch_size[0], image_size[1] // patch_size[1]),
             patch_size=patch_size,
             patch_embed=patch,
-            final_norm=getattr(model, "layernorm", getattr(model, "post_layernorm", None)),
+            final_norm=next(
+                (
+                    getattr(model, n)
+                    for n in ("layernorm", "post_layernorm", "norm")
+                    if hasattr(model, n)
+                ),
+                None,
+            ),
             raster_order=IdentityMasking.of(embeddings),
         )
 
 
 def _layers(model: Any) -> tuple[str, nn.ModuleList]:
-    for path in ("layers", "encoder.layer", "encoder.layers"):
+    for path in ("layers", "encoder.layer", "encoder.layers", "model.layer", "layer"):
         found = model
         for part in path.split("."):
             found = getattr(found, part, None)
         if isinstance(found, nn.ModuleList):
             return path, found
     raise UnsupportedAttentionError(
-        f"{type(model).__name__} keeps its blocks neither in layers nor in encoder.layer(s); "
+        f"{type(model).__name__} keeps its blocks neither in layer(s) nor in encoder.layer(s); "
         "transformers 4.57 and 5.x are supported."
     )
 
@@ -185,9 +216,11 @@ def _pair(size: Any) -> tuple[int, int]:
 def _patches(embeddings: Any) -> tuple[nn.Module, tuple[int, int], tuple[int, int]]:
     """The module called with pixels, image size and patch size."""
     patch = getattr(embeddings, "patch_embeddings", None)
-    if patch is not None:
-        return patch, _pair(patch.image_size), _pair(patch.patch_size)
-    return embeddings.patch_embedding, _pair(embeddings.image_size), _pair(embeddings.patch_size)
+    if patch is None:
+        patch, sizes = embeddings.patch_embedding, embeddings
+    else:  # DINOv3's is a bare convolution
+        sizes = patch if hasattr(patch, "image_size") else embeddings.config
+    return patch, _pair(sizes.image_size), _pair(sizes.patch_size)
 
 
 def _num_prefix(embeddings: Any) -> int:

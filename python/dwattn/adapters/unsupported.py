@@ -5,8 +5,8 @@ from __future__ import annotations
 _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("rope", "rotary", "eva", "dinov3", "pixtral"),
-        "rotary position embedding makes its queries and keys depend on the position, which the "
-        "absorbed prefix attention and the scoring of this package do not cover",
+        "rotary position embedding makes its queries and keys depend on the position, and no "
+        "adapter knows how this class is given it",
     ),
     (
         ("window", "swin", "hiera"),
@@ -36,6 +36,11 @@ def refusal_by_name(class_name: str, module_name: str = "") -> str:
     Args:
         module_name: the module that defines it: some libraries call every attention ``Attention``.
     """
+    if module_name.partition(".")[0] == "dinov3":
+        return (
+            f"{class_name} cannot be replaced: the hub's DINOv3 hands its blocks lists of images; load "
+            "the same weights with timm (vit_..._dinov3) or transformers (DINOv3ViTModel)."
+        )
     lowered = f"{module_name.rpartition('.')[2]} {class_name}".lower()
     for words, reason in _REASONS:
         if any(word in lowered for word in words):

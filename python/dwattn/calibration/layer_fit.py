@@ -28,16 +28,16 @@ from dwattn.geometry import Geometry
 from dwattn.prefix import StaticPrefixRows
 from dwattn.projections import AttentionWeights
 from dwattn.reference import merge_heads, split_heads
+from dwattn.rotary import Rotary, placed
 from dwattn.scattered import ScatteredDWAttention
 from dwattn.variants import Replacement
 
 
-def true_rows(weights: AttentionWeights, x: Tensor) -> Tensor:
+def true_rows(weights: AttentionWeights, x: Tensor, rotary: Rotary | None = None) -> Tensor:
     """The attention output of all tokens before Wo: ``x (B, N, D) -> (B, N, C)``."""
     projections = ((weights.wq, weights.bq), (weights.wk, weights.bk), (weights.wv, weights.bv))
     q, k, v = (split_heads(F.linear(x, w, b), weights.num_heads) for w, b in projections)
-    q = q if weights.q_norm is None else weights.q_norm(q)
-    k = k if weights.k_norm is None else weights.k_norm(k)
+    q, k = placed(q, k, weights, rotary)
     return merge_heads(F.scaled_dot_product_attention(q, k, v, scale=weights.scale))
 
 
@@ -51,13 +51,26 @@ class LayerFit:
 
 #: Gives the layer's inputs ``x (B, N, D)`` for all calibration images, chunk by chunk; may be called repeatedly.
 Inputs = Callable[[], Iterable[Tensor]]
+#: The same with :func:`true_rows` beside each chunk.
+Samples = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+
+
+def _sampled(weights: AttentionWeights, inputs: Inputs, rotary: Rotary | None) -> Samples:
+    return lambda: ((x, true_rows(weights, x, rotary)) for x in inputs())
 
 
 @torch.no_grad()
 def fit_layer(
-    layer: Replacement, weights: AttentionWeights, inputs: Inputs, geometry: Geometry
+    layer: Replacement,
+    weights: AttentionWeights,
+    inputs: Inputs,
+    geometry: Geometry,
+    rotary: Rotary | None = None,
 ) -> LayerFit:
     """Fill ``layer`` (fp32) with closed-form factors, kernels and context terms.
+
+    Args:
+        rotary: of the layer's calls, where queries and keys are turned.
 
     Raises:
         CalibrationError: the variant has no closed form.
@@ -67,10 +80,11 @@ def fit_layer(
             "spvit has no closed-form calibration: its head weights pass through a softmax and share two projections. "
             "Convert without calibrate= and fine-tune, or use variant='lowrank_dw', which costs less."
         )
+    samples = _sampled(weights, inputs, rotary)
     if isinstance(layer, ScatteredDWAttention):
-        return _fit_scattered(layer, weights, inputs, geometry)
+        return _fit_scattered(layer, weights, samples, geometry)
     if isinstance(layer, LowRankDWAttention):
-        mix = _low_rank_mix(layer, weights, inputs, geometry)
+        mix = _low_rank_mix(layer, weights, samples, geometry)
         rank = layer.inner_dim
     elif isinstance(layer, EnsembleDWAttention):
         _, _, woe = layer.ensemble()
@@ -78,8 +92,8 @@ def fit_layer(
         rank = None
     else:
         mix, rank = None, None
-    fitted = _fit_stencil(layer, weights, inputs, geometry, mix)
-    _fit_static_prefix(layer, weights, inputs, mix)
+    fitted = _fit_stencil(layer, samples, geometry, mix)
+    _fit_static_prefix(layer, samples, mix)
     return LayerFit(_share(fitted), rank)
 
 
@@ -88,20 +102,22 @@ def choose_rank(
     inputs: Inputs,
     geometry: Geometry,
     fidelity: float,
+    rotary: Rotary | None = None,
     *,
     multiple: int = 8,
 ) -> int:
     """The least inner width, a multiple of 8, that keeps a share ``fidelity`` of the layer's output energy."""
-    needed = _directions(weights, inputs, geometry)[1].rank_for(fidelity)
+    samples = _sampled(weights, inputs, rotary)
+    needed = _directions(weights, samples, geometry)[1].rank_for(fidelity)
     return min(-(-needed // multiple) * multiple, weights.channels)
 
 
 def _directions(
-    weights: AttentionWeights, inputs: Inputs, geometry: Geometry
+    weights: AttentionWeights, samples: Samples, geometry: Geometry
 ) -> tuple[OutputCovariance, Directions]:
     covariance = OutputCovariance(weights.channels, weights.wv.device)
-    for x in inputs():
-        covariance.add(true_rows(weights, x)[:, geometry.num_prefix :])
+    for _, rows in samples():
+        covariance.add(rows[:, geometry.num_prefix :])
     return covariance, output_directions(covariance.covariance(), weights.wo, weights.num_heads)
 
 
@@ -110,10 +126,10 @@ def _share(fitted: StencilWeights) -> float:
 
 
 def _low_rank_mix(
-    layer: LowRankDWAttention, weights: AttentionWeights, inputs: Inputs, geometry: Geometry
+    layer: LowRankDWAttention, weights: AttentionWeights, samples: Samples, geometry: Geometry
 ) -> Tensor:
     """Choose the kept directions, set ``A`` and a first ``B``; returns the mix ``M (r, C)``."""
-    covariance, directions = _directions(weights, inputs, geometry)
+    covariance, directions = _directions(weights, samples, geometry)
     mix = directions.mix[: layer.inner_dim]
     layer.value.weight.copy_(mix @ weights.wv.double())
     if layer.value.bias is not None:
@@ -132,18 +148,14 @@ def _low_rank_mix(
 
 
 def _fit_stencil(
-    layer: ReplacementAttention,
-    weights: AttentionWeights,
-    inputs: Inputs,
-    geometry: Geometry,
-    mix: Tensor | None,
+    layer: ReplacementAttention, samples: Samples, geometry: Geometry, mix: Tensor | None
 ) -> StencilWeights:
     value, bias = (
         layer.ensemble()[:2] if isinstance(layer, EnsembleDWAttention) else layer.value_projection()
     )
     fit = StencilFit(layer.inner_dim, geometry, value.device, context=layer.beta is not None)
-    for x in inputs():
-        target = true_rows(weights, x)[:, geometry.num_prefix :]
+    for x, rows in samples():
+        target = rows[:, geometry.num_prefix :]
         fit.add(F.linear(x, value, bias), target if mix is None else target @ mix.T)
     if isinstance(layer, ConvAttention):
         fit.tie(layer.num_heads)
@@ -164,30 +176,28 @@ def _store(layer: Replacement, fitted: StencilWeights) -> None:
             parameter.copy_(values)
 
 
-def _fit_static_prefix(
-    layer: ReplacementAttention, weights: AttentionWeights, inputs: Inputs, mix: Tensor | None
-) -> None:
-    rows = layer.prefix_rows
-    if not isinstance(rows, StaticPrefixRows):
+def _fit_static_prefix(layer: ReplacementAttention, samples: Samples, mix: Tensor | None) -> None:
+    prefix = layer.prefix_rows
+    if not isinstance(prefix, StaticPrefixRows):
         return
     value, bias = layer.value_projection()
-    fit = PrefixFit(rows.num_prefix, value.shape[0], value.device)
-    for x in inputs():
-        target = true_rows(weights, x)[:, : rows.num_prefix]
+    fit = PrefixFit(prefix.num_prefix, value.shape[0], value.device)
+    for x, rows in samples():
+        target = rows[:, : prefix.num_prefix]
         lifted = target if mix is None or mix.shape[0] != value.shape[0] else target @ mix.T
         fit.add(F.linear(x, value, bias), lifted)
     a, b = fit.solve()
-    rows.a.copy_(a)
-    rows.b.copy_(b)
+    prefix.a.copy_(a)
+    prefix.b.copy_(b)
 
 
 def _fit_scattered(
-    layer: ScatteredDWAttention, weights: AttentionWeights, inputs: Inputs, geometry: Geometry
+    layer: ScatteredDWAttention, weights: AttentionWeights, samples: Samples, geometry: Geometry
 ) -> LayerFit:
-    rows = weights.head_rows(layer.replaced).to(weights.wv.device)
+    replaced = weights.head_rows(layer.replaced).to(weights.wv.device)
     fit = StencilFit(layer.inner_dim, geometry, weights.wv.device, context=layer.beta is not None)
-    for x in inputs():
-        target = true_rows(weights, x)[:, geometry.num_prefix :, rows]
+    for x, rows in samples():
+        target = rows[:, geometry.num_prefix :, replaced]
         value = layer.value(x)[..., layer.kept_dim :]
         fit.add(value, target)
     fitted = fit.solve()

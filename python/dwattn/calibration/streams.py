@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dwattn.adapters import BackboneLayout, BlockSite, CallConvention
 from dwattn.errors import CalibrationError
+from dwattn.rotary import Rotary
 
 
 class _Captured(Exception):
@@ -123,17 +124,27 @@ class BlockRunner:
 
     def attention_input(self, tokens: Tensor) -> Tensor:
         """What the attention layer sees, ``norm(t)``; the block is not run further."""
-        seen: list[Tensor] = []
+        return _tokens(*self._attention_call(tokens))
 
-        def stop(_: nn.Module, x: Tensor) -> None:
-            seen.append(x)
+    def rotary(self, tokens: Tensor, convention: CallConvention) -> Rotary | None:
+        """The rotary embedding with which the block calls its attention layer for such tokens."""
+        return convention.rotary(self._attention_call(tokens)[1])
+
+    def _attention_call(self, tokens: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of the attention layer; the block is not run further."""
+        seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append((args, kwargs))
             raise _Captured
 
-        with _input_hooks((self.attention,), stop):
-            try:
-                self(tokens)
-            except _Captured:
-                return seen[0]
+        handle = self.attention.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self(tokens)
+        except _Captured:
+            return seen[0]
+        finally:
+            handle.remove()
         raise CalibrationError(f"The block never called its attention layer {self.path!r}.")
 
     def attention_pass(
@@ -187,14 +198,17 @@ class _Given(nn.Module):
         return self.convention.pack(self.output)
 
 
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    tokens: Tensor = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
+    return tokens
+
+
 @contextmanager
 def _input_hooks(
     modules: tuple[nn.Module, ...], record: Callable[[nn.Module, Tensor], None]
 ) -> Iterator[None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        record(
-            module, args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
-        )
+        record(module, _tokens(args, kwargs))
 
     handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules]
     try:

@@ -27,6 +27,7 @@ from dwattn.errors import CalibrationError
 from dwattn.fidelity import drift
 from dwattn.geometry import Geometry
 from dwattn.projections import AttentionWeights
+from dwattn.rotary import Rotary
 from dwattn.scattered import ScatteredDWAttention
 from dwattn.untouched import untouched
 from dwattn.variants import Replacement
@@ -244,16 +245,21 @@ class _Sweep:
     ) -> BlockRunner:
         """Fit one replacement in fp32 and copy it into ``shim``; returns the converted block."""
         weights = _weights(original)
+        rotary = original.rotary(self.converted[:1], _convention(site))
         working = copy.deepcopy(shim).float().eval()
         if isinstance(shim.layer, LowRankDWAttention) and self.options.fidelity is not None:
             rank = choose_rank(
-                weights, lambda: self._inputs(original), self.geometry, self.options.fidelity
+                weights,
+                lambda: self._inputs(original),
+                self.geometry,
+                self.options.fidelity,
+                rotary,
             )
             shim.layer = shim.layer.with_rank(rank)
             working.layer = copy.deepcopy(shim.layer).float()
         layer = working.layer
         layer.grid = self.geometry.grid  # the private copy has no patch embedding to learn it from
-        fit = fit_layer(layer, weights, lambda: self._inputs(original), self.geometry)
+        fit = fit_layer(layer, weights, lambda: self._inputs(original), self.geometry, rotary)
         self.result.notes.append(
             LayerNote(site.attention_name, "stencil", fit.residual, rank=fit.rank)
         )
@@ -262,7 +268,7 @@ class _Sweep:
             for either in (layer, shim.layer):
                 if isinstance(either, ReplacementAttention):
                     either.own_prefix_projection()
-            self._correct_replacement(site, runner, layer, middle)
+            self._correct_replacement(site, runner, layer, middle, rotary)
         shim.load_state_dict(working.state_dict())
         return runner
 
@@ -271,7 +277,12 @@ class _Sweep:
             yield runner.attention_input(self.converted[part])
 
     def _correct_replacement(
-        self, site: BlockSite, runner: BlockRunner, layer: Replacement, middle: Tensor
+        self,
+        site: BlockSite,
+        runner: BlockRunner,
+        layer: Replacement,
+        middle: Tensor,
+        rotary: Rotary | None,
     ) -> None:
         """Correct the layer's Wo so that the residual stream comes back to the original model's."""
         rows = (
@@ -286,7 +297,7 @@ class _Sweep:
             tokens = self.converted[part]
             x = runner.attention_input(tokens)
             if isinstance(layer, ScatteredDWAttention):
-                features = layer.rows(x)
+                features = layer.rows(x, rotary=rotary)
             else:
                 features = layer.patch_features(x, self.geometry)
             written = _scaled(layer.proj(features), site.attention_scale)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dwattn.attention import EnsembleDWAttention, FusedDWAttention
 from dwattn.export.node import layer_tensors, variant_name
 from dwattn.prefix import ExactPrefixRows
+from dwattn.rotary import Rotary
 from dwattn.token_grid import Grid
 
 
@@ -61,7 +62,7 @@ class ImageLayer(nn.Module):
             image = None if rows is None else rows.detach().t()[None, :, None].contiguous()
             self.register_buffer(name, image)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         tokens = x.transpose(1, 2)
         image = tokens[:, :, self.num_prefix :].unflatten(2, self.grid)
         prefix = tokens[:, :, None, : self.num_prefix] if self.num_prefix else None

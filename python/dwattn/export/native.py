@@ -27,6 +27,7 @@ from dwattn.attention import (
 from dwattn.errors import ExportError
 from dwattn.prefix import ExactPrefixRows, StaticPrefixRows
 from dwattn.reference import ensemble_weights, fold_conv, merge_heads, split_heads, spvit_weights
+from dwattn.rotary import Rotary
 from dwattn.scattered import ScatteredDWAttention
 from dwattn.token_grid import Grid, GridSource
 
@@ -106,19 +107,22 @@ class _ExactRows(nn.Module):
             rows.query.weight * scale, None if rows.query.bias is None else rows.query.bias * scale
         )
         self.q_norm, self.k_norm, self.scale = rows.q_norm, rows.k_norm, rows.scale
-        self.key = _linear(rows.key.weight, rows.key.bias) if rows.k_norm is not None else None
+        formed = rows.k_norm is not None or rows.rotary
+        self.key = _linear(rows.key.weight, rows.key.bias) if formed else None
         if self.key is None:
             _constant(self, "absorb", rows.key.weight.unflatten(0, (heads, head_dim)))
         _constant(self, "value", value.unflatten(0, (heads, head_dim)).transpose(1, 2))
         _constant(self, "bias", bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         q = split_heads(self.query(x[:, : self.num_prefix]), self.num_heads)
         if self.q_norm is not None:
             q = self.q_norm(q) * self.scale
         # (B, n_h * P, D) @ (B, D, N): one product for all heads, since they share x.
-        if self.key is not None and self.k_norm is not None:
-            keys = self.k_norm(split_heads(self.key(x), self.num_heads))
+        if self.key is not None:
+            keys = split_heads(self.key(x), self.num_heads)
+            keys = keys if self.k_norm is None else self.k_norm(keys)
+            keys = keys if rotary is None else rotary.rotate(keys)
             share = torch.softmax(q @ keys.transpose(-2, -1), dim=-1).flatten(1, 2)
         else:
             share = torch.softmax((q @ self.absorb).flatten(1, 2) @ x.transpose(1, 2), dim=-1)
@@ -141,7 +145,7 @@ class _StaticRows(nn.Module):
         _constant(self, "a", rows.a)
         _constant(self, "b", rows.b)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         mean = x[:, self.num_prefix :].mean(1, keepdim=True)
         values = self.value(torch.cat([x[:, : self.num_prefix], mean], 1))
         rows: Tensor = self.a * values[:, : self.num_prefix]
@@ -212,14 +216,14 @@ class _Depthwise(nn.Module):
             own = layer.prefix_proj or layer.proj
             self.prefix_proj = _linear(own.weight, own.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         y = self.stencil(self.value(x))
         if self.prefix is None:
             out: Tensor = self.proj(y)
         elif self.prefix_proj is None:
-            out = self.proj(torch.cat([self.prefix(x), y], 1))
+            out = self.proj(torch.cat([self.prefix(x, rotary), y], 1))
         else:
-            out = torch.cat([self.prefix_proj(self.prefix(x)), self.proj(y)], 1)
+            out = torch.cat([self.prefix_proj(self.prefix(x, rotary)), self.proj(y)], 1)
         return out
 
 
@@ -264,7 +268,7 @@ class _Dense(nn.Module):
             for name in ("kappa", "mu", "beta"):
                 _constant(self, name, getattr(layer, name))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         height, width = self.where.grid
         image = x[:, self.where.num_prefix :].transpose(1, 2).unflatten(2, (height, width))
         y = F.conv2d(image, self.dense, self.conv_bias, padding=1)
@@ -274,7 +278,7 @@ class _Dense(nn.Module):
         if self.has_context:
             out = out + self.context_proj(self._context(x))
         if self.prefix is not None and self.prefix_proj is not None:
-            out = torch.cat([self.prefix_proj(self.prefix(x)), out], 1)
+            out = torch.cat([self.prefix_proj(self.prefix(x, rotary)), out], 1)
         return out
 
     def _context(self, x: Tensor) -> Tensor:
@@ -322,13 +326,14 @@ class _Scattered(nn.Module):
         if layer.prefix_rows is not None:
             self.prefix = _ExactRows(layer.prefix_rows, weight[kept:], replaced_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         q, k, v = (split_heads(p(x), self.heads) for p in (self.query, self.key, self.kept_value))
         q = q if self.q_norm is None else self.q_norm(q) * self.scale
         k = k if self.k_norm is None else self.k_norm(k)
+        q, k = (q, k) if rotary is None else (rotary.rotate(q), rotary.rotate(k))
         y = self.stencil(self.replaced_value(x))
         if self.prefix is not None:
-            y = torch.cat([self.prefix(x), y], 1)
+            y = torch.cat([self.prefix(x, rotary), y], 1)
         rows = torch.cat([merge_heads(_plain_attention(q, k, v)), y], -1)
         out: Tensor = self.proj(rows)
         return out

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dwattn.attention import EnsembleDWAttention, FusedDWAttention, LowRankDWAttention
 from dwattn.prefix import ExactPrefixRows, StaticPrefixRows
+from dwattn.rotary import Rotary
 from dwattn.scattered import ScatteredDWAttention
 from dwattn.token_grid import Grid
 
@@ -49,9 +50,12 @@ def refusal(layer: nn.Module) -> str | None:
             "layers; export with lowering='native'"
         )
     rows = layer.prefix_rows
-    if isinstance(rows, ExactPrefixRows) and (rows.q_norm is not None or rows.k_norm is not None):
+    if isinstance(rows, ExactPrefixRows) and (
+        rows.q_norm is not None or rows.k_norm is not None or rows.rotary
+    ):
+        what = "rotary positions" if rows.rotary else "query and key norms"
         return (
-            "its exact prefix rows have query and key norms, which the plugin library does not "
+            f"its exact prefix rows have {what}, which the plugin library does not "
             "compute; replace with prefix='static', or export with lowering='native'"
         )
     return None
@@ -145,7 +149,7 @@ class LayerNode(nn.Module):
         self._buffers.update(coefficients)
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         tensors: dict[str, Any] = {"x": x, **self._buffers}
         if self.patch_map is not None:
             tensors["grid"] = self.patch_map.tensor

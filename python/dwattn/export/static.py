@@ -78,6 +78,8 @@ def to_opset(model: Any, opset: int) -> Any:
     import onnx
     import onnx_ir as ir
 
+    if opset < 18:
+        _slice_splits(model.graph)
     for node in model.graph:
         empty = node.attributes.get("noop_with_empty_axes")
         if empty is not None and not empty.value:  # the default, which older opsets do not know
@@ -90,3 +92,21 @@ def to_opset(model: Any, opset: int) -> Any:
     converted = ir.from_proto(proto)
     converted.ir_version = 8  # of opset 17
     return converted
+
+
+def _slice_splits(graph: Any) -> None:
+    """Slices in the place of Split nodes, which the converter of older opsets does not know."""
+    import onnx_ir as ir
+
+    for node in list(graph):
+        if node.op_type != "Split":
+            continue
+        axis, start, tape = node.attributes["axis"].value, 0, ir.tape.Tape()
+        for part in node.outputs:
+            stop = start + part.shape[axis]
+            numbers = (tape.op("Constant", [], {"value_ints": [n]}) for n in (start, stop, axis))
+            cut = tape.op("Slice", [node.inputs[0], *numbers])
+            cut.shape, cut.type, start = part.shape, part.type, stop
+            part.replace_all_uses_with(cut)
+        graph.insert_before(node, list(tape.nodes))
+        graph.remove(node, safe=True)

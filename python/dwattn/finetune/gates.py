@@ -33,6 +33,7 @@ from dwattn.grid_hook import GridHook
 from dwattn.plan import Plan
 from dwattn.projections import AttentionWeights
 from dwattn.reference import merge_heads, split_heads
+from dwattn.rotary import Rotary, placed
 from dwattn.scattered import ScatteredDWAttention
 from dwattn.shims import check_grid, finish
 from dwattn.surgery import install, replace
@@ -177,12 +178,11 @@ class GatedAttention(TokenGridModule):
         gaussian_kernel_(self.kernel)
         self.gate, self.slots = gate, slots
 
-    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None, rotary: Rotary | None = None) -> Tensor:
         geometry = self.geometry(x, grid)
         value = self.value(x)
         q, k, v = (split_heads(t, self.num_heads) for t in (self.query(x), self.key(x), value))
-        q = q if self.q_norm is None else self.q_norm(q)
-        k = k if self.k_norm is None else self.k_norm(k)
+        q, k = placed(q, k, self, rotary)
         rows = merge_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale))
         static = functional.dw_aggregate(
             value, self.kernel, geometry, self.kappa, self.mu, self.beta
