@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import dwattn
-from dwattn.adapters import describe
+from dwattn.adapters import adapter_for, describe
+from dwattn.calibration import layer_fit
 from dwattn.errors import ExportError, UnsupportedAttentionError
 from dwattn.fidelity import drift
 from dwattn.latency import measure_latency
+from dwattn.prefix import ExactPrefixRows
 from dwattn.rotary import Rotary
+from dwattn.scattered import ScatteredDWAttention
 from support.models import BY_NAME, DINOV3, hf_dinov3, timm_eva
 
 NAMES = ["timm-dinov3", "timm-eva02", "hf-dinov3"]
@@ -26,7 +30,11 @@ def with_key_bias() -> nn.Module:
     return timm_eva(**{**DINOV3, "attn_type": "rope", "qkv_bias": True})
 
 
-BUILDS = {**{name: BY_NAME[name].build for name in NAMES}, "key bias": with_key_bias}
+BUILDS = {
+    **{name: BY_NAME[name].build for name in NAMES},
+    "key bias": with_key_bias,
+    "fused with biases": timm_eva,
+}
 
 
 def images_for(model: nn.Module, count: int = 2, seed: int = 0) -> Tensor:
@@ -122,13 +130,10 @@ def test_single_heads_keep_turned_attention(name: str) -> None:
     shim = model.get_submodule(site.attention_name)
     rotary = shim.convention.rotary(seen[0])
     kept = layer.rows(x, rotary=rotary)[..., : layer.kept_dim]
-    from dwattn.adapters import adapter_for
-    from dwattn.calibration.layer_fit import true_rows
-
     adapter = adapter_for(site.attention)
     assert adapter is not None
     weights = adapter.weights(site.attention)
-    expected = true_rows(weights, x, rotary)[..., weights.head_rows([0, 2])]
+    expected = layer_fit.true_rows(weights, x, rotary)[..., weights.head_rows([0, 2])]
     torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-5)
     assert (layer.rows(x)[..., : layer.kept_dim] - expected).abs().max() > 0.01
 
@@ -158,25 +163,54 @@ def test_calibration_brings_the_model_nearer(name: str, options: dict[str, Any])
     assert after < 0.8 * start
 
 
-@pytest.mark.parametrize("name", ["timm-dinov3", "hf-dinov3"])
+@pytest.mark.parametrize(
+    "options", [{"variant": "lowrank_dw", "rank": {"fidelity": 0.9}}, {"heads": [1]}], ids=str
+)
 @torch.no_grad()
-def test_calibration_knows_the_rotation(name: str) -> None:
-    """Kernels are fitted to attention as the model computes it: without the rotation they come out differently."""
-    model = BUILDS[name]()
-    plan = dwattn.Plan.for_layers(model, [0])
-    options: dict[str, Any] = {"calibrate": images_for(model, 32), "views": 1, "progress": False}
-    report = dwattn.replace(model, plan, **options)
-    assert report.calibration is not None
-    fitted = report.calibration.notes[0].residual
-    from dwattn.calibration import layer_fit
+def test_every_step_knows_the_rotation(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever forms queries and keys during calibration and afterwards is given the call's rotation."""
+    model, seen = BUILDS["timm-dinov3"](), dict[str, list[bool]]()
 
-    whole = layer_fit.true_rows
-    dwattn.restore(model)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_fit, "true_rows", lambda weights, x, rotary: whole(weights, x))
-        other = dwattn.replace(model, plan, **options)
-    assert other.calibration is not None
-    assert abs(other.calibration.notes[0].residual - fitted) > 1e-3
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+        place = list(inspect.signature(original).parameters).index("rotary")
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            rotary = args[place] if len(args) > place else kwargs.get("rotary")
+            seen.setdefault(name, []).append(rotary is not None)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(layer_fit, "true_rows")
+    watch(ExactPrefixRows, "attention")
+    watch(ScatteredDWAttention, "rows")
+    heads = options.pop("heads", None)
+    plan = dwattn.Plan.for_layers(model, [0, 2], heads=[heads, heads])
+    dwattn.replace(model, plan, calibrate=images_for(model, 16), views=1, progress=False, **options)
+    tokens(model, images_for(model))
+    assert set(seen) >= {"true_rows", "attention"} | ({"rows"} if heads else set())
+    assert all(all(given) for given in seen.values())
+
+
+@pytest.mark.parametrize(
+    ("variant", "called"),
+    [("dw", "value"), ("lowrank_dw", "value"), ("lowrank_dw", "prefix_value")],
+)
+@torch.no_grad()
+def test_projections_that_must_be_called(variant: str, called: str) -> None:
+    """A hook, like an adapter, takes the layer to other code."""
+    model = BUILDS["timm-dinov3"]()
+    images = images_for(model)
+    dwattn.replace(model, dwattn.Plan.for_layers(model, [0]), variant=variant)
+    expected = tokens(model, images)
+    calls: list[None] = []
+    linear = getattr(model.blocks[0].attn.layer, called)
+    linear.register_forward_hook(lambda *_: calls.append(None))
+    torch.testing.assert_close(tokens(model, images), expected, rtol=1e-4, atol=1e-5)
+    assert calls
 
 
 @torch.no_grad()
