@@ -39,15 +39,17 @@ class Rotary(NamedTuple):
                 f"is supported; rotations that differ between heads, blocks or images are not."
             )
         prefix, patches = t.split([t.shape[-2] - count, count], dim=-2)
-        turned = patches * self.cos + self._quarter_turn(patches) * self.sin
-        return torch.cat([prefix, turned.to(t.dtype)], dim=-2)
+        (first, second), (cos, cos2), (sin, sin2) = map(self._pairs, (patches, self.cos, self.sin))
+        turned = (first * cos - second * sin, second * cos2 + first * sin2)
+        joined = torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
+        return torch.cat([prefix, joined.to(t.dtype)], dim=-2)
 
-    def _quarter_turn(self, t: Tensor) -> Tensor:
-        """``(a, b) -> (-b, a)`` for each pair of channels."""
+    def _pairs(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The channels that are turned together, first and second of each pair."""
         if self.interleaved:
-            return torch.stack([-t[..., 1::2], t[..., ::2]], dim=-1).flatten(-2)
-        first, second = t.chunk(2, dim=-1)
-        return torch.cat([-second, first], dim=-1)
+            return t[..., ::2], t[..., 1::2]
+        half = t.shape[-1] // 2
+        return t[..., :half], t[..., half:]
 
 
 class Norms(Protocol):
