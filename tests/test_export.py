@@ -26,8 +26,6 @@ FAMILIES = [
     "timm-reg4",
     "timm-no-class",
     "timm-qk-norm",
-    "timm-clip",
-    "hf-dinov2",
     "hf-dinov2-reg",
     "hf-vit",
     "hf-vit-mae",

@@ -253,8 +253,8 @@ def test_latency(name: str) -> None:
     assert all(layer.attention > 0 and layer.replaced > 0 for layer in table.layers.values())
 
 
-def test_plugin_and_static_exports(tmp_path: Path) -> None:
-    """The plugin has no turned keys, and convolutions no attention; with static prefix rows neither is needed."""
+def test_static_prefix_rows_need_no_keys(tmp_path: Path) -> None:
+    """The plugin does not turn keys; without exact rows, the layer becomes convolutions even in opset 17."""
     pytest.importorskip("onnxruntime")
     model = BUILDS["timm-dinov3"]()
     plan = dwattn.Plan.for_layers(model, [0])
@@ -263,8 +263,5 @@ def test_plugin_and_static_exports(tmp_path: Path) -> None:
         dwattn.export(model, tmp_path / "exact.onnx", size=(32, 24), lowering="function")
     dwattn.restore(model)
     dwattn.replace(model, plan, prefix="static")
-    for lowering in ("function", "conv2d"):
-        report = dwattn.export(
-            model, tmp_path / f"{lowering}.onnx", size=(32, 24), lowering=lowering
-        )
-        assert report.parity
+    report = dwattn.export(model, tmp_path / "static.onnx", size=(32, 24), lowering="conv2d")
+    assert report.parity
