@@ -36,6 +36,21 @@ def split_fused(qkv: nn.Linear) -> dict[str, Tensor | None]:
     return dict(zip(("wq", "wk", "wv", "bq", "bk", "bv"), (*weights, *biases), strict=True))
 
 
+def refuse_additions(module: nn.Module) -> str | None:
+    """A sentence where timm's attention does more to its output than to project it."""
+    if getattr(module, "gate", None) is not None:
+        return (
+            "Gated attention multiplies its output by a sigmoid gate, which the replacement "
+            "does not have."
+        )
+    if norm_or_none(getattr(module, "norm", None)) is not None:
+        return (
+            "scale_norm normalises all heads together before the output projection, which "
+            "cannot be replaced."
+        )
+    return None
+
+
 _MODULES = ("timm.layers.attention", "timm.models.vision_transformer")
 
 
@@ -49,16 +64,9 @@ class TimmAttentionAdapter(AttentionAdapter):
         return type(module).__name__ == "Attention" and type(module).__module__ in _MODULES
 
     def refusal(self, module: nn.Module) -> str | None:
-        if getattr(module, "gate", None) is not None:
-            return (
-                "Gated attention multiplies its output by a sigmoid gate, which the replacement "
-                "does not have."
-            )
-        if norm_or_none(getattr(module, "norm", None)) is not None:
-            return (
-                "scale_norm normalises all heads together before the output projection, which "
-                "cannot be replaced."
-            )
+        reason = refuse_additions(module)
+        if reason is not None:
+            return reason
         if getattr(module, "rope", None) is not None:
             return (
                 "Rotary position embedding makes queries and keys depend on the position, which "

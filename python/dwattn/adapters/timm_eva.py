@@ -18,7 +18,7 @@ from dwattn.adapters.base import (
     defined_in,
     refuse_projections,
 )
-from dwattn.adapters.timm import norm_or_none, split_fused, vit_layout
+from dwattn.adapters.timm import norm_or_none, refuse_additions, split_fused, vit_layout
 from dwattn.errors import UnsupportedAttentionError
 from dwattn.projections import AttentionWeights
 from dwattn.rotary import Rotary
@@ -57,17 +57,7 @@ class EvaAttentionAdapter(AttentionAdapter):
         return _ATTENTION.get(type(module).__name__) == type(module).__module__
 
     def refusal(self, module: nn.Module) -> str | None:
-        if getattr(module, "gate", None) is not None:
-            return (
-                "Gated attention multiplies its output by a sigmoid gate, which the replacement "
-                "does not have."
-            )
-        if norm_or_none(getattr(module, "norm", None)) is not None:
-            return (
-                "scale_norm normalises all heads together before the output projection, which "
-                "cannot be replaced."
-            )
-        return refuse_projections(*_linears(module))
+        return refuse_additions(module) or refuse_projections(*_linears(module))
 
     def weights(self, module: nn.Module) -> AttentionWeights:
         attention: Any = module
