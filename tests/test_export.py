@@ -17,7 +17,7 @@ from dwattn.errors import ExportError, UnsupportedAttentionError
 from dwattn.plan import Plan
 from dwattn.surgery import replace
 from support import exports
-from support.models import BY_NAME, first_tensor, hf_model, randomise, timm_vit
+from support.models import BY_NAME, DINOV3, first_tensor, hf_model, randomise, timm_eva, timm_vit
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -34,8 +34,6 @@ FAMILIES = [
     "hf-siglip",
     "hub-reg4",
     "hub-chunked",
-    "timm-dinov3",
-    "hf-dinov3",
 ]
 
 
@@ -107,6 +105,12 @@ def test_every_family_runs_on_onnxruntime(name: str, tmp_path: Path) -> None:
             "forward",
         ),
         ("vit", lambda: hf_model("ViT", num_hidden_layers=2), "forward"),
+        ("rotary timm", lambda: timm_eva(**DINOV3, depth=2), "forward_features"),
+        (
+            "rotary transformers",
+            lambda: hf_model("DINOv3ViT", num_hidden_layers=2, num_register_tokens=4),
+            "forward",
+        ),
     ],
 )
 def test_dynamic_resolution(name: str, build: Any, method: str, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from dwattn.adapters import BackboneLayout, describe
 from dwattn.conversion import conversion
 from dwattn.errors import ExportError
+from dwattn.export.symbolic_sizes import keep_sizes_symbolic
 from dwattn.scattered import SelfAttention
 from dwattn.token_grid import Grid, TokenGridModule
 
@@ -96,7 +96,7 @@ def make_target(model: nn.Module, size: int | Size, *, dynamic: bool, method: st
     _without_masks(module)
     kwargs = _size_arguments(module, method, resized=dynamic or grid != layout.grid)
     if dynamic:
-        _keep_sizes_symbolic(module)
+        keep_sizes_symbolic(module)
     return Target(
         module, layout, size, grid, dynamic, method, kwargs, layout.num_prefix, _channels(layout)
     )
@@ -257,7 +257,7 @@ def _fixed_size_reason(layout: BackboneLayout, dynamic: bool) -> str | None:
             return "its position embedding is resampled by Python numbers; export one file a size."
         return None
     embeddings = getattr(model, "embeddings", model)
-    if hasattr(embeddings, "interpolate_pos_encoding"):
+    if hasattr(embeddings, "interpolate_pos_encoding") or hasattr(model, "rope_embeddings"):
         return None
     return "its position embedding cannot be resampled."
 
@@ -290,24 +290,3 @@ def _without_masks(module: nn.Module) -> None:
     library.AttentionInterface.register(name, sdpa)
     for config in named:
         config._attn_implementation = name
-
-
-def _keep_sizes_symbolic(module: nn.Module) -> None:
-    """transformers casts grid sizes with ``int()`` while exporting, which bakes the traced size
-    into the graph.
-
-    The method is rebound on the copy, with a ``torch_int`` that leaves symbolic integers alone.
-    """
-    for part in module.modules():
-        method = getattr(type(part), "interpolate_pos_encoding", None)
-        if not isinstance(method, types.FunctionType) or "torch_int" not in method.__globals__:
-            continue
-        names = {**method.__globals__, "torch_int": _symbolic_int}
-        rebound = types.FunctionType(
-            method.__code__, names, method.__name__, method.__defaults__, method.__closure__
-        )
-        part.interpolate_pos_encoding = types.MethodType(rebound, part)  # type: ignore[assignment]
-
-
-def _symbolic_int(value: Any) -> Any:
-    return value if isinstance(value, torch.SymInt) else int(value)
