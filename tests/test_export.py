@@ -29,9 +29,7 @@ FAMILIES = [
     "hf-dinov2-reg",
     "hf-vit",
     "hf-vit-mae",
-    "hf-deit",
     "hf-clip",
-    "hf-siglip",
     "hub-reg4",
     "hub-chunked",
 ]
