@@ -353,9 +353,11 @@ def study_limits() -> str:
     columns = ["layer", "replaced", *(f"against {name}" for name in study_page.BASELINES.values())]
     parts = []
     for task, found in studies(LIMITS).items():
-        metric = study_page.TASKS[task]
-        table = _lines(columns, study_page.limits(found, metric))
-        parts += [f"{study_page.NAMES[task]}:", table, "\n".join(study_page.within(found, metric))]
+        measured = [(study_page.TASKS[task], study_page.NAMES[task])]
+        measured += [study_page.BESIDE[task]] if task in study_page.BESIDE else []
+        for metric, name in measured:
+            table = _lines(columns, study_page.limits(found, metric))
+            parts += [f"{name}:", table, "\n".join(study_page.within(found, metric))]
     return "\n\n".join(parts) or NOT_RUN
 
 

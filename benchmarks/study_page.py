@@ -11,6 +11,8 @@ from dwattn.finetune.study_results import interval, points
 
 TASKS = {"classify": "top1", "segment": "miou"}
 NAMES = {"classify": "Fashion-MNIST, top-1", "segment": "cut-outs on photos, mIoU"}
+#: What is measured beside it, with its name.
+BESIDE = {"segment": ("pixel_accuracy", "cut-outs on photos, share of pixels that are right")}
 Label = tuple[str, str, str, str, str]
 #: A difference in points, half its interval, and the number of seeds that it is from.
 Pair = tuple[float, float | None, int]
