@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 import dwattn
 from dwattn.data import image_folder
 from dwattn.errors import CheckpointError, DataError, TrainingError
+from dwattn.files import sole_writer
 from dwattn.finetune import (
     Augment,
     Callback,
@@ -245,6 +247,28 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
     (tmp_path / "state.safetensors").write_bytes(b"x" * 50)
     with pytest.raises(CheckpointError, match="not a readable training state"):
         trainer(student(), tmp_path).fit(resume=True)
+
+
+def test_a_folder_has_one_process_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two would remove each other's half-written files; the lock ends with its process, killed or not."""
+    monkeypatch.setattr(trainer_module, "sole_writer", partial(sole_writer, patience=0.3))
+    run = tmp_path / "run"
+    code = (
+        "import sys, time; from dwattn.errors import TrainingError; from dwattn.files import sole_writer\n"
+        "with sole_writer(sys.argv[1], TrainingError): print('held', flush=True); time.sleep(60)"
+    )
+    run.mkdir()
+    other = subprocess.Popen([sys.executable, "-c", code, run], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(TrainingError, match=r"Another process is at work in '.*run'"):
+        trainer(student(), run).fit()
+    assert not list(run.iterdir())
+    other.kill()
+    other.wait()
+    assert trainer(student(), run).fit().complete
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,47 @@ def write_atomically(path: str | os.PathLike[str], error: type[DwattnError]) -> 
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def sole_writer(
+    folder: str | os.PathLike[str], error: type[DwattnError], patience: float = 5.0
+) -> Iterator[None]:
+    """Keep other processes from writing into ``folder`` meanwhile: each would remove what the other has half written.
+
+    The lock is on the folder itself, leaves no file and ends with the process, however that ends. There is none where
+    the system or the file system has no such locks.
+
+    Args:
+        folder: an existing folder.
+        error: class to raise where another process holds it.
+        patience: seconds to wait for it; children of a killed process may take a moment to notice.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows, or a folder that may not be read
+        yield
+        return
+    deadline = time.monotonic() + patience
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise error(
+                        f"Another process is at work in {str(folder)!r}; let it finish, or give another folder."
+                    ) from None
+                time.sleep(0.1)
+                continue
+            except OSError:  # a file system without locks
+                pass
+            break
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dwattn.errors import CheckpointError, DataError, DwattnError, TrainingError
+from dwattn.files import sole_writer
 from dwattn.finetune.cache import TeacherCache
 from dwattn.finetune.ema import Average
 from dwattn.finetune.groups import param_groups
@@ -181,11 +182,16 @@ class Trainer:
                 processes the weights are then those of a run that was never interrupted, bit for bit on a CPU.
 
         Raises:
-            TrainingError: a loss that is not finite, or a folder that holds another run.
+            TrainingError: a loss that is not finite, or a folder that holds another run or in which another process
+                is at work.
             DataError: an image that cannot be read; what was done before it is kept.
             CheckpointError: the final state cannot be written.
             KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
         """
+        with self._alone():
+            return self._fit(resume)
+
+    def _fit(self, resume: bool) -> TrainingResult:
         self._start(resume)
         self._fill_cache()
         distributed = self.accelerator.prepare(self.module) if self.world > 1 else self.module
@@ -239,15 +245,21 @@ class Trainer:
         rate = self.recipe.lr * self.recipe.rate(self.step - 1)
         return {"step": self.step, **self._losses, "lr": rate}
 
-    def _start(self, resume: bool) -> None:
+    def _alone(self) -> AbstractContextManager[None]:
+        """The folder, made if need be, for this run alone."""
         if self.folder is None:
-            return
+            return nullcontext()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(
                 f"Cannot make the folder {self.folder}: {error.strerror}."
             ) from error
+        return sole_writer(self.folder, TrainingError) if self.main else nullcontext()
+
+    def _start(self, resume: bool) -> None:
+        if self.folder is None:
+            return
         if self.main:
             remove_leftovers(self.folder)
         found = read_progress(self.folder)
