@@ -15,7 +15,7 @@ from dwattn import adapters, reference
 from dwattn.adapters import describe
 from dwattn.errors import GeometryError, PlanError, UnsupportedAttentionError
 from dwattn.rotary import placed
-from support.models import FAMILIES, Family, clip_both, hf_model, hub_vit, timm_vit
+from support.models import FAMILIES, Family, clip_both, hf_model, hub_vit, only, timm_vit
 
 parametrize_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
@@ -87,7 +87,7 @@ def test_blocks_are_residual_blocks_as_described(family: Family) -> None:
         convention = adapter.convention(block.attention)
         handles = [
             block.module.register_forward_pre_hook(
-                lambda m, a, k, seen=seen: seen.update(t=a[0] if a else k["hidden_states"]),
+                lambda m, a, k, seen=seen: seen.update(t=only(a[0]) if a else k["hidden_states"]),
                 with_kwargs=True,
             ),
             block.attention.register_forward_hook(
@@ -96,9 +96,7 @@ def test_blocks_are_residual_blocks_as_described(family: Family) -> None:
                 )
             ),
             block.mlp_out.register_forward_hook(lambda m, a, r, seen=seen: seen.update(m=r)),
-            block.module.register_forward_hook(
-                lambda m, a, r, seen=seen: seen.update(out=r[0] if isinstance(r, tuple) else r)
-            ),
+            block.module.register_forward_hook(lambda m, a, r, seen=seen: seen.update(out=only(r))),
         ]
         family.tokens(model, images)
         for handle in handles:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import dwattn
 from dwattn.adapters import describe
 from dwattn.errors import PlanError, UnsupportedAttentionError
-from support import hub_dinov2
+from support import hub_dinov2, hub_dinov3
 from support.models import DINOV3, HF, Family, hf_model, hub_vit, timm_eva, timm_model, timm_vit
 
 
@@ -68,12 +68,13 @@ def test_unsupported_models_are_refused_by_name(name: str) -> None:
     assert before == {n: id(m) for n, m in model.named_modules()}
 
 
-def test_the_hub_s_dinov3_is_refused_with_the_way_out() -> None:
-    layer = type("SelfAttention", (nn.Module,), {"__module__": "dinov3.layers.attention"})()
+def test_hub_dinov3_that_drops_samples_is_refused() -> None:
+    model = hub_dinov3.DinoVisionTransformer()
+    model.blocks[2].sample_drop_ratio = 0.1
     with pytest.raises(
-        UnsupportedAttentionError, match=r"SelfAttention cannot.*timm.*transformers"
+        UnsupportedAttentionError, match=r"blocks.2 drops samples.*drop_path_rate=0"
     ):
-        describe(nn.Sequential(layer))
+        describe(model)
 
 
 def test_rotations_of_each_block_are_refused() -> None:

@@ -29,7 +29,7 @@ from dwattn.finetune import (
     teacher,
 )
 from dwattn.finetune.distill import relative_error
-from support.models import BY_NAME, FAMILIES, hub_vit
+from support.models import BY_NAME, FAMILIES, hub_vit, only
 from support.surgery import plan_for
 
 FAMILY = BY_NAME["hub-reg4"]
@@ -51,7 +51,7 @@ def test_features_are_those_the_model_makes(family: Any) -> None:
     layout = dwattn.adapters.describe(model)
     seen: list[Tensor] = []
     handle = layout.blocks[-1].module.register_forward_hook(
-        lambda _, __, result: seen.append(result[0] if isinstance(result, tuple) else result)
+        lambda _, __, result: seen.append(only(result))
     )
     with torch.no_grad():
         with layout.in_raster_order():

@@ -22,7 +22,7 @@ from dwattn.rotary import Rotary
 from dwattn.scattered import ScatteredDWAttention
 from support.models import BY_NAME, DINOV3, hf_dinov3, timm_eva
 
-NAMES = ["timm-dinov3", "timm-eva02", "hf-dinov3"]
+NAMES = ["timm-dinov3", "timm-eva02", "hf-dinov3", "hub-dinov3"]
 
 
 def with_key_bias() -> nn.Module:
@@ -48,6 +48,13 @@ def tokens(model: nn.Module, images: Tensor) -> Tensor:
     found: Any = (
         model.forward_features(images) if hasattr(model, "forward_features") else model(images)
     )
+    if isinstance(found, dict) and "x_storage_tokens" in found:
+        parts = (
+            found["x_norm_clstoken"][:, None],
+            found["x_storage_tokens"],
+            found["x_norm_patchtokens"],
+        )
+        return torch.cat(parts, 1)
     return found if isinstance(found, Tensor) else found.last_hidden_state
 
 

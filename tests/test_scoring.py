@@ -35,6 +35,8 @@ def test_every_family_agrees_with_a_direct_computation(family: Family) -> None:
         assert layer.sigma_block == pytest.approx(sigma.mean().item(), rel=1e-6)
         assert layer.block_residual is not None
         assert 0 < layer.block_residual < 2
+        assert layer.perturbation is not None
+        assert float(layer.perturbation.min()) > 0  # the stream in front of the block was seen
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
 

@@ -245,7 +245,10 @@ class ScoringRun:
 
     def _see_stream(self, layer: LayerRun) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tokens = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+            given = [
+                y for x in (*args, *kwargs.values()) for y in (x if isinstance(x, list) else [x])
+            ]
+            tokens = next((x for x in given if isinstance(x, Tensor)), None)
             if tokens is not None and tokens.dim() == 3:
                 layer.note_stream(tokens, self.layout.num_prefix)
 

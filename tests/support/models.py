@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from support import hub_dinov2
+from support import hub_dinov2, hub_dinov3
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ def first_tensor(result: Any) -> Tensor:
             return value
     maps = getattr(result, "feature_maps", None)
     return maps[-1] if maps else next(v for v in result if isinstance(v, Tensor))
+
+
+def only(value: Any) -> Any:
+    """The tokens in what a block takes or returns, which may be a tuple or a list."""
+    return value[0] if isinstance(value, (tuple, list)) else value
 
 
 @torch.no_grad()
@@ -175,6 +180,11 @@ def clip_both(kind: str = "CLIP", class_name: str | None = None) -> nn.Module:
 def hub_vit(**options: Any) -> nn.Module:
     """The stand-in for torch.hub's DINOv2."""
     return randomise(hub_dinov2.DinoVisionTransformer(**options))
+
+
+def hub_dinov3_vit(**options: Any) -> nn.Module:
+    """The stand-in for torch.hub's DINOv3."""
+    return randomise(hub_dinov3.DinoVisionTransformer(**options))
 
 
 def _hub_tokens(model: nn.Module, x: Tensor) -> Tensor:
@@ -344,6 +354,7 @@ HUB = [
         True,
         _hub_tokens,
     ),
+    Family("hub-dinov3", hub_dinov3_vit, (32, 24), (4, 3), 5, _TIMM, True, _hub_tokens),
     Family(
         "hub-chunked",
         lambda: hub_vit(block_chunks=2),

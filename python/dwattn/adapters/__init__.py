@@ -26,6 +26,7 @@ from dwattn.adapters.base import (
     TupleConvention,
 )
 from dwattn.adapters.dinov2_hub import HubAttentionAdapter, HubBackboneAdapter
+from dwattn.adapters.dinov3_hub import DinoV3HubAttentionAdapter, DinoV3HubBackboneAdapter
 from dwattn.adapters.timm import TimmAttentionAdapter, TimmBackboneAdapter
 from dwattn.adapters.timm_eva import EvaAttentionAdapter, EvaBackboneAdapter
 from dwattn.adapters.transformers import TransformersAttentionAdapter, TransformersBackboneAdapter
@@ -51,12 +52,14 @@ _attention_adapters: list[AttentionAdapter] = [
     EvaAttentionAdapter(),
     TransformersAttentionAdapter(),
     HubAttentionAdapter(),
+    DinoV3HubAttentionAdapter(),
 ]
 _backbone_adapters: list[BackboneAdapter] = [
     TimmBackboneAdapter(),
     EvaBackboneAdapter(),
     TransformersBackboneAdapter(),
     HubBackboneAdapter(),
+    DinoV3HubBackboneAdapter(),
 ]
 
 
@@ -121,6 +124,5 @@ def describe(model: nn.Module) -> BackboneLayout:
         f"{type(model).__name__} is not a Vision Transformer that dwattn knows ({reasons}). "
         "Supported are timm VisionTransformer and Eva (DINOv3), transformers Dinov2, "
         "Dinov2WithRegisters, DINOv3ViT, ViT, ViTMAE, DeiT, CLIP and SigLIP vision models, and hub "
-        "DINOv2; other classes can be added "
-        "with dwattn.adapters.register()."
+        "DINOv2 and DINOv3; other classes can be added with dwattn.adapters.register()."
     )

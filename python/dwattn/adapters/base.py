@@ -33,6 +33,14 @@ def defined_in(module: nn.Module, package: str, *class_names: str) -> bool:
     )
 
 
+def in_repository(module: nn.Module, name: str) -> bool:
+    """Whether the class lives in a package such as ``name.layers`` or ``some_model.name_layers``: code of a repository
+    that is no installed library.
+    """
+    parts = type(module).__module__.split(".")
+    return parts[0] not in ("transformers", "timm") and any(p.startswith(name) for p in parts)
+
+
 def refuse_projections(*layers: object) -> str | None:
     """A sentence unless all are plain linear layers: LoRA and quantised layers compute something
     else.

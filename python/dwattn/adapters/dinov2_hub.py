@@ -15,6 +15,7 @@ from dwattn.adapters.base import (
     BackboneAdapter,
     BackboneLayout,
     BlockSite,
+    in_repository,
     refuse_projections,
 )
 from dwattn.adapters.timm import split_fused
@@ -22,14 +23,6 @@ from dwattn.errors import UnsupportedAttentionError
 from dwattn.projections import AttentionWeights
 
 _BLOCKS = ("Block", "NestedTensorBlock")
-
-
-def in_dinov2(module: nn.Module) -> bool:
-    """Whether the class lives in a package such as ``dinov2.layers`` or
-    ``some_model.dinov2_layers``.
-    """
-    parts = type(module).__module__.split(".")
-    return parts[0] not in ("transformers", "timm") and any(p.startswith("dinov2") for p in parts)
 
 
 class HubAttentionAdapter(AttentionAdapter):
@@ -40,7 +33,9 @@ class HubAttentionAdapter(AttentionAdapter):
     name = "hub DINOv2 attention"
 
     def matches(self, module: nn.Module) -> bool:
-        return type(module).__name__ in ("Attention", "MemEffAttention") and in_dinov2(module)
+        return type(module).__name__ in ("Attention", "MemEffAttention") and in_repository(
+            module, "dinov2"
+        )
 
     def refusal(self, module: nn.Module) -> str | None:
         return refuse_projections(getattr(module, "qkv", None), getattr(module, "proj", None))
@@ -62,7 +57,11 @@ class HubBackboneAdapter(BackboneAdapter):
 
     def matches(self, module: nn.Module) -> bool:
         kinds = [cls.__name__ for cls in type(module).__mro__]
-        return "DinoVisionTransformer" in kinds and in_dinov2(module) and hasattr(module, "blocks")
+        return (
+            "DinoVisionTransformer" in kinds
+            and in_repository(module, "dinov2")
+            and hasattr(module, "blocks")
+        )
 
     def layout(self, name: str, module: nn.Module) -> BackboneLayout:
         model: Any = module

@@ -36,11 +36,6 @@ def refusal_by_name(class_name: str, module_name: str = "") -> str:
     Args:
         module_name: the module that defines it: some libraries call every attention ``Attention``.
     """
-    if module_name.partition(".")[0] == "dinov3":
-        return (
-            f"{class_name} cannot be replaced: the hub's DINOv3 hands its blocks lists of images; load "
-            "the same weights with timm (vit_..._dinov3) or transformers (DINOv3ViTModel)."
-        )
     lowered = f"{module_name.rpartition('.')[2]} {class_name}".lower()
     for words, reason in _REASONS:
         if any(word in lowered for word in words):

@@ -51,6 +51,7 @@ def embed(
     seen: list[tuple[Tensor, BlockCall]] = []
 
     def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        args = tuple(map(_only, args))
         if args:
             seen.append((args[0], BlockCall(args[1:], dict(kwargs), None)))
         else:
@@ -70,6 +71,11 @@ def embed(
     raise CalibrationError(
         f"The model finished without calling its first block {layout.blocks[0].name!r}; calibration cannot follow it."
     )
+
+
+def _only(argument: Any) -> Any:
+    """DINOv3's blocks take lists of images of several sizes, or what is in them by itself."""
+    return argument[0] if isinstance(argument, list) and len(argument) == 1 else argument
 
 
 class BlockRunner:

@@ -252,12 +252,14 @@ def _fixed_size_reason(layout: BackboneLayout, dynamic: bool) -> str | None:
         if getattr(model, "dynamic_img_size", False):
             return None
         return "create it with dynamic_img_size=True, or with img_size= for another fixed size."
-    if layout.family.startswith("hub"):
+    if layout.family.startswith("hub DINOv2"):
         if dynamic:
             return "its position embedding is resampled by Python numbers; export one file a size."
         return None
     embeddings = getattr(model, "embeddings", model)
-    if hasattr(embeddings, "interpolate_pos_encoding") or hasattr(model, "rope_embeddings"):
+    if hasattr(embeddings, "interpolate_pos_encoding") or any(
+        hasattr(model, name) for name in ("rope_embeddings", "rope_embed")
+    ):
         return None
     return "its position embedding cannot be resampled."
 

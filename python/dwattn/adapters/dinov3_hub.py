@@ -1,0 +1,129 @@
+"""facebookresearch's own DINOv3, from ``torch.hub`` or vendored: ``DinoVisionTransformer`` with rotary positions.
+
+Recognised by class name and by a package called ``dinov3...``; never imported. Its blocks take lists of images of several
+sizes; attention is called for each of them with tokens and a pair of sines and cosines.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from dwattn.adapters.base import (
+    AttentionAdapter,
+    BackboneAdapter,
+    BackboneLayout,
+    BlockSite,
+    CallConvention,
+    in_repository,
+    refuse_projections,
+)
+from dwattn.adapters.timm import split_fused
+from dwattn.errors import UnsupportedAttentionError
+from dwattn.projections import AttentionWeights
+from dwattn.rotary import Rotary
+
+
+class SineFirstConvention(CallConvention):
+    """``rope=`` is ``(sin, cos)``, each ``(H*W, d_h)``."""
+
+    foreign_rotary = ("position_embeddings",)
+
+    def rotary(self, kwargs: dict[str, Any]) -> Rotary | None:
+        if kwargs.get("rope") is None:
+            return None
+        sin, cos = kwargs["rope"]
+        return Rotary(cos, sin)
+
+    def rotary_arguments(self, patches: int, head_dim: int, like: Tensor) -> dict[str, Any]:
+        return {"rope": (like.new_ones(patches, head_dim),) * 2}
+
+
+class DinoV3HubAttentionAdapter(AttentionAdapter):
+    """``SelfAttention``: fused ``qkv``, whose bias may be masked where it belongs to the keys."""
+
+    name = "hub DINOv3 attention"
+
+    def matches(self, module: nn.Module) -> bool:
+        return type(module).__name__ == "SelfAttention" and in_repository(module, "dinov3")
+
+    def refusal(self, module: nn.Module) -> str | None:
+        qkv, proj = getattr(module, "qkv", None), getattr(module, "proj", None)
+        return refuse_projections(proj if _is_masked(qkv) else qkv, proj)
+
+    def weights(self, module: nn.Module) -> AttentionWeights:
+        attention: Any = module
+        projections = split_fused(attention.qkv)
+        if _is_masked(attention.qkv):
+            projections["bk"] = None
+        return AttentionWeights(
+            num_heads=attention.num_heads,
+            head_dim=attention.qkv.out_features // 3 // attention.num_heads,
+            scale=float(attention.scale),
+            wo=attention.proj.weight,
+            bo=attention.proj.bias,
+            rotary=True,
+            **projections,  # type: ignore[arg-type]
+        )
+
+    def convention(self, module: nn.Module) -> CallConvention:
+        return SineFirstConvention()
+
+
+def _is_masked(qkv: Any) -> bool:
+    return type(qkv).__name__ == "LinearKMaskedBias" and in_repository(qkv, "dinov3")
+
+
+class DinoV3HubBackboneAdapter(BackboneAdapter):
+    """``DinoVisionTransformer``; its registers are called storage tokens."""
+
+    def matches(self, module: nn.Module) -> bool:
+        kinds = [cls.__name__ for cls in type(module).__mro__]
+        return (
+            "DinoVisionTransformer" in kinds
+            and in_repository(module, "dinov3")
+            and hasattr(module, "blocks")
+        )
+
+    def layout(self, name: str, module: nn.Module) -> BackboneLayout:
+        model: Any = module
+        prefix = f"{name}." if name else ""
+        patch = model.patch_embed
+        grid, size = patch.patches_resolution, patch.patch_size
+        return BackboneLayout(
+            family=f"hub DINOv3 {type(module).__name__}",
+            name=name,
+            module=module,
+            blocks=tuple(
+                _block(f"{prefix}blocks.{child}", block)
+                for child, block in model.blocks.named_children()
+            ),
+            num_prefix=1 + int(model.n_storage_tokens),
+            grid=(int(grid[0]), int(grid[1])),
+            patch_size=(int(size[0]), int(size[1])),
+            patch_embed=patch,
+            final_norm=getattr(model, "norm", None),
+        )
+
+
+def _block(name: str, block: Any) -> BlockSite:
+    if type(block).__name__ != "SelfAttentionBlock":
+        raise UnsupportedAttentionError(
+            f"{name} is a {type(block).__name__}; of hub DINOv3 only SelfAttentionBlock can be replaced."
+        )
+    if getattr(block, "sample_drop_ratio", 0):
+        raise UnsupportedAttentionError(
+            f"{name} drops samples while training (sample_drop_ratio={block.sample_drop_ratio}), for which it calls "
+            "attention with lists of images; build the model with drop_path_rate=0."
+        )
+    out = next((getattr(block.mlp, n) for n in ("fc2", "w3") if hasattr(block.mlp, n)), None)
+    return BlockSite(
+        name=name,
+        module=block,
+        attention_name=f"{name}.attn",
+        attention=block.attn,
+        attention_scale=getattr(block.ls1, "gamma", None),
+        mlp_out=out if isinstance(out, nn.Linear) else None,
+        mlp_scale=getattr(block.ls2, "gamma", None),
+    )
