@@ -22,8 +22,6 @@ from dwattn.adapters.timm import split_fused
 from dwattn.errors import UnsupportedAttentionError
 from dwattn.projections import AttentionWeights
 
-_BLOCKS = ("Block", "NestedTensorBlock")
-
 
 class HubAttentionAdapter(AttentionAdapter):
     """``Attention`` and ``MemEffAttention``: fused ``qkv``, called with tokens and at most an
@@ -53,34 +51,53 @@ class HubAttentionAdapter(AttentionAdapter):
 
 
 class HubBackboneAdapter(BackboneAdapter):
-    """``DinoVisionTransformer``, with or without registers, chunked or not."""
+    """``DinoVisionTransformer``, with or without registers, chunked or not.
+
+    The class attributes are what DINOv2 and DINOv3 have in different words.
+    """
+
+    repository, title = "dinov2", "DINOv2"
+    block_classes: tuple[str, ...] = ("Block", "NestedTensorBlock")
+    registers = "num_register_tokens"
 
     def matches(self, module: nn.Module) -> bool:
         kinds = [cls.__name__ for cls in type(module).__mro__]
-        return (
-            "DinoVisionTransformer" in kinds
-            and in_repository(module, "dinov2")
-            and hasattr(module, "blocks")
-        )
+        known = "DinoVisionTransformer" in kinds and hasattr(module, "blocks")
+        return known and in_repository(module, self.repository)
 
     def layout(self, name: str, module: nn.Module) -> BackboneLayout:
         model: Any = module
         prefix = f"{name}." if name else ""
-        blocks = [
-            _block(f"{prefix}blocks.{path}", block) for path, block in _flat_blocks(model.blocks)
-        ]
+        blocks = _flat_blocks(model.blocks)
         patch = model.patch_embed
         grid, size = patch.patches_resolution, patch.patch_size
         return BackboneLayout(
-            family=f"hub DINOv2 {type(module).__name__}",
+            family=f"hub {self.title} {type(module).__name__}",
             name=name,
             module=module,
-            blocks=tuple(blocks),
-            num_prefix=1 + int(getattr(model, "num_register_tokens", 0)),
+            blocks=tuple(self._site(f"{prefix}blocks.{path}", block) for path, block in blocks),
+            num_prefix=1 + int(getattr(model, self.registers, 0)),
             grid=(int(grid[0]), int(grid[1])),
             patch_size=(int(size[0]), int(size[1])),
             patch_embed=patch,
             final_norm=getattr(model, "norm", None),
+        )
+
+    def _site(self, name: str, block: Any) -> BlockSite:
+        if type(block).__name__ not in self.block_classes:
+            raise UnsupportedAttentionError(
+                f"{name} is a {type(block).__name__}; of hub {self.title} only "
+                f"{' and '.join(self.block_classes)} can be replaced (causal blocks see only earlier tokens)."
+            )
+        out = next((getattr(block.mlp, n) for n in ("fc2", "w3") if hasattr(block.mlp, n)), None)
+        return BlockSite(
+            name=name,
+            module=block,
+            attention_name=f"{name}.attn",
+            attention=block.attn,
+            attention_scale=getattr(block.ls1, "gamma", None),
+            mlp_out=out if isinstance(out, nn.Linear) else None,
+            mlp_scale=getattr(block.ls2, "gamma", None),
         )
 
 
@@ -93,21 +110,3 @@ def _flat_blocks(blocks: nn.Module) -> list[tuple[str, nn.Module]]:
         elif not isinstance(child, nn.Identity):
             flat.append((name, child))
     return flat
-
-
-def _block(name: str, block: Any) -> BlockSite:
-    if type(block).__name__ not in _BLOCKS:
-        raise UnsupportedAttentionError(
-            f"{name} is a {type(block).__name__}; of hub DINOv2 only {' and '.join(_BLOCKS)} can "
-            "be replaced (causal blocks see only earlier tokens)."
-        )
-    out = next((getattr(block.mlp, n) for n in ("fc2", "w3") if hasattr(block.mlp, n)), None)
-    return BlockSite(
-        name=name,
-        module=block,
-        attention_name=f"{name}.attn",
-        attention=block.attn,
-        attention_scale=getattr(block.ls1, "gamma", None),
-        mlp_out=out if isinstance(out, nn.Linear) else None,
-        mlp_scale=getattr(block.ls2, "gamma", None),
-    )

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from dwattn.adapters.base import (
     AttentionAdapter,
-    BackboneAdapter,
-    BackboneLayout,
     BlockSite,
     CallConvention,
     in_repository,
     refuse_projections,
 )
+from dwattn.adapters.dinov2_hub import HubBackboneAdapter
 from dwattn.adapters.timm import split_fused
 from dwattn.errors import UnsupportedAttentionError
 from dwattn.projections import AttentionWeights
@@ -75,55 +74,18 @@ def _is_masked(qkv: Any) -> bool:
     return type(qkv).__name__ == "LinearKMaskedBias" and in_repository(qkv, "dinov3")
 
 
-class DinoV3HubBackboneAdapter(BackboneAdapter):
+class DinoV3HubBackboneAdapter(HubBackboneAdapter):
     """``DinoVisionTransformer``; its registers are called storage tokens."""
 
-    def matches(self, module: nn.Module) -> bool:
-        kinds = [cls.__name__ for cls in type(module).__mro__]
-        return (
-            "DinoVisionTransformer" in kinds
-            and in_repository(module, "dinov3")
-            and hasattr(module, "blocks")
-        )
+    repository, title = "dinov3", "DINOv3"
+    block_classes = ("SelfAttentionBlock",)
+    registers = "n_storage_tokens"
 
-    def layout(self, name: str, module: nn.Module) -> BackboneLayout:
-        model: Any = module
-        prefix = f"{name}." if name else ""
-        patch = model.patch_embed
-        grid, size = patch.patches_resolution, patch.patch_size
-        return BackboneLayout(
-            family=f"hub DINOv3 {type(module).__name__}",
-            name=name,
-            module=module,
-            blocks=tuple(
-                _block(f"{prefix}blocks.{child}", block)
-                for child, block in model.blocks.named_children()
-            ),
-            num_prefix=1 + int(model.n_storage_tokens),
-            grid=(int(grid[0]), int(grid[1])),
-            patch_size=(int(size[0]), int(size[1])),
-            patch_embed=patch,
-            final_norm=getattr(model, "norm", None),
-        )
-
-
-def _block(name: str, block: Any) -> BlockSite:
-    if type(block).__name__ != "SelfAttentionBlock":
-        raise UnsupportedAttentionError(
-            f"{name} is a {type(block).__name__}; of hub DINOv3 only SelfAttentionBlock can be replaced."
-        )
-    if getattr(block, "sample_drop_ratio", 0):
-        raise UnsupportedAttentionError(
-            f"{name} drops samples while training (sample_drop_ratio={block.sample_drop_ratio}), for which it calls "
-            "attention with lists of images; build the model with drop_path_rate=0."
-        )
-    out = next((getattr(block.mlp, n) for n in ("fc2", "w3") if hasattr(block.mlp, n)), None)
-    return BlockSite(
-        name=name,
-        module=block,
-        attention_name=f"{name}.attn",
-        attention=block.attn,
-        attention_scale=getattr(block.ls1, "gamma", None),
-        mlp_out=out if isinstance(out, nn.Linear) else None,
-        mlp_scale=getattr(block.ls2, "gamma", None),
-    )
+    def _site(self, name: str, block: Any) -> BlockSite:
+        site = super()._site(name, block)
+        if getattr(block, "sample_drop_ratio", 0):
+            raise UnsupportedAttentionError(
+                f"{name} drops samples while training (sample_drop_ratio={block.sample_drop_ratio}), for which it calls "
+                "attention with lists of images; build the model with drop_path_rate=0."
+            )
+        return site
