@@ -6,19 +6,13 @@ sizes; attention is called for each of them with tokens and a pair of sines and 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from dwattn.adapters.base import (
-    AttentionAdapter,
-    BlockSite,
-    CallConvention,
-    in_repository,
-    refuse_projections,
-)
-from dwattn.adapters.dinov2_hub import HubBackboneAdapter
-from dwattn.adapters.timm import split_fused
+from dwattn.adapters.base import BlockSite, CallConvention, in_repository, refuse_projections
+from dwattn.adapters.dinov2_hub import HubAttentionAdapter, HubBackboneAdapter
 from dwattn.errors import UnsupportedAttentionError
 from dwattn.projections import AttentionWeights
 from dwattn.rotary import Rotary
@@ -39,7 +33,7 @@ class SineFirstConvention(CallConvention):
         return {"rope": (like.new_ones(patches, head_dim),) * 2}
 
 
-class DinoV3HubAttentionAdapter(AttentionAdapter):
+class DinoV3HubAttentionAdapter(HubAttentionAdapter):
     """``SelfAttention``: fused ``qkv``, whose bias may be masked where it belongs to the keys."""
 
     name = "hub DINOv3 attention"
@@ -52,19 +46,8 @@ class DinoV3HubAttentionAdapter(AttentionAdapter):
         return refuse_projections(proj if _is_masked(qkv) else qkv, proj)
 
     def weights(self, module: nn.Module) -> AttentionWeights:
-        attention: Any = module
-        projections = split_fused(attention.qkv)
-        if _is_masked(attention.qkv):
-            projections["bk"] = None
-        return AttentionWeights(
-            num_heads=attention.num_heads,
-            head_dim=attention.qkv.out_features // 3 // attention.num_heads,
-            scale=float(attention.scale),
-            wo=attention.proj.weight,
-            bo=attention.proj.bias,
-            rotary=True,
-            **projections,  # type: ignore[arg-type]
-        )
+        found = replace(super().weights(module), rotary=True)
+        return replace(found, bk=None) if _is_masked(module.qkv) else found
 
     def convention(self, module: nn.Module) -> CallConvention:
         return SineFirstConvention()
