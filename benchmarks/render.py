@@ -21,7 +21,10 @@ import study_page
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PART = re.compile(r"(<!-- from results: (\w+) -->\n).*?(\n\n<!-- end of results -->)", re.DOTALL)
+PART = re.compile(
+    r"(<!-- from results: (\w+) -->\n)(?:(?!<!-- from results).)*?(<!-- end of results -->)",
+    re.DOTALL,
+)
 
 
 def load(name: str) -> Any:
@@ -419,7 +422,7 @@ PAGES = ("README.md", "docs/study.md", "docs/benchmarks.md")
 
 def render(text: str) -> str:
     """A page with every part written anew from the results."""
-    return PART.sub(lambda found: found[1] + PARTS[found[2]]() + found[3], text)
+    return PART.sub(lambda found: f"{found[1]}{PARTS[found[2]]()}\n\n{found[3]}", text)
 
 
 def main() -> int:
