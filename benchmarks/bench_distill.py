@@ -33,7 +33,7 @@ import dwattn
 from dwattn.demo import machine, photos
 from dwattn.demo.conversions import HeldOut, outputs
 from dwattn.demo.pretrained import DESCRIPTION, DIM, SaliencyModel, build
-from dwattn.demo.variety import PhotoViews, free_cutouts
+from dwattn.demo.variety import CUTOUTS, PhotoViews, free_cutouts, with_repeats
 from dwattn.finetune import Distillation, Recipe, Targets, Trainer, estimate
 from dwattn.finetune.state import read_progress
 
@@ -79,13 +79,19 @@ class Bench:
         if options.photos is not None:
             self.fitting += more_photos.photos(options.photos)
             random.Random(options.seed).shuffle(self.fitting)
-        self.views = PhotoViews(self.fitting, free_cutouts(kept), options.seed)
+        self.photos = len(self.fitting)
+        self.fitting = with_repeats(self.fitting, set(self.own), options.own)
+        self.views = self.views_of(free_cutouts(kept), options.seed)
+
+    def views_of(self, cutouts: list[Path], seed: int) -> PhotoViews:
+        """Of all photos that are fitted."""
+        return PhotoViews(self.fitting, cutouts, seed, share=self.options.cutouts)
 
     def plan(self, case: Case) -> dwattn.Plan:
         """By the original's scores, measured once; with ``--refine`` by trying sets out on the demo's photos."""
         path, criterion = self.work / "scores.safetensors", self.options.criterion
         if not path.exists():
-            images, _ = photos.load(self.fitting)
+            images, _ = photos.load(self.fitting[: self.photos])
             dwattn.score(self.model, images, num_images=len(images), progress=False).save(path)
         scores = dwattn.Scores.load(path)
         if not self.options.refine or case.gaussian:
@@ -153,9 +159,12 @@ class Bench:
             self.work / f"{case.name}-{self.options.rounds}.safetensors",
             self.options.rounds,
         )
-        noted = path.with_suffix(".minutes")
-        if noted.exists():
-            return dwattn.load(build("timm"), path), float(noted.read_text("utf-8"))
+        noted, settings = path.with_suffix(".minutes"), self.settings()
+        if (
+            noted.exists()
+            and (known := json.loads(noted.read_text("utf-8")))["options"] == settings
+        ):
+            return dwattn.load(build("timm"), path), known["minutes"]
         plan, student = self.plan(case), build("timm")
         began = time.perf_counter()
         with products_in_bf16(faster_in_bf16()):
@@ -165,7 +174,7 @@ class Bench:
             )  # fmt: skip
         minutes = round((time.perf_counter() - began) / 60, 2)
         dwattn.save(student, path)
-        noted.write_text(str(minutes), encoding="utf-8")
+        noted.write_text(json.dumps({"minutes": minutes, "options": settings}), encoding="utf-8")
         return student, minutes
 
     def trained(self, case: Case) -> tuple[SaliencyModel, dict[str, Any]]:
@@ -187,7 +196,7 @@ class Bench:
         )
         folder = self.work / case.name
         # Another seed, so that none of the views was fitted before.
-        views = PhotoViews(self.fitting, self.views.cutouts, self.options.seed + 1)
+        views = self.views_of(self.views.cutouts, self.options.seed + 1)
         recipe = self.recipe(module, views, folder, minutes, lr)
         trainer = Trainer(
             module, views, recipe, folder=folder, save_minutes=1, device="cpu",
@@ -268,6 +277,18 @@ def main() -> None:
     parser.add_argument(
         "--photos", help="folder of more photos to fit to; more_photos.py fetches one"
     )
+    parser.add_argument(
+        "--own",
+        type=int,
+        default=1,
+        help="times that the demo's own photos count as many views as others",
+    )
+    parser.add_argument(
+        "--cutouts",
+        type=float,
+        default=CUTOUTS,
+        help="share of the photos in views that get a cut-out",
+    )
     parser.add_argument("--criterion", default="residual", help="by which blocks are chosen")
     parser.add_argument(
         "--refine",
@@ -293,7 +314,7 @@ def main() -> None:
             "environment": machine.environment(torch.get_num_threads()),
             "model": DESCRIPTION,
             "photos": {
-                "fitted": len(bench.fitting),
+                "fitted": bench.photos,
                 "cutouts": len(bench.views.cutouts),
                 "held_out": len(bench.held_out.pixels),
                 "with_object": sum(mask is not None for mask in bench.held_out.masks),

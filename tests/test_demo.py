@@ -85,6 +85,22 @@ def test_views_of_a_photo_depend_on_their_number_alone(some_photos: list[photos.
     assert first.fingerprint() == second.fingerprint() != other.fingerprint()
 
 
+def test_photos_named_again_stay_on_their_side_and_bring_new_views(
+    some_photos: list[photos.Photo],
+) -> None:
+    fitting, chosen = some_photos[:6], set(some_photos[2:4])
+    repeated = variety.with_repeats(fitting, chosen, times=3)
+    assert repeated[:6] == fitting
+    assert set(repeated[6:]) == chosen
+    for index, photo in enumerate(repeated):
+        assert (index % 4 == 3) == (fitting.index(photo) % 4 == 3)
+    views = variety.PhotoViews(repeated, [], seed=2)
+    again = repeated.index(fitting[2], 6)
+    assert torch.equal(views[2, 0]["pixels"], photos.load(fitting[2:3])[0][0])
+    assert not torch.equal(views[again, 0]["pixels"], views[2, 0]["pixels"])
+    assert variety.with_repeats(fitting, chosen, times=1) == fitting
+
+
 def test_views_never_join_what_calibration_keeps_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,8 +71,16 @@ def test_error_is_at_most_twice_that_of_pytorch(dtype: torch.dtype) -> None:
         assert_as_exact(*results)
 
 
-def test_batches_that_are_cut_into_chunks_write_every_image() -> None:
-    case = make_case(32, 32, 512, num_prefix=1, batch=5)  # 2 MB of V an image, 4 MB a chunk
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("side", "channels", "batch"),
+    [(32, 512, 5), (12, 1040, 9)],  # chunks of two images, and of six with PyTorch's products
+)
+def test_batches_that_are_cut_into_chunks_write_every_image(
+    side: int, channels: int, batch: int, threads: int
+) -> None:
+    torch.set_num_threads(threads)  # the fixture puts it back
+    case = make_case(side, side, channels, num_prefix=1, batch=batch)
     output = output_of(case, 48)
     torch.testing.assert_close(
         layer(case, "cpp", output), layer(case, "torch", output), atol=1e-4, rtol=1e-4

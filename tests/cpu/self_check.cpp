@@ -63,20 +63,26 @@ void judge(const std::string& what, double worst) {
   std::printf("FAIL %s: %.3g times the allowed error\n", what.c_str(), worst);
 }
 
+// `in_place`: Y is written over V, kRowsInFront rows in front of what it is computed from.
 template <class T>
-void check_aggregate(int64_t height, int64_t width, int64_t prefix, int64_t channels) {
+void check_aggregate(int64_t height, int64_t width, int64_t prefix, int64_t channels,
+                     bool in_place) {
   constexpr int64_t kBatch = 2;
   const int64_t patches = height * width, tokens = prefix + patches;
   const auto v = normal<T>(kBatch * tokens * channels);
+  const int64_t in_front = cpu::kRowsInFront * width * channels;
+  std::vector<T> both(static_cast<size_t>(in_front));
+  both.insert(both.end(), v.begin(), v.end());
   const auto kernel = normal<Acc<T>>(channels * 9), kappa = normal<Acc<T>>(prefix * channels),
              mu = normal<Acc<T>>(channels), beta = normal<Acc<T>>(channels),
              bias = normal<Acc<T>>(channels);
-  std::vector<T> y(static_cast<size_t>(kBatch * patches * channels));
+  std::vector<T> apart(static_cast<size_t>(kBatch * patches * channels));
+  T* const y = in_place ? both.data() : apart.data();
   DwAggregateParams p{};
-  p.v = v.data();
+  p.v = both.data() + in_front;
   p.v_stride_batch = tokens * channels;
   p.v_stride_token = p.y_stride_token = channels;
-  p.y = y.data();
+  p.y = y;
   p.y_stride_batch = patches * channels;
   p.v_dtype = p.y_dtype = kType<T>;
   p.kernel = kernel.data();
@@ -92,7 +98,7 @@ void check_aggregate(int64_t height, int64_t width, int64_t prefix, int64_t chan
   std::vector<char> workspace(static_cast<size_t>(cpu::dw_aggregate_workspace(p)));
   const std::string what = "dw_aggregate, dtype " + std::to_string(static_cast<int>(kType<T>)) +
                            " " + std::to_string(height) + "x" + std::to_string(width) +
-                           " C=" + std::to_string(channels);
+                           " C=" + std::to_string(channels) + (in_place ? ", in place" : "");
   const Status status = cpu::dw_aggregate(p, workspace.data(), cpu::serial_for());
   if (status != Status::kOk) {
     ++failures;
@@ -168,7 +174,7 @@ class Guarded {
 // Two blocks of rows that lie `gap` rows apart, with a bias and padded rows everywhere.
 template <class T>
 void check_product(int64_t m, int64_t n, int64_t k, cpu::Isa isa = cpu::Isa::kAuto, int64_t gap = 1,
-                   int64_t threads = 1) {
+                   int64_t threads = 1, bool in_passing = false) {
   constexpr int64_t kBatch = 2;
   const int64_t a_row = k + 3, out_row = n + 5;
   const Guarded<T> a(normal<T>((kBatch * (m + gap) - gap - 1) * a_row + k));
@@ -181,8 +187,9 @@ void check_product(int64_t m, int64_t n, int64_t k, cpu::Isa isa = cpu::Isa::kAu
   const std::string what = std::string("gemm, ") + cpu::isa_name(isa) + ", dtype " +
                            std::to_string(static_cast<int>(kType<T>)) + " " + std::to_string(m) +
                            "x" + std::to_string(n) + "x" + std::to_string(k) + ", gap " +
-                           std::to_string(gap) + ", threads " + std::to_string(threads);
-  cpu::WeightParams w{weight.data(), kType<T>, k + 1, n, k, nullptr};
+                           std::to_string(gap) + ", threads " + std::to_string(threads) +
+                           (in_passing ? ", packed in passing" : "");
+  cpu::WeightParams w{weight.data(), kType<T>, k + 1, n, k, nullptr, in_passing};
   std::vector<char> packed(static_cast<size_t>(cpu::packed_weight_bytes(w, isa)));
   w.packed = packed.data();
   const cpu::GemmParams p{a.data(),   kType<T>, (m + gap) * a_row,   a_row,   &w,     bias.data(),
@@ -228,9 +235,18 @@ void check_product(int64_t m, int64_t n, int64_t k, cpu::Isa isa = cpu::Isa::kAu
 
 template <class T>
 void check_products() {
-  for (int64_t n : {1, 29, 64, 83, 130}) check_product<T>(37, n, 65);
-  check_product<T>(3, 96, 7);
-  check_product<T>(1, 16, 300);
+  // What is multiplied as it is, is packed by other rules.
+  const bool generic =
+      !cpu::by_tiles(kType<T>, cpu::Isa::kAuto) && !cpu::by_pairs(kType<T>, cpu::Isa::kAuto);
+  for (bool in_passing : {false, true}) {
+    if (in_passing && !generic) break;
+    const auto check = [&](int64_t m, int64_t n, int64_t k) {
+      check_product<T>(m, n, k, cpu::Isa::kAuto, 1, 1, in_passing);
+    };
+    for (int64_t n : {1, 29, 64, 83, 130}) check(37, n, 65);
+    check(3, 96, 7);
+    check(1, 16, 300);
+  }
 }
 
 // Products of bf16 as it is: rows that are read in place and copies of them, last rows and columns
@@ -284,10 +300,13 @@ void check_share(int64_t threads) {
 
 template <class T>
 void check_aggregates() {
-  check_aggregate<T>(5, 7, 1, 24);
-  check_aggregate<T>(1, 9, 0, 19);
-  check_aggregate<T>(6, 1, 5, 3);
-  check_aggregate<T>(12, 16, 0, 64);
+  for (bool in_place : {false, true}) {
+    check_aggregate<T>(5, 7, 1, 24, in_place);
+    check_aggregate<T>(1, 9, 0, 19, in_place);
+    check_aggregate<T>(6, 1, 5, 3, in_place);
+    check_aggregate<T>(12, 16, 0, 64, in_place);
+    for (int64_t height = 2; height < 12; ++height) check_aggregate<T>(height, 3, 1, 8, in_place);
+  }
 }
 
 }  // namespace

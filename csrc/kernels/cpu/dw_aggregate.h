@@ -10,7 +10,13 @@ namespace dwattn::cpu {
 // Bytes of scratch memory that dw_aggregate needs for these sizes.
 int64_t dw_aggregate_workspace(const DwAggregateParams& params);
 
-// The result does not depend on how `parallel` splits the work.
+// Rows of the grid by which `y` lies in front of `v` where it is written over it: a block of four
+// rows needs the row above it, but of that none of the columns that it has passed.
+constexpr int64_t kRowsInFront = 4;
+
+// The result does not depend on how `parallel` splits the work. `y` overlaps `v` nowhere, or has
+// its stride between tokens, each of its images begins at least kRowsInFront rows in front of the
+// patches in `v`, and the loop has one thread.
 Status dw_aggregate(const DwAggregateParams& params, void* workspace, const ParallelFor& parallel,
                     Isa isa = Isa::kAuto);
 

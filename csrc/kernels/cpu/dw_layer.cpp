@@ -39,6 +39,7 @@ class Layer {
     const int64_t image = tokens() * row_ * value, fitting = together * kCachedBytes / (image + 1);
     const int64_t share = (p.batch + groups_ - 1) / groups_;
     chunk_ = fitting < 1 ? 1 : fitting < share ? fitting : share;
+    in_place_ = together == 1;
 
     Workspace workspace(memory);
     wv_ = {p.wv, p.dtype, p.wv_stride, p.channels, p.dim, nullptr};
@@ -46,6 +47,7 @@ class Layer {
     const int64_t first = packed_weight_bytes(wv_, isa);
     const int64_t second = p.wo == nullptr ? 0 : packed_weight_bytes(wo_, isa);
     once_ = groups_ == 1 && chunk_ == p.batch;
+    wv_.in_passing = wo_.in_passing = once_ && pack_in_passing(p.batch * tokens(), isa);
     wv_.packed = workspace.take(once_ && second > first ? second : first);
     wo_.packed = once_ ? wv_.packed : workspace.take(second);
     Workspace region(nullptr);
@@ -81,9 +83,19 @@ class Layer {
     void *v, *y, *aggregation, *rows;
 
     void take(Workspace& from, const Layer& layer, int64_t value) {
-      v = from.take(layer.chunk_ * layer.tokens() * layer.row_ * value);
-      y = layer.p_.wo == nullptr ? nullptr
-                                 : from.take(layer.chunk_ * layer.patches() * layer.row_ * value);
+      const int64_t row = layer.row_ * value, values = layer.chunk_ * layer.tokens() * row;
+      if (layer.p_.wo == nullptr) {
+        v = from.take(values);
+        y = nullptr;
+      } else if (layer.in_place_) {
+        const int64_t in_front = kRowsInFront * layer.p_.width * row;
+        char* const start = static_cast<char*>(from.take(in_front + values));
+        v = start == nullptr ? nullptr : start + in_front;
+        y = start;
+      } else {
+        v = from.take(values);
+        y = from.take(layer.chunk_ * layer.patches() * row);
+      }
       aggregation = from.take(dw_aggregate_workspace(layer.aggregation(*this, 0, layer.chunk_)));
       // One product at a time.
       const int64_t threads = layer.groups_ > 1 ? 1 : layer.threads_;
@@ -203,6 +215,7 @@ class Layer {
   int64_t groups_;  // of threads; one group shares its images, several have their own
   int64_t row_;     // stride between tokens of V and of Y
   int64_t chunk_;   // images
+  bool in_place_;   // Y is written over V, which leaves half as much to keep in the cache
   bool once_;       // all images are one chunk: its second weight is packed where the first one was
   WeightParams wv_, wo_;
   int64_t region_bytes_, bytes_;

@@ -22,7 +22,12 @@ struct WeightParams {
   int64_t stride;  // elements between rows
   int64_t n, k;
   void* packed;  // packed_weight_bytes()
+  // Whether the product packs each part right before it reads it, and pack_weight does nothing.
+  bool in_passing = false;
 };
+
+// Whether that is faster for a weight that one product alone reads, with so many rows.
+bool pack_in_passing(int64_t rows, Isa isa = Isa::kAuto);
 
 int64_t packed_weight_bytes(const WeightParams& params, Isa isa = Isa::kAuto);
 Status pack_weight(const WeightParams& params, const ParallelFor& parallel, Isa isa = Isa::kAuto);

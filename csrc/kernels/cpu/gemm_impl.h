@@ -3,7 +3,8 @@
 // A tile of kRows x kPanel results stays in registers over the whole depth: an output is written
 // once, converted and with its bias. The weight is packed into panels of kPanel columns, which the
 // tile reads in order; a task is a block of rows, small enough to stay in the cache while the
-// panels pass by.
+// panels pass by. Where there are few rows, all of which stay there, a task is a panel instead,
+// which is packed on the way.
 #pragma once
 
 #include "kernels/cpu/gemm.h"
@@ -51,27 +52,23 @@ class Packing {
  public:
   explicit Packing(const WeightParams& p) : p_(p) {}
 
-  void run(const ParallelFor& parallel) const {
-    auto panels = [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel) pack_panel(panel * kPanel<T>);
-    };
-    parallel((p_.n + kPanel<T> - 1) / kPanel<T>, kPanel<T> * p_.k, panels);
-  }
-
- private:
-  // So little of all columns at a time that what is written stays in the nearest cache.
-  static constexpr int64_t kDepth = 32;
-  // Columns that are packed together, so that the weight is transposed in blocks.
-  static constexpr int64_t kColumns = kTransposed<T>;
-
-  void pack_panel(int64_t j) const {
+  // The panel that begins at column j.
+  void panel(int64_t j, T* out) const {
     const int64_t width = panel_width<T>(p_.n, j);
-    T* out = static_cast<T*>(p_.packed) + j * p_.k;
     for (int64_t k = 0; k < p_.k; k += kDepth, out += kDepth * width) {
       const int64_t depth = p_.k - k < kDepth ? p_.k - k : kDepth;
       for (int64_t c = 0; c < width; c += kColumns) pack_block(j + c, k, depth, out + c, width);
     }
   }
+
+ private:
+  // So little of all columns at a time that what is written stays in the nearest cache.
+  static constexpr int64_t kDepth = 32;
+  // How far ahead the weight, which may come from memory, is asked for: several rows are read at a
+  // time, which the hardware foresees badly.
+  static constexpr int64_t kAhead = 4 * kDepth;
+  // Columns that are packed together, so that the weight is transposed in blocks.
+  static constexpr int64_t kColumns = kTransposed<T>;
 
   // Columns j..j+kColumns-1 of the packed weight, rows of the given one; zeros behind the last.
   void pack_block(int64_t j, int64_t k, int64_t depth, T* out, int64_t width) const {
@@ -95,6 +92,8 @@ class Packing {
       return buffer;
     }
     const In* from = static_cast<const In*>(p_.weight) + j * p_.stride + k;
+    constexpr int64_t kLine = 64 / sizeof(In);
+    for (int64_t d = kAhead; d < kAhead + kDepth; d += kLine) __builtin_prefetch(from + d);
     if constexpr (std::is_same_v<T, In>) return from;
     widen(from, depth, buffer);
     return buffer;
@@ -102,6 +101,31 @@ class Packing {
 
   const WeightParams& p_;
 };
+
+// Packs the panel of a weight, whose numbers may be narrower than T, that begins at column j.
+template <class T>
+void pack_panel(const WeightParams& p, int64_t j, T* out) {
+  if constexpr (std::is_same_v<T, double>) {
+    Packing<double, double>(p).panel(j, out);
+  } else if (p.dtype == DType::kFloat32) {
+    Packing<float, float>(p).panel(j, out);
+  } else if (p.dtype == DType::kFloat16) {
+    Packing<float, Float16>(p).panel(j, out);
+  } else {
+    Packing<float, BFloat16>(p).panel(j, out);
+  }
+}
+
+// All panels, one after the other.
+template <class T>
+void pack_panels(const WeightParams& p, const ParallelFor& parallel) {
+  auto panels = [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin * kPanel<T>; j < end * kPanel<T> && j < p.n; j += kPanel<T>) {
+      pack_panel(p, j, static_cast<T*>(p.packed) + j * p.k);
+    }
+  };
+  parallel((p.n + kPanel<T> - 1) / kPanel<T>, kPanel<T> * p.k, panels);
+}
 
 template <class T, class In, class Out>
 class Gemm {
@@ -111,72 +135,101 @@ class Gemm {
   Gemm(const GemmParams& p, void* workspace) : p_(p), widened_(static_cast<T*>(workspace)) {}
 
   void run(const ParallelFor& parallel) const {
+    if (p_.weight->in_passing) {
+      by_panels(parallel);
+    } else {
+      by_rows(parallel);
+    }
+  }
+
+ private:
+  const T* packed() const { return static_cast<const T*>(p_.weight->packed); }
+
+  void by_rows(const ParallelFor& parallel) const {
     const int64_t bytes = p_.n * p_.k * static_cast<int64_t>(sizeof(T));
     const int64_t block = rows_of_a_block(p_, kRows, bytes, parallel.threads);
     const int64_t blocks = (p_.m + block - 1) / block;
     auto tasks = [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t i = task % blocks * block;
-        compute_rows(task / blocks, i, i + block < p_.m ? i + block : p_.m);
+        const int64_t b = task / blocks, first = task % blocks * block;
+        const int64_t last = first + block < p_.m ? first + block : p_.m;
+        widen_rows(b, first, last);
+        for (int64_t j = 0; j < p_.n; j += kPanel<T>) {
+          compute(b, first, last, j, packed() + j * p_.k);
+        }
       }
     };
     parallel(p_.batch * blocks, block * (p_.n + p_.k), tasks);
   }
 
- private:
-  // Rows first..last-1 of one element of the batch.
-  void compute_rows(int64_t b, int64_t first, int64_t last) const {
+  // Every run of tasks packs its panels one over the other, so that they stay in the nearest cache.
+  void by_panels(const ParallelFor& parallel) const {
+    auto rows = [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) widen_rows(b, 0, p_.m);
+    };
+    parallel(p_.batch, p_.m * p_.k, rows);
+    auto panels = [&](int64_t begin, int64_t end) {
+      T* const here = static_cast<T*>(p_.weight->packed) + begin * kPanel<T> * p_.k;
+      for (int64_t j = begin * kPanel<T>; j < end * kPanel<T> && j < p_.n; j += kPanel<T>) {
+        pack_panel(*p_.weight, j, here);
+        for (int64_t b = 0; b < p_.batch; ++b) compute(b, 0, p_.m, j, here);
+      }
+    };
+    parallel((p_.n + kPanel<T> - 1) / kPanel<T>, p_.batch * p_.m * kPanel<T>, panels);
+  }
+
+  // Rows first..last-1 of a 16-bit `a` in the type of the sums.
+  void widen_rows(int64_t b, int64_t first, int64_t last) const {
+    if constexpr (!std::is_same_v<T, In>) {
+      const In* from = static_cast<const In*>(p_.a) + b * p_.a_stride_batch;
+      for (int64_t i = first; i < last; ++i) {
+        widen(from + i * p_.a_stride_row, p_.k, widened_ + (b * p_.m + i) * widened_stride());
+      }
+    }
+  }
+  int64_t widened_stride() const { return spaced_row(p_.k, sizeof(T)); }
+
+  // Rows first..last-1 of one element of the batch, columns of the panel that begins at j.
+  void compute(int64_t b, int64_t first, int64_t last, int64_t j, const T* packed) const {
     const T* a;
     int64_t stride;
     if constexpr (std::is_same_v<T, In>) {
-      a = static_cast<const T*>(p_.a) + b * p_.a_stride_batch + first * p_.a_stride_row;
       stride = p_.a_stride_row;
+      a = static_cast<const T*>(p_.a) + b * p_.a_stride_batch + first * stride;
     } else {
-      stride = spaced_row(p_.k, sizeof(T));
-      T* rows = widened_ + (b * p_.m + first) * stride;
-      const In* from =
-          static_cast<const In*>(p_.a) + b * p_.a_stride_batch + first * p_.a_stride_row;
-      for (int64_t i = 0; i < last - first; ++i) {
-        widen(from + i * p_.a_stride_row, p_.k, rows + i * stride);
-      }
-      a = rows;
+      stride = widened_stride();
+      a = widened_ + (b * p_.m + first) * stride;
     }
-    Out* out = static_cast<Out*>(p_.out) + b * p_.out_stride_batch + first * p_.out_stride_row;
-    for (int64_t j = 0; j < p_.n; j += kPanel<T>) {
-      switch (panel_width<T>(p_.n, j) / V::width) {
-        case 1:
-          panel<1>(a, stride, last - first, j, out + j);
-          break;
-        case 2:
-          panel<2>(a, stride, last - first, j, out + j);
-          break;
-        case 3:
-          panel < kVectors<3 ? 1 : 3>(a, stride, last - first, j, out + j);
-          break;
-        default:
-          panel<kVectors>(a, stride, last - first, j, out + j);
-      }
+    Out* out = static_cast<Out*>(p_.out) + b * p_.out_stride_batch + first * p_.out_stride_row + j;
+    switch (panel_width<T>(p_.n, j) / V::width) {
+      case 1:
+        return panel<1>(a, stride, last - first, j, packed, out);
+      case 2:
+        return panel<2>(a, stride, last - first, j, packed, out);
+      case 3:
+        return panel < kVectors<3 ? 1 : 3>(a, stride, last - first, j, packed, out);
+      default:
+        return panel<kVectors>(a, stride, last - first, j, packed, out);
     }
   }
 
   template <int N>
-  void panel(const T* a, int64_t stride, int64_t rows, int64_t j, Out* out) const {
+  void panel(const T* a, int64_t stride, int64_t rows, int64_t j, const T* packed, Out* out) const {
     for (int64_t i = 0; i < rows; i += kRows) {
       const int here = static_cast<int>(rows - i < kRows ? rows - i : kRows);
-      tile<N>(a + i * stride, stride, here, j, out + i * p_.out_stride_row);
+      tile<N>(a + i * stride, stride, here, j, packed, out + i * p_.out_stride_row);
     }
   }
 
   // Rows behind the last are computed like the last, and not stored.
   template <int N>
-  void tile(const T* a, int64_t stride, int rows, int64_t j, Out* out) const {
+  void tile(const T* a, int64_t stride, int rows, int64_t j, const T* packed, Out* out) const {
     const T* row[kRows];
     for (int r = 0; r < kRows; ++r) row[r] = a + (r < rows ? r : rows - 1) * stride;
     V sum[kRows][N];
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < N; ++v) sum[r][v] = V::zero();
     }
-    const T* packed = static_cast<const T*>(p_.weight->packed) + j * p_.k;
     for (int64_t d = 0; d < p_.k; ++d, packed += N * V::width) {
       V right[N];
       for (int v = 0; v < N; ++v) right[v] = V::load(packed + v * V::width);
@@ -213,12 +266,6 @@ class Gemm {
   T* const widened_;  // rows of a 16-bit `a`
 };
 
-template <class T, class In>
-Status run_pack(const WeightParams& p, const ParallelFor& parallel) {
-  Packing<T, In>(p).run(parallel);
-  return Status::kOk;
-}
-
 template <class T, class In, class Out>
 Status run_gemm(const GemmParams& p, void* workspace, const ParallelFor& parallel) {
   Gemm<T, In, Out>(p, workspace).run(parallel);
@@ -242,17 +289,12 @@ Status run_gemm(const GemmParams& p, void* workspace, const ParallelFor& paralle
 }  // namespace
 
 Status pack_weight(const WeightParams& p, const ParallelFor& parallel) {
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return run_pack<float, float>(p, parallel);
-    case DType::kFloat64:
-      return run_pack<double, double>(p, parallel);
-    case DType::kFloat16:
-      return run_pack<float, Float16>(p, parallel);
-    case DType::kBFloat16:
-      return run_pack<float, BFloat16>(p, parallel);
+  if (p.dtype == DType::kFloat64) {
+    pack_panels<double>(p, parallel);
+  } else {
+    pack_panels<float>(p, parallel);
   }
-  return Status::kUnsupportedDType;
+  return Status::kOk;
 }
 
 Status gemm(const GemmParams& p, void* workspace, const ParallelFor& parallel) {

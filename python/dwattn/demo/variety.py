@@ -22,7 +22,7 @@ from dwattn.finetune.views import Item, Key, Views, mix
 
 #: Crops: their area as a share of the largest square's, and their aspect ratio.
 AREA, RATIO = (0.2, 1.0), (0.75, 4 / 3)
-#: Shares of views that are mosaics of four photos, and of photos (parts of mosaics too) that get a cut-out.
+#: Share of views that are mosaics of four photos; default share of photos (parts of mosaics too) that get a cut-out.
 MOSAICS, CUTOUTS = 0.3, 0.4
 #: Where the corner that the four parts of a mosaic share may lie, as a share of the side.
 CORNER = (0.25, 0.75)
@@ -33,22 +33,33 @@ KEPT_SIZE = 2 * IMAGE_SIZE
 
 
 class PhotoViews(Views):
-    """Views under ``(photo, view)`` keys, each a function of the seed and the key; view 0 is the photo itself.
+    """Views under ``(photo, view)`` keys, each a function of the seed and the key.
+
+    View 0 is the photo itself, but of a photo that is named again (see :func:`with_repeats`) only once.
 
     Args:
         fitting: the photos.
         cutouts: stamps to paste, see :func:`free_cutouts`.
         seed: of the views.
+        share: of the photos that get a cut-out.
         sides: a photo whose number is ``sides - 1`` modulo ``sides`` never meets the others in a view, nor their
             cut-outs: calibration with its default ``held_out`` judges on every fourth photo.
     """
 
     def __init__(
-        self, fitting: Sequence[Photo], cutouts: Sequence[Path], seed: int = 0, sides: int = 4
+        self,
+        fitting: Sequence[Photo],
+        cutouts: Sequence[Path],
+        seed: int = 0,
+        sides: int = 4,
+        *,
+        share: float = CUTOUTS,
     ) -> None:
-        self.fitting, self.cutouts, self.seed, self.sides = (
-            list(fitting), list(cutouts), seed, sides,
+        self.fitting, self.cutouts, self.seed, self.sides, self.share = (
+            list(fitting), list(cutouts), seed, sides, share,
         )  # fmt: skip
+        first = {photo: index for index, photo in reversed(list(enumerate(self.fitting)))}
+        self._first = set(first.values())
         self._opened: dict[Path, Image.Image] = {}
 
     def __len__(self) -> int:
@@ -56,7 +67,7 @@ class PhotoViews(Views):
 
     def __getitem__(self, key: Key) -> Item:
         index, view = key
-        if view == 0:
+        if view == 0 and index in self._first:
             return {"pixels": photos.to_pixels(self.fitting[index].render()[0]), "key": key}
         rng = random.Random(mix(self.seed, index, view))
         chosen = [index]
@@ -76,7 +87,7 @@ class PhotoViews(Views):
         """A random crop of a photo's file, mirrored or not, with a cut-out or without."""
         image = _crop(self._open(self.fitting[index].path), rng)
         places = self._companions(index, len(self.cutouts))
-        if places and rng.random() < CUTOUTS:
+        if places and rng.random() < self.share:
             image, _ = stamps.compose(image, self.cutouts[rng.choice(places)], rng, IMAGE_SIZE)
         return photos.to_pixels(image)
 
@@ -88,7 +99,27 @@ class PhotoViews(Views):
     def fingerprint(self) -> str:
         """Changes with the photos, the cut-outs and the seed."""
         named = ([photo.name for photo in self.fitting], [p.name for p in self.cutouts])
-        return hashlib.sha256(repr((*named, self.seed, self.sides)).encode()).hexdigest()[:16]
+        settings = (*named, self.seed, self.sides, self.share)
+        return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+
+
+def with_repeats(
+    fitting: Sequence[Photo], chosen: Collection[Photo], times: int, sides: int = 4
+) -> list[Photo]:
+    """``fitting``, and behind it those ``chosen`` again until each is there ``times`` times.
+
+    For views in which some photos shall have a larger part. A copy stands on the side of its photo
+    (:class:`PhotoViews`); where no photo of a side is left, the rest is left out.
+    """
+    found, last = list(fitting), sides - 1
+    waiting: dict[bool, list[Photo]] = {False: [], True: []}
+    for _ in range(times - 1):
+        for index, photo in enumerate(fitting):
+            if photo in chosen:
+                waiting[index % sides == last].append(photo)
+    while waiting[len(found) % sides == last]:
+        found.append(waiting[len(found) % sides == last].pop(0))
+    return found
 
 
 def free_cutouts(held_out: Collection[Photo], seed: int = 0) -> list[Path]:
