@@ -10,6 +10,7 @@ are kept in ``--work``: a bench that was stopped goes on. Needs what ``bench_fid
     python benchmarks/more_photos.py more-photos
     python benchmarks/bench_distill.py --photos more-photos --json benchmarks/results/distill.json
     python benchmarks/bench_distill.py --photos more-photos --refine --rounds 5 --only lowrank-9 --work refined --json benchmarks/results/distill-refined.json
+    python benchmarks/bench_distill.py --photos more-photos --own 3 --cutouts 0.7 --light 0.12 --rounds 4 --images 2200 --only dw-6 --work weighted --json benchmarks/results/distill-weighted.json
     python benchmarks/bench_distill.py --only dw-6 --rounds 14        # the demo's photos alone
     python benchmarks/bench_distill.py --only dw-6 dw-6-gaussian --rounds 10 --json benchmarks/results/distill-gaussian.json
 """
@@ -33,7 +34,7 @@ import dwattn
 from dwattn.demo import machine, photos
 from dwattn.demo.conversions import HeldOut, outputs
 from dwattn.demo.pretrained import DESCRIPTION, DIM, SaliencyModel, build
-from dwattn.demo.variety import CUTOUTS, PhotoViews, free_cutouts, with_repeats
+from dwattn.demo.variety import CUTOUTS, LIGHT, PhotoViews, free_cutouts, with_repeats
 from dwattn.finetune import Distillation, Recipe, Targets, Trainer, estimate
 from dwattn.finetune.state import read_progress
 
@@ -85,7 +86,14 @@ class Bench:
 
     def views_of(self, cutouts: list[Path], seed: int) -> PhotoViews:
         """Of all photos that are fitted."""
-        return PhotoViews(self.fitting, cutouts, seed, share=self.options.cutouts)
+        share, light = self.options.cutouts, self.options.light
+        return PhotoViews(self.fitting, cutouts, seed, share=share, light=light)
+
+    @property
+    def images(self) -> int:
+        """Views that the closed form is fitted to."""
+        every = int(self.options.rounds) * len(self.views)
+        return min(every, self.options.images or every)
 
     def plan(self, case: Case) -> dwattn.Plan:
         """By the original's scores, measured once; with ``--refine`` by trying sets out on the demo's photos."""
@@ -142,7 +150,7 @@ class Bench:
         """Closed form, and gradient steps from there if wanted; making the views is part of the time."""
         student, minutes = self.closed_form(case)
         how = {
-            "method": "closed form", "images": self.options.rounds * len(self.views), "minutes": minutes,
+            "method": "closed form", "images": self.images, "minutes": minutes,
         }  # fmt: skip
         if not self.options.polish:
             return student, how
@@ -170,7 +178,7 @@ class Bench:
         with products_in_bf16(faster_in_bf16()):
             dwattn.replace(
                 student, plan, variant=case.variant, rank=case.rank, calibrate=self.views.rounds(rounds),
-                photos=len(self.views), views=1, progress=self.options.progress,
+                photos=len(self.views), views=1, num_images=self.images, progress=self.options.progress,
             )  # fmt: skip
         minutes = round((time.perf_counter() - began) / 60, 2)
         dwattn.save(student, path)
@@ -288,6 +296,12 @@ def main() -> None:
         type=float,
         default=CUTOUTS,
         help="share of the photos in views that get a cut-out",
+    )
+    parser.add_argument(
+        "--light", type=float, default=LIGHT, help="bound of the views' change in light"
+    )
+    parser.add_argument(
+        "--images", type=int, help="views at most; the last round is cut short there"
     )
     parser.add_argument("--criterion", default="residual", help="by which blocks are chosen")
     parser.add_argument(

@@ -112,8 +112,8 @@ def test_views_never_join_what_calibration_keeps_apart(
         for c, rgb in (("r", (200, 0, 0, 255)), ("b", (0, 0, 200, 255)))
     )
     some = [photos.Photo(f"p{i}", "p", f"s{i}", blue if i % 4 == 3 else red) for i in range(8)]
-    views = variety.PhotoViews(some, [blues if i % 4 == 3 else reds for i in range(8)])
-    monkeypatch.setattr(variety, "LIGHT", 0.0)
+    cutouts = [blues if i % 4 == 3 else reds for i in range(8)]
+    views = variety.PhotoViews(some, cutouts, light=0.0)
     monkeypatch.setattr(variety, "MOSAICS", 0.7)
     mean, std = (
         torch.tensor(v)[:, None, None] for v in (pretrained.PIXEL_MEAN, pretrained.PIXEL_STD)

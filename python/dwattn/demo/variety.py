@@ -26,7 +26,7 @@ AREA, RATIO = (0.2, 1.0), (0.75, 4 / 3)
 MOSAICS, CUTOUTS = 0.3, 0.4
 #: Where the corner that the four parts of a mosaic share may lie, as a share of the side.
 CORNER = (0.25, 0.75)
-#: Bounds of the change of contrast and saturation (factors) and of brightness (in standard deviations).
+#: Default bound of the change of contrast and saturation (factors) and of brightness (in standard deviations).
 LIGHT = 0.25
 #: Shorter side in pixels to which photos are reduced when they are read.
 KEPT_SIZE = 2 * IMAGE_SIZE
@@ -42,6 +42,7 @@ class PhotoViews(Views):
         cutouts: stamps to paste, see :func:`free_cutouts`.
         seed: of the views.
         share: of the photos that get a cut-out.
+        light: by how much brightness, contrast and saturation change at most.
         sides: a photo whose number is ``sides - 1`` modulo ``sides`` never meets the others in a view, nor their
             cut-outs: calibration with its default ``held_out`` judges on every fourth photo.
     """
@@ -54,10 +55,10 @@ class PhotoViews(Views):
         sides: int = 4,
         *,
         share: float = CUTOUTS,
+        light: float = LIGHT,
     ) -> None:
-        self.fitting, self.cutouts, self.seed, self.sides, self.share = (
-            list(fitting), list(cutouts), seed, sides, share,
-        )  # fmt: skip
+        self.fitting, self.cutouts, self.seed = list(fitting), list(cutouts), seed
+        self.sides, self.share, self.light = sides, share, light
         first = {photo: index for index, photo in reversed(list(enumerate(self.fitting)))}
         self._first = set(first.values())
         self._opened: dict[Path, Image.Image] = {}
@@ -75,7 +76,7 @@ class PhotoViews(Views):
             chosen += rng.choices(self._companions(index, len(self.fitting)), k=3)
         parts = [self._part(number, rng) for number in chosen]
         pixels = parts[0] if len(parts) == 1 else _mosaic(parts, rng)
-        return {"pixels": _lit(pixels, rng), "key": key}
+        return {"pixels": _lit(pixels, rng, self.light), "key": key}
 
     def _companions(self, index: int, count: int) -> list[int]:
         """The numbers below ``count`` on the same side as ``index``."""
@@ -99,7 +100,7 @@ class PhotoViews(Views):
     def fingerprint(self) -> str:
         """Changes with the photos, the cut-outs and the seed."""
         named = ([photo.name for photo in self.fitting], [p.name for p in self.cutouts])
-        settings = (*named, self.seed, self.sides, self.share)
+        settings = (*named, self.seed, self.sides, self.share, self.light)
         return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
 
@@ -154,9 +155,9 @@ def _mosaic(parts: Sequence[Tensor], rng: random.Random) -> Tensor:
     return torch.cat([upper, lower], dim=1)
 
 
-def _lit(pixels: Tensor, rng: random.Random) -> Tensor:
+def _lit(pixels: Tensor, rng: random.Random, light: float) -> Tensor:
     """Normalised pixels with other brightness, contrast and saturation."""
-    brightness, contrast, saturation = (rng.uniform(-LIGHT, LIGHT) for _ in range(3))
+    brightness, contrast, saturation = (rng.uniform(-light, light) for _ in range(3))
     mean = pixels.mean()
     pixels = mean + (1 + contrast) * (pixels - mean) + brightness * pixels.std()
     grey = pixels.mean(0, keepdim=True)
