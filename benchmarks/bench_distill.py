@@ -92,7 +92,7 @@ class Bench:
     @property
     def images(self) -> int:
         """Views that the closed form is fitted to."""
-        every = int(self.options.rounds) * len(self.views)
+        every: int = self.options.rounds * len(self.views)
         return min(every, self.options.images or every)
 
     def plan(self, case: Case) -> dwattn.Plan:
@@ -163,15 +163,11 @@ class Bench:
 
     def closed_form(self, case: Case) -> tuple[SaliencyModel, float]:
         """The layers fitted to as many rounds of views as wanted, and the minutes it took; kept for a later run."""
-        path, rounds = (
-            self.work / f"{case.name}-{self.options.rounds}.safetensors",
-            self.options.rounds,
-        )
-        noted, settings = path.with_suffix(".minutes"), self.settings()
-        if (
-            noted.exists()
-            and (known := json.loads(noted.read_text("utf-8")))["options"] == settings
-        ):
+        rounds, settings = self.options.rounds, self.settings()
+        path = self.work / f"{case.name}-{rounds}.safetensors"
+        noted = path.with_suffix(".json")
+        known = json.loads(noted.read_text("utf-8")) if noted.exists() else {}
+        if known.get("options") == settings:
             return dwattn.load(build("timm"), path), known["minutes"]
         plan, student = self.plan(case), build("timm")
         began = time.perf_counter()

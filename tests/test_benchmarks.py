@@ -371,6 +371,32 @@ def test_products_are_rounded_only_where_wanted() -> None:
         assert settings.fp32_precision == before
 
 
+def test_a_kept_closed_form_is_used_again_for_the_same_options_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Kept(bench_distill.Bench):
+        def __init__(self, light: float) -> None:
+            self.options = argparse.Namespace(rounds=2, images=None, light=light, progress=False)
+            self.work = tmp_path
+            self.views: Any = type("Views", (list,), {"rounds": lambda self, count: iter(())})()
+
+        def plan(self, case: bench_distill.Case) -> Any:
+            return None
+
+    calls: list[str] = []
+    for name in ("replace", "save", "load"):
+        monkeypatch.setattr(dwattn, name, lambda *_, name=name, **__: calls.append(name))
+    monkeypatch.setattr(bench_distill, "build", lambda _: None)
+    for light, expected in (
+        (0.1, ["replace", "save"]),
+        (0.1, ["load"]),
+        (0.2, ["replace", "save"]),
+    ):
+        calls.clear()
+        Kept(light).closed_form(bench_distill.CASES[0])
+        assert calls == expected
+
+
 def test_gradient_steps_go_on_from_the_closed_form(tmp_path: Path) -> None:
     """The minutes and images of both count, and what the closed form had reached is noted."""
     case = bench_distill.CASES[0]

@@ -83,19 +83,12 @@ class Layer {
     void *v, *y, *aggregation, *rows;
 
     void take(Workspace& from, const Layer& layer, int64_t value) {
-      const int64_t row = layer.row_ * value, values = layer.chunk_ * layer.tokens() * row;
-      if (layer.p_.wo == nullptr) {
-        v = from.take(values);
-        y = nullptr;
-      } else if (layer.in_place_) {
-        const int64_t in_front = kRowsInFront * layer.p_.width * row;
-        char* const start = static_cast<char*>(from.take(in_front + values));
-        v = start == nullptr ? nullptr : start + in_front;
-        y = start;
-      } else {
-        v = from.take(values);
-        y = from.take(layer.chunk_ * layer.patches() * row);
-      }
+      const int64_t row = layer.row_ * value;
+      const int64_t rows_of_y = layer.p_.wo == nullptr ? 0
+                                : layer.in_place_      ? kRowsInFront * layer.p_.width
+                                                       : layer.chunk_ * layer.patches();
+      y = from.take(rows_of_y * row);  // V follows
+      v = from.take(layer.chunk_ * layer.tokens() * row);
       aggregation = from.take(dw_aggregate_workspace(layer.aggregation(*this, 0, layer.chunk_)));
       // One product at a time.
       const int64_t threads = layer.groups_ > 1 ? 1 : layer.threads_;

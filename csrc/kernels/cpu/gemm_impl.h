@@ -164,10 +164,12 @@ class Gemm {
 
   // Every run of tasks packs its panels one over the other, so that they stay in the nearest cache.
   void by_panels(const ParallelFor& parallel) const {
-    auto rows = [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) widen_rows(b, 0, p_.m);
-    };
-    parallel(p_.batch, p_.m * p_.k, rows);
+    if constexpr (!std::is_same_v<T, In>) {
+      auto rows = [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) widen_rows(i / p_.m, i % p_.m, i % p_.m + 1);
+      };
+      parallel(p_.batch * p_.m, p_.k, rows);
+    }
     auto panels = [&](int64_t begin, int64_t end) {
       T* const here = static_cast<T*>(p_.weight->packed) + begin * kPanel<T> * p_.k;
       for (int64_t j = begin * kPanel<T>; j < end * kPanel<T> && j < p_.n; j += kPanel<T>) {
