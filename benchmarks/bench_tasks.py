@@ -66,10 +66,10 @@ HOW_IT_RUNS = ("comparisons", "work", "json", "report", "list", "collect", "prog
 
 def views(options: argparse.Namespace) -> tuple[Views, Views]:
     """Images to train on and to measure on."""
-    read = task_images.fashion if options.task == "classify" else task_images.cutouts
-    return read(
-        options.train_images, options.test_images, options.size, validation=options.validation
-    )
+    wanted = (options.train_images, options.test_images, options.size)
+    if options.task == "classify":
+        return task_images.fashion(*wanted, validation=options.validation)
+    return task_images.cutouts(*wanted, validation=options.validation, known=options.known_cutouts)
 
 
 def make(task: str, classes: int, size: int, seed: int) -> Task:
@@ -112,6 +112,11 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="measure on images held back from the training side: to choose the other options by",
     )
+    parser.add_argument(
+        "--known-cutouts",
+        action="store_true",
+        help="segment: measure on the cut-outs that are trained on, at other places on other photos",
+    )
     parser.add_argument("--batch-size", type=int, help="of all stages")
     parser.add_argument("--head-steps", type=int, help="that fit the head to the frozen backbone")
     parser.add_argument("--head-rate", type=float, help="learning rate of these steps")
@@ -153,6 +158,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--progress", action="store_true")
     options = parser.parse_args()
+    if options.known_cutouts and options.task != "segment":
+        parser.error("--known-cutouts is of the task 'segment'")
     for name, value in {**DEFAULTS[options.task], "latency_size": options.size}.items():
         if getattr(options, name) is None:
             setattr(options, name, value)

@@ -52,16 +52,24 @@ def fashion(
 
 
 def cutouts(
-    train: int, test: int, size: int, seed: int = 0, *, validation: bool = False
+    train: int,
+    test: int,
+    size: int,
+    seed: int = 0,
+    *,
+    validation: bool = False,
+    known: bool = False,
 ) -> tuple[MaskedViews, MaskedViews]:
     """Cut-outs (tuxpaint-stamps-default) of eight kinds on photos, 9 classes with the background.
 
-    The images to train and to measure on have no cut-out and no photo in common. Masks have the size that the paper's
-    decoder makes of the patches.
+    The images to train and to measure on have no photo in common, and no cut-out unless ``known``. Masks have the
+    size that the paper's decoder makes of the patches.
 
     Args:
         validation: measure on cut-outs and photos taken away from the training side, to choose a recipe by; those
             of the test are then not used at all.
+        known: train and measure on all cut-outs, which then differ in place, size and photo: whether a pixel is
+            found again, not whether a kind is recognised by things never seen.
 
     Raises:
         DataError: there are no cut-outs, or too few of a kind.
@@ -74,6 +82,9 @@ def cutouts(
         fitting, kept = _thirds(fitting, seed)
         test_stamps = [paths[: len(paths) // 3] for paths in fit_stamps]
         fit_stamps = [paths[len(paths) // 3 :] for paths in fit_stamps]
+    if known:
+        both = zip(fit_stamps, test_stamps, strict=True)
+        fit_stamps = test_stamps = [fitted + tested for fitted, tested in both]
     masks = (8 * (size // 14), 8 * (size // 14))
     augment = Augment(crop=(0.5, 1.0), colour=0.2)
     classes = len(KINDS) + 1

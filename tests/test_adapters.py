@@ -15,9 +15,11 @@ from dwattn import adapters, reference
 from dwattn.adapters import describe
 from dwattn.errors import GeometryError, PlanError, UnsupportedAttentionError
 from dwattn.rotary import placed
+from support.kin import KIN
 from support.models import FAMILIES, Family, clip_both, hf_model, hub_vit, only, timm_vit
 
-parametrize_families = pytest.mark.parametrize("family", FAMILIES, ids=str)
+ALL = FAMILIES + KIN
+parametrize_families = pytest.mark.parametrize("family", ALL, ids=str)
 
 
 @parametrize_families
@@ -108,7 +110,7 @@ def test_blocks_are_residual_blocks_as_described(family: Family) -> None:
         torch.testing.assert_close(seen["out"], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f.num_prefix], ids=str)
+@pytest.mark.parametrize("family", [f for f in ALL if f.num_prefix], ids=str)
 @torch.no_grad()
 def test_prefix_rows_stay_exact_in_the_first_replaced_block(family: Family) -> None:
     """Tokens, grid, P and output projection are wired correctly if and only if this holds."""
@@ -138,7 +140,7 @@ def test_prefix_rows_stay_exact_in_the_first_replaced_block(family: Family) -> N
     assert (after[:, p:] - before[:, p:]).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f.size[0] != f.size[1]], ids=str)
+@pytest.mark.parametrize("family", [f for f in ALL if f.size[0] != f.size[1]], ids=str)
 @torch.no_grad()
 def test_rows_and_columns_are_not_mixed_up(family: Family) -> None:
     """A kernel that takes the patch above shows in the row below its source, whatever the library."""

@@ -121,3 +121,37 @@ def test_a_recipe_is_chosen_on_training_pictures_that_are_not_trained_on() -> No
         task_images.fashion(50, 20, 14, validation=True)
     with pytest.raises(DataError, match="41 pictures were asked for; t10k holds 40"):
         task_images.fashion(10, 41, 14)
+
+
+@pytest.mark.parametrize("validation", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+def test_what_is_measured_on_shows_other_photos_and_if_wanted_other_cutouts(
+    known: bool, validation: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = [[Path(f"{kind}-{i}.png") for i in range(9)] for kind in range(8)]
+    pool = [photos.Photo(f"p{i}", "a package", f"scene {i}", Path(f"p{i}.jpg")) for i in range(27)]
+    seen: list[tuple[set[str], list[set[Path]]]] = []
+
+    def composed(backgrounds: list[photos.Photo], by_kind: list[list[Path]], *_: int) -> object:
+        seen.append(({photo.name for photo in backgrounds}, [set(paths) for paths in by_kind]))
+        return torch.zeros(1, 3, 14, 14), torch.zeros(1, 14, 14, dtype=torch.uint8)
+
+    monkeypatch.setattr(task_images, "_composed", composed)
+    monkeypatch.setattr(task_images, "_package", lambda *_: Path())
+    monkeypatch.setattr(
+        task_images, "_stamps", lambda *_: ([k[3:] for k in kinds], [k[:3] for k in kinds])
+    )
+    monkeypatch.setattr(photos, "pool", lambda *_: pool)
+    task_images.cutouts(1, 1, 14, validation=validation, known=known)
+    (fitted, fitted_cutouts), (kept, kept_cutouts) = seen
+    assert not fitted & kept
+    assert len(fitted) == (12 if validation else 18)
+    assert len(kept) == (6 if validation else 9)
+    for kind, one, other in zip(kinds, fitted_cutouts, kept_cutouts, strict=True):
+        # Cut-outs of the test take no part while a recipe is chosen.
+        allowed = set(kind[3:]) if validation else set(kind)
+        if known:
+            assert one == other == allowed
+        else:
+            assert one | other == allowed
+            assert not one & other

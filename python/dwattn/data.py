@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dwattn.errors import DataError
+from dwattn.errors import DataError, DwattnError
 from dwattn.finite import all_finite
 
 #: Keys of a batch dictionary that hold targets; a model is called without them.
@@ -41,8 +41,23 @@ class Batch:
     pixels: Tensor | None
 
     def call(self, model: nn.Module) -> Any:
-        """The model's output: ``model(pixels)``, or ``model(**inputs)`` without label keys."""
-        return model(**self.inputs) if isinstance(self.inputs, dict) else model(self.inputs)
+        """The model's output: ``model(pixels)``, or ``model(**inputs)`` without label keys.
+
+        Raises:
+            DataError: the model cannot be called with pixels alone.
+        """
+        if isinstance(self.inputs, dict):
+            return model(**self.inputs)
+        try:
+            return model(self.inputs)
+        except DwattnError:
+            raise
+        except (TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{type(model).__name__} could not be called with a tensor of pixels alone "
+                f"({type(error).__name__}: {error}). If it needs more than that, give batches that are "
+                "dictionaries of its arguments, or pass the part of it that sees images."
+            ) from error
 
     def showing(self, pixels: Tensor) -> Batch:
         """The same batch with other pixels of the same shape; unchanged where its own are not known."""

@@ -13,15 +13,16 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from dwattn.adapters import describe
 from dwattn.errors import CheckpointError, DwattnError
 from dwattn.files import parse_json
 from dwattn.weights import load_state, mismatch, read_weights
@@ -30,11 +31,16 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _HUB_REPOSITORY = "facebookresearch/dinov2"
+#: The part that sees images, by the model type of what pairs it with text.
 _VISION_TOWERS = {
     "clip": "CLIPVisionModel",
-    "clip_vision_model": "CLIPVisionModel",
     "siglip": "SiglipVisionModel",
-    "siglip_vision_model": "SiglipVisionModel",
+    "metaclip_2": "MetaClip2VisionModel",
+    "altclip": "AltCLIPVisionModel",
+    "chinese_clip": "ChineseCLIPVisionModel",
+    "clipseg": "CLIPSegVisionModel",
+    "owlvit": "OwlViTVisionModel",
+    "owlv2": "Owlv2VisionModel",
 }
 
 Triple = tuple[float, float, float]
@@ -214,18 +220,43 @@ def _transformers(
     pretrained = options.pop("pretrained")
     try:
         config = transformers.AutoConfig.from_pretrained(spec.name, **options)
-        tower = _VISION_TOWERS.get(config.model_type)
-        cls = getattr(transformers, tower) if tower else transformers.AutoModel
-        if tower and hasattr(config, "vision_config"):
-            config = config.vision_config
+        cls, config = _hf_class(transformers, config)
         if pretrained:
             # use_safetensors: the alternative on the hub is a pickle.
-            model: nn.Module = cls.from_pretrained(spec.name, config=config, use_safetensors=True)
-            return model
-        model = cls.from_config(config) if tower is None else cls(config)
+            model, info = cls.from_pretrained(
+                spec.name, config=config, use_safetensors=True, output_loading_info=True
+            )
+            _insist_on_blocks(model, info["missing_keys"], spec)
+            return cast(nn.Module, model)
+        model = cls(config)
+    except DwattnError:
+        raise
     except Exception as error:
         raise ModelError(_library_failure("transformers", spec.name, error, pretrained)) from error
     return model if state is None else _load_renamed(type(model), config, state, spec)
+
+
+def _hf_class(transformers: Any, config: Any) -> tuple[Any, Any]:
+    """The class to make and its configuration: of the vision tower, of the bare model, or of the model as it was saved
+    where transformers has no bare one (ViTPose, Depth Anything).
+    """
+    tower = _VISION_TOWERS.get(config.model_type.removesuffix("_vision_model"))
+    if tower is not None:
+        return getattr(transformers, tower), getattr(config, "vision_config", config)
+    bare = transformers.MODEL_MAPPING.get(type(config), None)
+    if bare is None:
+        bare = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+    return bare, config
+
+
+def _insist_on_blocks(model: nn.Module, missing: Collection[str], spec: ModelSpec) -> None:
+    """transformers fills what a checkpoint lacks with random weights; a pooler may lack, a block may not."""
+    if not missing:
+        return
+    blocks = tuple(f"{block.name}." for block in describe(model).blocks)
+    lacking = sorted(key for key in missing if key.startswith(blocks))
+    if lacking:
+        raise CheckpointError(mismatch(f"hf:{spec.name} as {type(model).__name__}", lacking, []))
 
 
 def _load_renamed(cls: Any, config: Any, state: dict[str, Tensor], spec: ModelSpec) -> nn.Module:

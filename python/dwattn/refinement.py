@@ -31,6 +31,7 @@ from dwattn.fidelity import drift
 from dwattn.files import parse_json, write_atomically
 from dwattn.finite import all_finite
 from dwattn.plan import Plan
+from dwattn.printed import Printed
 from dwattn.scores import Scores
 from dwattn.selection import rank_blocks, select
 from dwattn.surgery import replace
@@ -45,8 +46,8 @@ Blocks = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Refinement:
-    """What was found.
+class Refinement(Printed):
+    """What was found; ``print()`` shows the sets.
 
     Args:
         plan: of the best set.
@@ -67,7 +68,8 @@ class Refinement:
             "plan": json.loads(self.plan.to_json()),
         }  # fmt: skip
 
-    def __rich__(self) -> Table:
+    def table(self) -> Table:
+        """The sets that were tried."""
         table = Table(title=f"{len(self.drift)} sets of {len(self.blocks)} blocks, best first")
         table.add_column("blocks")
         table.add_column("drift", justify="right")

@@ -16,6 +16,7 @@ from torch import Tensor
 from dwattn.errors import ScoreError
 from dwattn.files import parse_json, write_atomically
 from dwattn.plan import ModelInfo, problems
+from dwattn.printed import Printed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,7 +33,7 @@ _TENSORS = (
 _OPTIONAL = ("residual", "residual_plain", "perturbation", "mean_map", "std_map")
 
 
-@dataclass
+@dataclass(repr=False)
 class LayerScore:
     """Statistics of one attention layer over the scored images, fp64 on the CPU.
 
@@ -76,10 +77,14 @@ class LayerScore:
         """``Sigma_b``: mean of Sigma_h over the heads."""
         return float(self.sigma.mean())
 
+    def __repr__(self) -> str:
+        residual = "" if self.block_residual is None else f", residual {self.block_residual:.4g}"
+        return f"<LayerScore {self.name}: Sigma_b {self.sigma_block:.4g}{residual}>"
 
-@dataclass
-class Scores:
-    """What :func:`dwattn.score` measured.
+
+@dataclass(repr=False)
+class Scores(Printed):
+    """What :func:`dwattn.score` measured; ``print()`` shows the table.
 
     Args:
         layers: the scored layers in depth order; ``refused`` names the others with the reason.
@@ -96,6 +101,10 @@ class Scores:
     num_prefix: int
     model: ModelInfo
     refused: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.grid))
+        return f"<Scores of {self.model.family}: {len(self.layers)} layers, {self.num_images} images, grid {size}>"
 
     @property
     def sigma_blocks(self) -> list[float]:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
+
+from dwattn.printed import Printed
 
 Action = Literal["replaced", "kept", "refused"]
 
@@ -36,7 +37,7 @@ class ReplacementRow:
 
 
 @dataclass(frozen=True)
-class ReplacementReport:
+class ReplacementReport(Printed):
     """Result of :func:`dwattn.replace`; ``print()`` shows the table.
 
     Args:
@@ -72,7 +73,8 @@ class ReplacementReport:
             "calibration": calibration.to_dict() if hasattr(calibration, "to_dict") else None,
         }
 
-    def __rich__(self) -> Table:
+    def table(self) -> Table:
+        """All layers, with what was done to each."""
         verb = "would be replaced" if self.dry_run else "replaced"
         table = Table(
             title=f"{self.family}: {len(self.replaced)} of {len(self.rows)} layers {verb}"
@@ -82,12 +84,6 @@ class ReplacementReport:
         for row in self.rows:
             table.add_row(*_cells(row, self.dry_run), style="dim" if row.action == "kept" else None)
         return table
-
-    def __str__(self) -> str:
-        console = Console(width=140, no_color=True, highlight=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
 
 
 def _cells(row: ReplacementRow, dry_run: bool) -> Sequence[str]:

@@ -51,7 +51,14 @@ def first_tensor(result: Any) -> Tensor:
     """The main output of any of the models."""
     if isinstance(result, Tensor):
         return result
-    for key in ("last_hidden_state", "logits", "x_norm_patchtokens", "image_embeds"):
+    for key in (
+        "last_hidden_state",
+        "logits",
+        "x_norm_patchtokens",
+        "image_embeds",
+        "heatmaps",
+        "predicted_depth",
+    ):
         value = result.get(key) if isinstance(result, dict) else getattr(result, key, None)
         if isinstance(value, Tensor):
             return value

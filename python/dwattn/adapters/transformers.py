@@ -1,5 +1,6 @@
-"""transformers 5.x and 4.57: DINOv2 (with registers), DINOv3, ViT, ViT-MAE, DeiT, and the CLIP and
-SigLIP vision towers.
+"""transformers 5.x and 4.57: DINOv2 (with registers), DINOv3, ViT, ViT-MAE, ViT-MSN, DeiT, I-JEPA,
+Pixio, DPT, ViTPose, and the vision towers of CLIP and its kin (SigLIP, MetaCLIP 2, AltCLIP, Chinese-CLIP,
+CLIPSeg, OWL-ViT).
 
 transformers is recognised by class and module name, never imported. 5.x keeps ``q_proj k_proj
 v_proj`` beside their output projection and returns ``(output, weights)``; 4.57 nests
@@ -35,9 +36,20 @@ _ATTENTION_CLASSES = (
     "DINOv3ViTAttention",
     "ViTAttention",
     "ViTMAEAttention",
+    "ViTMSNAttention",
     "DeiTAttention",
+    "IJepaAttention",
+    "PixioAttention",
+    "DPTViTAttention",
+    "VitPoseBackboneAttention",
     "CLIPAttention",
     "SiglipAttention",
+    "MetaClip2Attention",
+    "AltCLIPAttention",
+    "ChineseCLIPVisionAttention",
+    "CLIPSegAttention",
+    "OwlViTAttention",
+    "Owlv2Attention",
 )
 # 4.57 keeps the CLIP and SigLIP towers in ...VisionTransformer, inside ...VisionModel; 5.x has no
 # such level.
@@ -50,11 +62,27 @@ _BACKBONE_CLASSES = (
     "DINOv3ViTBackbone",
     "ViTModel",
     "ViTMAEModel",
+    "ViTMSNModel",
     "DeiTModel",
-    "CLIPVisionModel",
-    "CLIPVisionTransformer",
-    "SiglipVisionModel",
-    "SiglipVisionTransformer",
+    "IJepaModel",
+    "PixioModel",
+    "PixioBackbone",
+    "DPTModel",
+    "VitPoseBackbone",
+    *(
+        f"{tower}Vision{level}"
+        for tower in (
+            "CLIP",
+            "Siglip",
+            "MetaClip2",
+            "AltCLIP",
+            "ChineseCLIP",
+            "CLIPSeg",
+            "OwlViT",
+            "Owlv2",
+        )
+        for level in ("Model", "Transformer")
+    ),
 )
 
 
@@ -215,31 +243,32 @@ def _pair(size: Any) -> tuple[int, int]:
 
 def _patches(embeddings: Any) -> tuple[nn.Module, tuple[int, int], tuple[int, int]]:
     """The module called with pixels, image size and patch size."""
-    patch = getattr(embeddings, "patch_embeddings", None)
-    if patch is None:
-        patch, sizes = embeddings.patch_embedding, embeddings
-    else:  # DINOv3's is a bare convolution
-        sizes = patch if hasattr(patch, "image_size") else embeddings.config
+    patch = _first(embeddings, "patch_embeddings", "patch_embedding")
+    # DINOv3's and OWL-ViT's are bare convolutions; the latter's embeddings know no sizes either.
+    known: tuple[Any, ...] = (patch, embeddings, getattr(embeddings, "config", None))
+    sizes = next(one for one in known if hasattr(one, "image_size"))
     return patch, _pair(sizes.image_size), _pair(sizes.patch_size)
 
 
 def _num_prefix(embeddings: Any) -> int:
-    single = ("cls_token", "class_embedding", "distillation_token")
-    count = sum(getattr(embeddings, name, None) is not None for name in single)
-    registers = getattr(embeddings, "register_tokens", None)
-    return count + (0 if registers is None else int(registers.shape[1]))
+    names = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+    found = [getattr(embeddings, name, None) for name in names]
+    # (1, tokens, D), of which Pixio's cls_token has several; CLIP's class embedding is (D,).
+    return sum(int(t.shape[1]) if t.dim() == 3 else 1 for t in found if t is not None)
 
 
 def _block(name: str, block: Any) -> BlockSite:
     child = "attention" if hasattr(block, "attention") else "self_attn"
     out = _mlp_out(block)
+    # Of a mixture of experts (ViTPose+) fc2 gives only the channels that all experts share.
+    whole = isinstance(out, nn.Linear) and not hasattr(getattr(block, "mlp", None), "experts")
     return BlockSite(
         name=name,
         module=block,
         attention_name=f"{name}.{child}",
         attention=getattr(block, child),
         attention_scale=getattr(getattr(block, "layer_scale1", None), "lambda1", None),
-        mlp_out=out if isinstance(out, nn.Linear) else None,
+        mlp_out=out if whole else None,
         mlp_scale=getattr(getattr(block, "layer_scale2", None), "lambda1", None),
     )
 

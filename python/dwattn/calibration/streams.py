@@ -51,14 +51,13 @@ def embed(
     seen: list[tuple[Tensor, BlockCall]] = []
 
     def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        args = tuple(map(_only, args))
-        if args:
-            seen.append((args[0], BlockCall(args[1:], dict(kwargs), None)))
-        else:
+        args, key = tuple(map(_only, args)), None
+        if not args:
             key = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-            seen.append(
-                (kwargs[key], BlockCall((), {k: v for k, v in kwargs.items() if k != key}, key))
-            )
+        tokens = kwargs[key] if key else args[0]
+        kept = {k: _for_any_images(v, len(tokens)) for k, v in kwargs.items() if k != key}
+        rest = tuple(_for_any_images(value, len(tokens)) for value in args[1:])
+        seen.append((tokens, BlockCall(rest, kept, key)))
         raise _Captured
 
     handle = layout.blocks[0].module.register_forward_pre_hook(capture, with_kwargs=True)
@@ -71,6 +70,18 @@ def embed(
     raise CalibrationError(
         f"The model finished without calling its first block {layout.blocks[0].name!r}; calibration cannot follow it."
     )
+
+
+def _for_any_images(value: Any, images: int) -> Any:
+    """An argument of the blocks for any number of images: one value an image is kept once if it is the same for all."""
+    if not isinstance(value, Tensor) or value.dim() != 1 or len(value) != images or images == 1:
+        return value
+    if (value != value[0]).any():
+        raise CalibrationError(
+            f"The model calls its blocks with another value for each image, {value.tolist()}; calibrate on images that "
+            f"have one value in common."
+        )
+    return value[:1]
 
 
 def _only(argument: Any) -> Any:

@@ -77,7 +77,7 @@ def score(
         memory_budget=budget, progress=progress,
     )  # fmt: skip
     scores.save(out)
-    emit(scores if as_json else scores.table(), as_json)
+    emit(scores, as_json)
     note(f"Wrote {out}.")
 
 

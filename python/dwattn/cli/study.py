@@ -108,7 +108,7 @@ def study(
     result = run_study(
         wanted, make, data, test, out, only=only or None, trainer_options=options, note=note
     )
-    emit(result if as_json else result.table(), as_json)
+    emit(result, as_json)
     written = [out / "results.json", out / "results.csv"]
     if report:
         import torch

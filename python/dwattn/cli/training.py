@@ -156,7 +156,7 @@ def finetune(
         recipe = recipe.but(steps=_steps(steps, epochs, minutes, module, data, recipe))
     if dry_run:
         found = estimate(module, data, recipe)
-        emit(found if as_json else found.table(), as_json)
+        emit(found, as_json)
         return
     trainer = Trainer(
         module, data, recipe, folder=out, save_minutes=save_minutes, device=device,

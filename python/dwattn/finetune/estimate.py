@@ -15,12 +15,13 @@ from dwattn.finetune.distill import Distillation
 from dwattn.finetune.recipe import Recipe
 from dwattn.finetune.trainer import micro_batches, move, recipe_groups
 from dwattn.finetune.views import Order, Views, collate
+from dwattn.printed import Printed
 
 MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Printed):
     """Of a run in one process on this machine.
 
     Args:

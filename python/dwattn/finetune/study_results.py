@@ -11,13 +11,14 @@ from typing import Any
 from rich.table import Table
 
 from dwattn.finetune.study_grid import BASELINE, SETTINGS
+from dwattn.printed import Printed
 
 #: Two-sided 95% quantiles of Student's t by degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
-class StudyResult:
+class StudyResult(Printed):
     """Measurements by cell: ``{"cell": name, "label": [...], "seed": s, "metrics": {...}, ...}``."""
 
     rows: list[dict[str, Any]]

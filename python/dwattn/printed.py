@@ -1,0 +1,26 @@
+"""Results that print as tables."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+#: Characters to a line of a printed table.
+WIDTH = 140
+
+
+class Printed:
+    """``print()`` shows :meth:`table`, without colours; rich shows it with them."""
+
+    def table(self) -> Table:
+        """The result as a table."""
+        raise NotImplementedError
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    def __str__(self) -> str:
+        console = Console(width=WIDTH, no_color=True, highlight=False)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get().rstrip()
