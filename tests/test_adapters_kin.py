@@ -13,11 +13,11 @@ import dwattn
 from dwattn.adapters import describe
 from dwattn.errors import CalibrationError, CheckpointError, DataError
 from dwattn.models import load_model
-from support.kin import KIN, depth, detector, dpt, pose, pose_backbone
+from support.kin import KIN, MULTIHEAD, depth, detector, dpt, pose, pose_backbone
 from support.models import Family, clip_both, hf_model
 
 
-@pytest.mark.parametrize("family", KIN, ids=str)
+@pytest.mark.parametrize("family", KIN + MULTIHEAD, ids=str)
 @torch.no_grad()
 def test_the_whole_journey(family: Family, tmp_path: Path) -> None:
     model, images = family.build(), family.images()

@@ -51,8 +51,8 @@ UNSUPPORTED_MODELS = {
     ),
     "linear": (lambda: nn.Sequential(nn.Linear(2, 2)), "Sequential.*no attention layers"),
     "torch": (
-        lambda: nn.TransformerEncoderLayer(16, 2),
-        "MultiheadAttention is not known.*adapters.register",
+        lambda: nn.TransformerEncoderLayer(16, 2, batch_first=True),
+        "MultiheadAttention is known, but not this model.*adapters.register",
     ),
 }  # fmt: skip
 

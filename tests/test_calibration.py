@@ -358,7 +358,7 @@ def test_a_block_goes_on_behind_a_known_attention(name: str) -> None:
         tokens, call = embed(model, layout, lambda model: family.tokens(model, images))
         runner = BlockRunner(site, call)
         whole = runner(tokens)
-        attention, _ = runner.attention_pass(tokens, convention.unpack)
+        attention = runner.attend(tokens, convention.unpack)
         given, _ = runner.behind_attention(tokens, attention, convention)
         other, _ = runner.behind_attention(tokens, attention + 1, convention)
         again = runner(tokens)

@@ -235,7 +235,7 @@ def _layer_calls(
     common: dict[str, Any] = {"num_prefix": layout.num_prefix, "grid": grid}
     layer = build_replacement(variant, weights, **common, **options)
     calls: dict[str, Callable[[], Any]] = {
-        "attention": lambda: attention(x, **given),
+        "attention": lambda: convention.call(attention, x, **given),
         "replaced": lambda: layer(x, rotary=rotary),
     }
     if variant == "dw" and weights.num_heads > 1:

@@ -1,4 +1,6 @@
-"""transformers models whose attention is that of a family of :mod:`support.models` under another name."""
+"""More families: transformers models whose attention is that of one of :mod:`support.models` under another name, and
+models on PyTorch's own ``nn.MultiheadAttention``.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from support import open_clip_vit
 from support.models import Family, clip_both, hf_model, randomise
 
 _TOWER: dict[str, Any] = {
@@ -83,6 +86,18 @@ def dpt(kind: str) -> nn.Module:
     )  # fmt: skip
 
 
+def torchvision_vit() -> nn.Module:
+    """torchvision's, of 4 blocks."""
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    return randomise(VisionTransformer(32, 8, 4, 3, 48, 96, num_classes=5))
+
+
+def open_clip(**options: Any) -> nn.Module:
+    """The stand-in for OpenCLIP's image tower."""
+    return randomise(open_clip_vit.VisionTransformer(**options))
+
+
 def _vision(model: Any, x: Any) -> Any:
     return model.vision_model(pixel_values=x).last_hidden_state
 
@@ -102,4 +117,9 @@ KIN = [
     Family("hf-metaclip2-both", lambda: clip_both("MetaClip2"), *_SQUARE, 1, f"vision_model.{_CLIP}", tokens=_vision),
     Family("hf-owlvit", lambda: hf_model("OwlViTVision"), *_SQUARE, 1, f"vision_model.{_CLIP}"),
     Family("hf-owlv2", lambda: hf_model("Owlv2Vision"), *_SQUARE, 1, f"vision_model.{_CLIP}"),
+]  # fmt: skip
+MULTIHEAD = [
+    Family("torchvision", torchvision_vit, *_SQUARE, 1, "encoder.layers.encoder_layer_0.self_attention"),
+    Family("open-clip", open_clip, *_PORTRAIT, 1, "transformer.resblocks.0.attn"),
+    Family("open-clip-scaled", lambda: open_clip(scale=0.1), *_PORTRAIT, 1, "transformer.resblocks.0.attn", True),
 ]  # fmt: skip

@@ -80,7 +80,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
         if name.endswith(("gamma", "gamma_1", "gamma_2", "lambda1")):
             parameter.copy_(0.6 + 0.1 * values)
         elif parameter.dim() < 2:
-            weight = "norm" in name and name.endswith("weight")
+            weight = ("norm" in name or "ln" in name) and name.endswith("weight")
             parameter.copy_((1.0 if weight else 0.0) + 0.1 * values)
         elif "pos" in name or "token" in name:
             parameter.copy_(0.3 * values)

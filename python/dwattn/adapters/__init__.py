@@ -27,6 +27,11 @@ from dwattn.adapters.base import (
 )
 from dwattn.adapters.dinov2_hub import HubAttentionAdapter, HubBackboneAdapter
 from dwattn.adapters.dinov3_hub import DinoV3HubAttentionAdapter, DinoV3HubBackboneAdapter
+from dwattn.adapters.multihead import (
+    MultiheadAttentionAdapter,
+    OpenClipBackboneAdapter,
+    TorchvisionBackboneAdapter,
+)
 from dwattn.adapters.timm import TimmAttentionAdapter, TimmBackboneAdapter
 from dwattn.adapters.timm_eva import EvaAttentionAdapter, EvaBackboneAdapter
 from dwattn.adapters.transformers import TransformersAttentionAdapter, TransformersBackboneAdapter
@@ -53,6 +58,7 @@ _attention_adapters: list[AttentionAdapter] = [
     TransformersAttentionAdapter(),
     HubAttentionAdapter(),
     DinoV3HubAttentionAdapter(),
+    MultiheadAttentionAdapter(),
 ]
 _backbone_adapters: list[BackboneAdapter] = [
     TimmBackboneAdapter(),
@@ -60,6 +66,8 @@ _backbone_adapters: list[BackboneAdapter] = [
     TransformersBackboneAdapter(),
     HubBackboneAdapter(),
     DinoV3HubBackboneAdapter(),
+    TorchvisionBackboneAdapter(),
+    OpenClipBackboneAdapter(),
 ]
 
 
@@ -122,7 +130,7 @@ def describe(model: nn.Module) -> BackboneLayout:
     reasons = " ".join(sentences) or "It has no attention layers."
     raise UnsupportedAttentionError(
         f"{type(model).__name__} is not a Vision Transformer that dwattn knows ({reasons}). "
-        "Supported are timm VisionTransformer and Eva (DINOv3), transformers Dinov2, "
-        "Dinov2WithRegisters, DINOv3ViT, ViT, ViTMAE, DeiT, CLIP and SigLIP vision models, and hub "
-        "DINOv2 and DINOv3; other classes can be added with dwattn.adapters.register()."
+        "Supported are timm VisionTransformer and Eva (DINOv3), the plain ViTs and CLIP-like vision "
+        "towers of transformers, torchvision and open_clip VisionTransformer, and hub DINOv2 and "
+        "DINOv3; other classes can be added with dwattn.adapters.register()."
     )

@@ -82,6 +82,10 @@ class CallConvention:
         """
         return {}
 
+    def call(self, attention: nn.Module, tokens: Tensor, **kwargs: Any) -> Any:
+        """Call an attention layer alone, as its block does."""
+        return attention(tokens, **kwargs)
+
     def tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The ``(B, N, D)`` tokens of a call.
 
@@ -91,25 +95,25 @@ class CallConvention:
         """
         for name in self.mask_arguments:
             if kwargs.get(name) is not None:
-                raise _cannot(
+                raise cannot(
                     f"with {name}=...",
                     "aggregates a fixed 3x3 neighbourhood and cannot apply masks",
                 )
         if kwargs.get("is_causal"):
-            raise _cannot("with is_causal=True", "has no causal order")
+            raise cannot("with is_causal=True", "has no causal order")
         if any(kwargs.get(name) is not None for name in self.foreign_rotary):
-            raise _cannot(
+            raise cannot(
                 "with a rotary position embedding", "does not know its form from this class"
             )
         if kwargs.get("output_attentions"):
-            raise _cannot("with output_attentions=True", "forms no attention weights")
+            raise cannot("with output_attentions=True", "forms no attention weights")
         tokens, rest = (
             (args[0], args[1:]) if args else (kwargs.get("hidden_states", kwargs.get("x")), ())
         )
         # Positions after the tokens are masks, biases and flags in every library: only None and
         # False are neutral.
         if any(argument is not None and argument is not False for argument in rest):
-            raise _cannot(
+            raise cannot(
                 "with a "
                 f"{type(next(a for a in rest if a is not None and a is not False)).__name__} after "
                 "the tokens",
@@ -132,7 +136,8 @@ class CallConvention:
         return tensor
 
 
-def _cannot(how: str, why: str) -> UnsupportedAttentionError:
+def cannot(how: str, why: str) -> UnsupportedAttentionError:
+    """The error of a call that no replaced layer can answer."""
     return UnsupportedAttentionError(
         f"The layer was called {how}: a replaced layer {why}. Call the model without it, or leave "
         "this block out of the plan."

@@ -164,15 +164,9 @@ class BlockRunner:
             handle.remove()
         raise CalibrationError(f"The block never called its attention layer {self.path!r}.")
 
-    def attention_pass(
-        self, tokens: Tensor, unpack: Callable[[Any], Tensor], *watched: nn.Module
-    ) -> tuple[Tensor, list[Tensor]]:
-        """What the attention layer returns, ``(B, N, D)`` after Wo, and the inputs of ``watched`` modules inside it.
-
-        The block is not run further.
-        """
+    def attend(self, tokens: Tensor, unpack: Callable[[Any], Tensor]) -> Tensor:
+        """What the attention layer returns, ``(B, N, D)`` after Wo; the block is not run further."""
         outputs: list[Tensor] = []
-        inputs: dict[int, Tensor] = {}
 
         def stop(_: nn.Module, __: Any, result: Any) -> None:
             outputs.append(unpack(result))
@@ -180,10 +174,9 @@ class BlockRunner:
 
         handle = self.attention.register_forward_hook(stop)
         try:
-            with _input_hooks(watched, lambda module, x: inputs.__setitem__(id(module), x)):
-                self(tokens)
+            self(tokens)
         except _Captured:
-            return outputs[0], [inputs[id(module)] for module in watched]
+            return outputs[0]
         finally:
             handle.remove()
         raise CalibrationError(f"The block never called its attention layer {self.path!r}.")

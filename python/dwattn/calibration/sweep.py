@@ -18,7 +18,7 @@ from dwattn import data as image_data
 from dwattn.adapters import BackboneLayout, BlockSite, ConvertedAttention, adapter_for
 from dwattn.attention import EnsembleDWAttention, LowRankDWAttention, ReplacementAttention
 from dwattn.calibration.journal import CalibrationResult, LayerNote
-from dwattn.calibration.layer_fit import choose_rank, fit_layer
+from dwattn.calibration.layer_fit import choose_rank, fit_layer, true_rows
 from dwattn.calibration.options import CalibrationOptions
 from dwattn.calibration.ridge import Correction, CorrectionFit
 from dwattn.calibration.streams import BlockCall, BlockRunner, embed
@@ -214,7 +214,7 @@ class _Sweep:
         """What the attention layer of the converted block returns, ``(M, N, D)``."""
         attention, convention = torch.empty_like(self.converted), _convention(site)
         for part, _ in self._chunks():
-            attention[part], _ = runner.attention_pass(self.converted[part], convention.unpack)
+            attention[part] = runner.attend(self.converted[part], convention.unpack)
         return attention
 
     def _move_on(self, site: BlockSite, runner: BlockRunner, attention: Tensor) -> Tensor:
@@ -313,15 +313,17 @@ class _Sweep:
         proj = _output_projection(runner.attention)
         if proj is None:
             return None
-        convention = _convention(site)
+        weights = _weights(runner)
+        rotary = runner.rotary(self.converted[:1], _convention(site))
         kept = self.converted.new_empty(*self.converted.shape[:2], proj.in_features)
         fit = CorrectionFit(
             proj.in_features, proj.out_features, middle.device, bias=proj.bias is not None
         )
         for part, held_out in self._chunks():
             tokens = self.converted[part]
-            attention, (features,) = runner.attention_pass(tokens, convention.unpack, proj)
-            error = middle[part] - tokens - _scaled(attention, site.attention_scale)
+            # By the weights: not every attention module calls its Wo as a module.
+            features = true_rows(weights, runner.attention_input(tokens), rotary)
+            error = middle[part] - tokens - _scaled(proj(features), site.attention_scale)
             fit.add(features, error, held_out=held_out)
             kept[part] = features
         self._update(site, runner, proj, fit.solve(), site.attention_scale, "attention output")
