@@ -84,10 +84,11 @@ def test_attention_that_stays_is_corrected_though_its_projection_is_never_called
     assert torch.equal(site.attention.out_proj.weight, before)
 
 
-def test_latency_and_export(tmp_path: Path) -> None:
-    model = torchvision_vit()
+@pytest.mark.parametrize(("build", "size"), [(torchvision_vit, (32, 32)), (open_clip, (32, 24))])
+def test_latency_and_export(build: Any, size: tuple[int, int], tmp_path: Path) -> None:
+    model = build()
     table = measure_latency(model, rounds=1)
     assert len(table.layers) == 4
     dwattn.replace(model, dwattn.Plan.for_layers(model, [0, 2]))
-    dwattn.export(model, tmp_path / "model.onnx", size=(32, 32))
+    dwattn.export(model, tmp_path / "model.onnx", size=size)
     assert (tmp_path / "model.onnx").stat().st_size > 0

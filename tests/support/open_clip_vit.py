@@ -80,7 +80,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x).flatten(2).transpose(1, 2)
-        first = self.class_embedding.expand(len(x), 1, -1)
+        first = self.class_embedding.expand(x.shape[0], 1, -1)
         x = self.ln_pre(torch.cat([first, x], 1) + self.positional_embedding)
         return self.ln_post(self.transformer(x))
 

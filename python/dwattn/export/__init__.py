@@ -265,7 +265,8 @@ def _case(target: Target, output: str | int | None, batch: int, grid: tuple[int,
     except Exception as error:
         raise ExportError(
             f"{type(target.module).__name__}.{target.method} fails on an input of shape "
-            f"{tuple(x.shape)}: {type(error).__name__}: {error}"
+            f"{tuple(x.shape)}: {type(error).__name__}: {error}. A graph has one input; of a model that needs more "
+            "than pixels, export the part that sees images."
         ) from error
     size = (grid[0] * target.patch[0], grid[1] * target.patch[1])
     expected = {name: tensor.float().numpy() for name, tensor in outputs.items()}
