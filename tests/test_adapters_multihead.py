@@ -54,6 +54,7 @@ def test_calls_that_no_replaced_layer_can_answer() -> None:
     for args, kwargs, words in (
         ((x, y, y), {"need_weights": False}, "other keys or values"),
         ((x, x, x), {}, "need_weights=True"),
+        ((x, x, x, None, False, None, True, True), {}, "is_causal"),
         ((x, x, x), {"need_weights": False, "attn_mask": mask}, "attn_mask"),
         ((x, x, x, mask[:1, :]), {"need_weights": False}, "key_padding_mask"),
     ):
@@ -82,6 +83,16 @@ def test_attention_that_stays_is_corrected_though_its_projection_is_never_called
     assert not torch.equal(site.attention.out_proj.weight, before)
     dwattn.restore(model)
     assert torch.equal(site.attention.out_proj.weight, before)
+
+
+@pytest.mark.parametrize("build", [torchvision_vit, open_clip])
+@torch.no_grad()
+def test_compiled_as_one_graph(build: Any) -> None:
+    model = build()
+    dwattn.replace(model, dwattn.Plan.for_layers(model, [1]))
+    images = torch.randn(2, 3, 32, 32 if build is torchvision_vit else 24)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), model(images))
 
 
 @pytest.mark.parametrize(("build", "size"), [(torchvision_vit, (32, 32)), (open_clip, (32, 24))])

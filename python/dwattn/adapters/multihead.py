@@ -27,20 +27,23 @@ from dwattn.projections import AttentionWeights
 class SelfAttentionConvention(TupleConvention):
     """Called with the same tokens as query, key and value; gives ``(output, None)``."""
 
+    #: Of ``nn.MultiheadAttention.forward``, in order.
+    arguments = (
+        "query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights",
+        "is_causal",
+    )  # fmt: skip
     mask_arguments = (*CallConvention.mask_arguments, "key_padding_mask")
 
     def call(self, attention: nn.Module, tokens: Tensor, **kwargs: Any) -> Any:
         return attention(tokens, tokens, tokens, need_weights=False, **kwargs)
 
     def tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        query, key, value = (given.pop(name, None) for name in names[:3])
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        query, key, value = (given.pop(name, None) for name in self.arguments[:3])
         if key is not query or value is not query:
             raise cannot("with other keys or values than queries", "attends to its own tokens")
         if given.pop("need_weights", True):
             raise cannot("with need_weights=True", "forms no attention weights")
-        given.pop("average_attn_weights", None)
         return super().tokens((query,), given)
 
 
