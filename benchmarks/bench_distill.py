@@ -108,7 +108,7 @@ class Bench:
         fitted, judged = photos.split(self.own, calibration=80, held_out=40, seed=1)
         found = dwattn.refine(
             self.model, scores, photos.load(fitted)[0], case.blocks, judge=photos.load(judged)[0],
-            criterion=criterion, variant=case.variant, rank=case.rank, seed=self.options.seed,
+            criterion=criterion, width=self.options.refine, variant=case.variant, rank=case.rank, seed=self.options.seed,
             trials=self.trials(case), progress=self.options.progress,
         )  # fmt: skip
         return found.plan
@@ -148,38 +148,44 @@ class Bench:
 
     def fitted(self, case: Case) -> tuple[SaliencyModel, dict[str, Any]]:
         """Closed form, and gradient steps from there if wanted; making the views is part of the time."""
-        student, minutes = self.closed_form(case)
-        how = {
-            "method": "closed form", "images": self.images, "minutes": minutes,
-        }  # fmt: skip
+        student, timed = self.closed_form(case)
+        how: dict[str, Any] = {"method": "closed form", "images": self.images, **timed}
         if not self.options.polish:
             return student, how
         start = self.held_out.fidelity(*outputs(student, self.held_out.pixels))
         steps = self.descend(case, student, self.options.polish, self.options.polish_lr)
         return student, {
             **how, **steps, "method": "closed form, gradient", "closed_form": start.model_dump(),
-            "images": how["images"] + steps["images"], "minutes": round(minutes + steps["minutes"], 2),
+            "images": how["images"] + steps["images"], "minutes": round(how["minutes"] + steps["minutes"], 2),
         }  # fmt: skip
 
-    def closed_form(self, case: Case) -> tuple[SaliencyModel, float]:
-        """The layers fitted to as many rounds of views as wanted, and the minutes it took; kept for a later run."""
+    def closed_form(self, case: Case) -> tuple[SaliencyModel, dict[str, float]]:
+        """The layers fitted to as many rounds of views as wanted, and the minutes it took, with those of choosing the
+        blocks apart; kept for a later run.
+        """
         rounds, settings = self.options.rounds, self.settings()
         path = self.work / f"{case.name}-{rounds}.safetensors"
         noted = path.with_suffix(".json")
         known = json.loads(noted.read_text("utf-8")) if noted.exists() else {}
         if known.get("options") == settings:
-            return dwattn.load(build("timm"), path), known["minutes"]
-        plan, student = self.plan(case), build("timm")
+            return dwattn.load(build("timm"), path), {
+                k: v for k, v in known.items() if k != "options"
+            }
         began = time.perf_counter()
+        plan, student = self.plan(case), build("timm")
+        chosen = time.perf_counter()
         with products_in_bf16(faster_in_bf16()):
             dwattn.replace(
                 student, plan, variant=case.variant, rank=case.rank, calibrate=self.views.rounds(rounds),
                 photos=len(self.views), views=1, num_images=self.images, progress=self.options.progress,
             )  # fmt: skip
-        minutes = round((time.perf_counter() - began) / 60, 2)
+        timed = {
+            "minutes": round((time.perf_counter() - chosen) / 60, 2),
+            "choice_minutes": round((chosen - began) / 60, 2),
+        }
         dwattn.save(student, path)
-        noted.write_text(json.dumps({"minutes": minutes, "options": settings}), encoding="utf-8")
-        return student, minutes
+        noted.write_text(json.dumps({**timed, "options": settings}), encoding="utf-8")
+        return student, timed
 
     def trained(self, case: Case) -> tuple[SaliencyModel, dict[str, Any]]:
         """The paper's start and gradient steps alone, for the minutes of ``--minutes``."""
@@ -302,8 +308,12 @@ def main() -> None:
     parser.add_argument("--criterion", default="residual", help="by which blocks are chosen")
     parser.add_argument(
         "--refine",
-        action="store_true",
-        help="then exchange blocks where that helps, see dwattn.refine; not timed",
+        type=int,
+        nargs="?",
+        const=3,
+        default=0,
+        metavar="WIDTH",
+        help="then exchange blocks where that helps, see dwattn.refine; timed apart",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", default="distill-runs", help="folder of the runs")

@@ -122,6 +122,33 @@ def _distillation(name: str, title: str) -> str:
     return "\n".join(lines)
 
 
+def distill_draws() -> str:
+    """``dw`` in half of the blocks on other draws of the photos, and the mean."""
+    found = sorted(
+        (load(path.stem) for path in RESULTS.glob("distill-draw*.json")),
+        key=lambda d: d["options"]["seed"],
+    )
+    lines = [
+        row("draw", "blocks", "images", "minutes", "and to choose", "all photos", "with an object"),
+        row(*["---"] * 7),
+    ]
+    kept = []
+    for document in found:
+        (case,) = document["cases"]
+        f = [case["after"][name] for name in ("cosine", "iou", "object_cosine", "object_iou")]
+        kept.append(f)
+        blocks = ", ".join(re.findall(r"blocks\.(\d+)", " ".join(case["replaced"])))
+        lines.append(
+            row(
+                document["options"]["seed"], blocks, case["images"], f"{case['minutes']:.1f}",
+                f"{case['choice_minutes']:.1f}", f"{f[0]:.3f} / {f[1]:.3f}", f"{f[2]:.3f} / {f[3]:.3f}",
+            )
+        )  # fmt: skip
+    f = [sum(values) / len(values) for values in zip(*kept, strict=True)]
+    lines.append(row("mean", "", "", "", "", f"{f[0]:.3f} / {f[1]:.3f}", f"{f[2]:.3f} / {f[3]:.3f}"))  # fmt: skip
+    return "\n".join(lines)
+
+
 def latency() -> str:
     """Times of the demo's backbone, and its export."""
     found = load("demo")

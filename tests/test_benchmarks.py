@@ -322,10 +322,18 @@ def test_distillations_are_written_with_what_they_took(
     (tmp_path / "distill.json").write_text(json.dumps({**found, "cases": rows}))
     for name in ("distill-weighted", "distill-refined"):
         (tmp_path / f"{name}.json").write_text(json.dumps({**found, "cases": []}))
+    for draw, iou in ((1, 0.87), (2, 0.90)):
+        row = {**rows[0], "after": {**after, "object_iou": iou}, "replaced": ["blocks.1.attn"]}
+        row |= {"choice_minutes": 1.5 * draw, "minutes": 8.0 + draw}
+        drawn = {**found, "options": {"seed": draw}, "cases": [row]}
+        (tmp_path / f"distill-draw{draw}.json").write_text(json.dumps(drawn))
     monkeypatch.setattr(render, "RESULTS", tmp_path)
     written = "| 6 of 12 | `lowrank_dw`, width 96 | closed form | 1680 | 8.0 | 0.950 / 0.840 | 0.960 / 0.880 |"
     assert written in render.distill().splitlines()
     assert "dwattn.refine" in render.distill()
+    lines = render.distill_draws().splitlines()
+    assert "| 2 | 1 | 1680 | 10.0 | 3.0 | 0.950 / 0.840 | 0.960 / 0.900 |" in lines
+    assert lines[-1] == "| mean |  |  |  |  | 0.950 / 0.840 | 0.960 / 0.885 |"
 
 
 def test_a_finished_distillation_is_not_repeated(tmp_path: Path) -> None:
@@ -416,7 +424,7 @@ def test_gradient_steps_go_on_from_the_closed_form(tmp_path: Path) -> None:
                 tokens=lambda pixels: torch.rand(len(pixels), 5, 8),
                 decode=lambda tokens: torch.rand(len(tokens), 1, 4, 4),
             )
-            return model, 1.25
+            return model, {"minutes": 1.25, "choice_minutes": 0.5}
 
         def descend(self, case: Any, student: Any, minutes: float, lr: float) -> dict[str, Any]:
             assert (minutes, lr) == (3.0, 1e-6)

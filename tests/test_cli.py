@@ -99,6 +99,17 @@ def test_refine_writes_the_best_plan(place: Path, scored: Path, tmp_path: Path) 
     assert "only 4" in wrong.stderr
 
 
+def test_a_close_call_is_told(
+    scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, hint = tmp_path / "plan.json", "dwattn refine --width 1 tries both"
+    for share, told in ((1e9, True), (-1.0, False)):
+        monkeypatch.setattr("dwattn.selection.CLOSE", share)
+        assert (hint in invoke("select", scored, "--blocks", 2, "--out", plan).stderr) == told
+    monkeypatch.setattr("dwattn.selection.CLOSE", 1e9)
+    assert hint not in invoke("select", scored, "--heads", 2, "--out", plan).stderr
+
+
 def test_the_whole_chain(place: Path, scored: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     model, plan = f"{place / 'factory.py'}:make", tmp_path / "plan.json"

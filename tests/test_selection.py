@@ -13,6 +13,7 @@ from dwattn.errors import DwattnError, PlanError, ScoreError
 from dwattn.latency import LatencyTable, LayerLatency, measure_latency
 from dwattn.plan import ModelInfo, Plan
 from dwattn.scores import LayerScore, Scores
+from dwattn.selection import close_call
 from support.models import BY_NAME
 
 MODEL = BY_NAME["timm"].build()
@@ -38,6 +39,23 @@ def make_scores(**changes: object) -> Scores:
     for name, value in changes.items():
         setattr(scores, name, value)
     return scores
+
+
+def test_scores_that_say_little_about_which_of_two_blocks_to_take() -> None:
+    scores = make_scores()
+    close = close_call(scores, 2)  # both 4
+    assert close is not None
+    assert [layer.block for layer in close] == [1, 3]
+    assert close_call(scores, 1) is None  # 2 and 4
+    assert close_call(scores, 4) is None  # nothing is left out
+    assert close_call(scores, 0) is None
+    scores.layers[3].sigma = torch.full((3,), 4.2)
+    assert close_call(scores, 2) is not None
+    scores.layers[3].sigma = torch.full((3,), 4.22)
+    assert close_call(scores, 2) is None
+    close = close_call(scores, 1, "residual")
+    assert close is not None
+    assert [layer.block for layer in close] == [0, 3]
 
 
 def chosen(plan: Plan) -> list[tuple[int, list[int] | None]]:

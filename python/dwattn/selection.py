@@ -13,6 +13,9 @@ from dwattn.plan import Plan
 from dwattn.scores import LayerScore, Scores, block_score, check_criterion, head_scores
 
 Head = tuple[int, int]
+#: Two scores are close if they differ by no more than this share: on the demo's model differences of two percent changed
+#: their sign from one draw of the photos to another, and a set with the wrong one of two such blocks is much worse.
+CLOSE = 0.05
 
 
 def select(
@@ -75,6 +78,24 @@ def select(
 def rank_blocks(scores: Scores, criterion: str) -> list[LayerScore]:
     """Scored layers, the lowest scores first, equal ones in depth order."""
     return sorted(scores.layers, key=lambda layer: (block_score(layer, criterion), layer.block))
+
+
+def close_call(
+    scores: Scores, blocks: int, criterion: str = "variance"
+) -> tuple[LayerScore, LayerScore] | None:
+    """The last of ``blocks`` chosen and the first that is not, where their scores say little about which to take.
+
+    :func:`dwattn.refine` with ``width=1`` tries both.
+
+    Raises:
+        ScoreError: an unknown criterion, or scores that are missing or NaN.
+    """
+    ranked = rank_blocks(scores, criterion)
+    if not 0 < blocks < len(ranked):
+        return None
+    last, left = ranked[blocks - 1], ranked[blocks]
+    low, high = block_score(last, criterion), block_score(left, criterion)
+    return (last, left) if high - low <= CLOSE * abs(high) else None
 
 
 def _rank_heads(scores: Scores, criterion: str) -> list[Head]:

@@ -131,8 +131,9 @@ def select(
     timed = None
     if target_speedup is not None and model is not None:
         timed = read_model(model, None, "cpu", pretrained=False)
+    measured = dwattn.Scores.load(scores)
     plan = dwattn.select(
-        dwattn.Scores.load(scores),
+        measured,
         blocks=blocks,
         heads=heads,
         target_speedup=target_speedup,
@@ -143,6 +144,20 @@ def select(
     plan.save(out)
     emit(json.loads(plan.to_json()) if as_json else _plan_table(plan), as_json)
     note(f"Wrote {out}.")
+    if heads is None and order is None:
+        _note_close_call(measured, len(plan.layers), criterion)
+
+
+def _note_close_call(scores: Any, blocks: int, criterion: str) -> None:
+    from dwattn.selection import close_call
+
+    close = close_call(scores, blocks, criterion)
+    if close is not None:
+        last, left = close
+        note(
+            f"Block {last.block} is chosen and block {left.block} is not, though they score nearly the same: "
+            f"dwattn refine --width 1 tries both."
+        )
 
 
 def _parse_order(text: str | None) -> list[int] | None:
