@@ -426,6 +426,7 @@ def predictions() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "fidelity": fidelity,
     "distill": distill,
+    "distill_draws": distill_draws,
     "latency": latency,
     "kernels": kernels,
     "table1": table1,
