@@ -78,14 +78,18 @@ def fidelity() -> str:
     ]
     for key, label in CONVERSIONS.items():
         c = by_key[key]
-        f = c["fidelity"]
         lines.append(
             row(
-                f"{len(c['blocks'])} of 12", label, f"`{c['criterion']}`",
-                f"{f['cosine']:.3f} / {f['iou']:.3f}", f"{f['object_cosine']:.3f} / {f['object_iou']:.3f}",
+                f"{len(c['blocks'])} of 12", label, f"`{c['criterion']}`", *kept(c["fidelity"])
             )
         )  # fmt: skip
     return "\n".join(lines)
+
+
+def kept(after: dict[str, float]) -> tuple[str, str]:
+    """Cosine and overlap over all photos, and over those with an object."""
+    everywhere = f"{after['cosine']:.3f} / {after['iou']:.3f}"
+    return everywhere, f"{after['object_cosine']:.3f} / {after['object_iou']:.3f}"
 
 
 def distill() -> str:
@@ -110,42 +114,43 @@ def _distillation(name: str, title: str) -> str:
         row(*["---"] * 7),
     ]
     for c in found["cases"]:
-        case, f = c["case"], c["after"]
+        case = c["case"]
         width = f", width {case['rank']}" if case["rank"] else ""
         how = c["method"] + (" from the paper's Gaussian start" if case["gaussian"] else "")
         lines.append(
             row(
                 f"{case['blocks']} of 12", f"`{case['variant']}`{width}", how, c["images"], f"{c['minutes']:.1f}",
-                f"{f['cosine']:.3f} / {f['iou']:.3f}", f"{f['object_cosine']:.3f} / {f['object_iou']:.3f}",
+                *kept(c["after"]),
             )
         )  # fmt: skip
     return "\n".join(lines)
 
 
 def distill_draws() -> str:
-    """``dw`` in half of the blocks on other draws of the photos, and the mean."""
+    """``dw`` in half of the blocks on other draws of the photos, their mean, and one with the blocks of lowest score."""
     found = sorted(
         (load(path.stem) for path in RESULTS.glob("distill-draw*.json")),
         key=lambda d: d["options"]["seed"],
     )
+    named = [(str(d["options"]["seed"]), d) for d in found]
+    alone = load("distill-without-exchange")
+    named.append((f"{alone['options']['seed']}, by score alone", alone))
     lines = [
         row("draw", "blocks", "images", "minutes", "and to choose", "all photos", "with an object"),
         row(*["---"] * 7),
     ]
-    kept = []
-    for document in found:
+    for name, document in named:
         (case,) = document["cases"]
-        f = [case["after"][name] for name in ("cosine", "iou", "object_cosine", "object_iou")]
-        kept.append(f)
         blocks = ", ".join(re.findall(r"blocks\.(\d+)", " ".join(case["replaced"])))
+        choice = f"{case['choice_minutes']:.1f}" if "choice_minutes" in case else ""
         lines.append(
-            row(
-                document["options"]["seed"], blocks, case["images"], f"{case['minutes']:.1f}",
-                f"{case['choice_minutes']:.1f}", f"{f[0]:.3f} / {f[1]:.3f}", f"{f[2]:.3f} / {f[3]:.3f}",
-            )
+            row(name, blocks, case["images"], f"{case['minutes']:.1f}", choice, *kept(case["after"]))
         )  # fmt: skip
-    f = [sum(values) / len(values) for values in zip(*kept, strict=True)]
-    lines.append(row("mean", "", "", "", "", f"{f[0]:.3f} / {f[1]:.3f}", f"{f[2]:.3f} / {f[3]:.3f}"))  # fmt: skip
+    afters = [d["cases"][0]["after"] for d in found]
+    names = ("cosine", "iou", "object_cosine", "object_iou")
+    mean = {n: sum(after[n] for after in afters) / len(afters) for n in names}
+    draws = ", ".join(str(d["options"]["seed"]) for d in found)
+    lines.append(row(f"mean of {draws}", "", "", "", "", *kept(mean)))
     return "\n".join(lines)
 
 

@@ -15,10 +15,10 @@ from dwattn import adapters, reference
 from dwattn.adapters import describe
 from dwattn.errors import GeometryError, PlanError, UnsupportedAttentionError
 from dwattn.rotary import placed
-from support.kin import KIN, MULTIHEAD
 from support.models import FAMILIES, Family, clip_both, hf_model, hub_vit, only, timm_vit
+from support.more_families import MORE_HF, MULTIHEAD
 
-ALL = FAMILIES + KIN + MULTIHEAD
+ALL = FAMILIES + MORE_HF + MULTIHEAD
 parametrize_families = pytest.mark.parametrize("family", ALL, ids=str)
 
 

@@ -15,7 +15,7 @@ from dwattn.adapters import describe
 from dwattn.errors import PlanError, UnsupportedAttentionError
 from dwattn.latency import measure_latency
 from support import open_clip_vit
-from support.kin import open_clip, torchvision_vit
+from support.more_families import open_clip, torchvision_vit
 
 
 def test_attention_that_does_more_or_takes_other_tokens_is_refused() -> None:

@@ -17,8 +17,8 @@ from dwattn import adapters, reference
 from dwattn.adapters import AttentionAdapter, BackboneAdapter, BackboneLayout, BlockSite, describe
 from dwattn.errors import UnsupportedAttentionError
 from dwattn.projections import AttentionWeights
-from support.kin import KIN
 from support.models import DINOV3, HF, TIMM, timm_eva, timm_model
+from support.more_families import MORE_HF
 
 
 class ThirdPartyAttention(nn.Module):
@@ -136,7 +136,7 @@ def test_transformers_4_57() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     names = dict(line.split() for line in done.stdout.splitlines())
-    assert set(names) == {family.name for family in HF + KIN} - {"hf-pixio"}  # later than 4.57
+    assert set(names) == {family.name for family in HF + MORE_HF} - {"hf-pixio"}  # later than 4.57
     assert names["hf-vit"] == "encoder.layer.0.attention"
     assert names["hf-clip"] == "vision_model.encoder.layers.0.self_attn"
 

@@ -331,9 +331,12 @@ def test_distillations_are_written_with_what_they_took(
     written = "| 6 of 12 | `lowrank_dw`, width 96 | closed form | 1680 | 8.0 | 0.950 / 0.840 | 0.960 / 0.880 |"
     assert written in render.distill().splitlines()
     assert "dwattn.refine" in render.distill()
+    drawn = {**found, "options": {"seed": 1}, "cases": [{**rows[0], "replaced": ["blocks.6.attn"]}]}
+    (tmp_path / "distill-without-exchange.json").write_text(json.dumps(drawn))
     lines = render.distill_draws().splitlines()
+    assert "| 1, by score alone | 6 | 1680 | 8.0 |  | 0.950 / 0.840 | 0.960 / 0.880 |" in lines
     assert "| 2 | 1 | 1680 | 10.0 | 3.0 | 0.950 / 0.840 | 0.960 / 0.900 |" in lines
-    assert lines[-1] == "| mean |  |  |  |  | 0.950 / 0.840 | 0.960 / 0.885 |"
+    assert lines[-1] == "| mean of 1, 2 |  |  |  |  | 0.950 / 0.840 | 0.960 / 0.885 |"
 
 
 def test_a_finished_distillation_is_not_repeated(tmp_path: Path) -> None:

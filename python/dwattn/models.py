@@ -228,7 +228,7 @@ def _transformers(
             )
             _insist_on_blocks(model, info["missing_keys"], spec)
             return cast(nn.Module, model)
-        model = cls(config)
+        model = cls.from_config(config) if cls is transformers.AutoModel else cls(config)
     except DwattnError:
         raise
     except Exception as error:
@@ -237,16 +237,15 @@ def _transformers(
 
 
 def _hf_class(transformers: Any, config: Any) -> tuple[Any, Any]:
-    """The class to make and its configuration: of the vision tower, of the bare model, or of the model as it was saved
-    where transformers has no bare one (ViTPose, Depth Anything).
+    """The class to make and its configuration: of the vision tower, of the bare model (``AutoModel``), or of the model as
+    it was saved where transformers has no bare one (ViTPose, Depth Anything).
     """
     tower = _VISION_TOWERS.get(config.model_type.removesuffix("_vision_model"))
     if tower is not None:
         return getattr(transformers, tower), getattr(config, "vision_config", config)
-    bare = transformers.MODEL_MAPPING.get(type(config), None)
-    if bare is None:
-        bare = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-    return bare, config
+    if type(config) in transformers.MODEL_MAPPING or not config.architectures:
+        return transformers.AutoModel, config
+    return getattr(transformers, config.architectures[0]), config
 
 
 def _insist_on_blocks(model: nn.Module, missing: Collection[str], spec: ModelSpec) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from rich.console import Console
 from rich.table import Table
 
@@ -9,12 +11,12 @@ from rich.table import Table
 WIDTH = 140
 
 
-class Printed:
+class Printed(ABC):
     """``print()`` shows :meth:`table`, without colours; rich shows it with them."""
 
+    @abstractmethod
     def table(self) -> Table:
         """The result as a table."""
-        raise NotImplementedError
 
     def __rich__(self) -> Table:
         return self.table()

@@ -13,8 +13,8 @@ from dwattn.plan import Plan
 from dwattn.scores import LayerScore, Scores, block_score, check_criterion, head_scores
 
 Head = tuple[int, int]
-#: Two scores are close if they differ by no more than this share: on the demo's model differences of two percent changed
-#: their sign from one draw of the photos to another, and a set with the wrong one of two such blocks is much worse.
+#: Two scores are close if they differ by no more than this share: such blocks change places from one set of images to
+#: another, and a set with the wrong one can be much worse (``benchmarks/results/distill-without-exchange.json``).
 CLOSE = 0.05
 
 

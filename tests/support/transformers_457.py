@@ -20,8 +20,8 @@ import transformers  # noqa: E402
 
 import dwattn  # noqa: E402
 from dwattn.adapters import describe  # noqa: E402
-from support.kin import KIN  # noqa: E402
 from support.models import HF, Family  # noqa: E402
+from support.more_families import MORE_HF  # noqa: E402
 
 #: Not in that release.
 LATER = ("hf-pixio",)
@@ -51,6 +51,6 @@ def check(family: Family, folder: Path) -> str:
 if __name__ == "__main__":
     assert transformers.__version__.startswith("4.57."), transformers.__version__
     with tempfile.TemporaryDirectory() as folder:
-        for family in HF + [family for family in KIN if family.name not in LATER]:
+        for family in HF + [family for family in MORE_HF if family.name not in LATER]:
             print(check(family, Path(folder)))
     sys.exit(0)

@@ -79,7 +79,7 @@ def _for_any_images(value: Any, images: int) -> Any:
     if (value != value[0]).any():
         raise CalibrationError(
             f"The model calls its blocks with another value for each image, {value.tolist()}; calibrate on images that "
-            f"have one value in common."
+            "have one value in common."
         )
     return value[:1]
 

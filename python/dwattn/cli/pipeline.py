@@ -156,7 +156,7 @@ def _note_close_call(scores: Any, blocks: int, criterion: str) -> None:
         last, left = close
         note(
             f"Block {last.block} is chosen and block {left.block} is not, though they score nearly the same: "
-            f"dwattn refine --width 1 tries both."
+            "dwattn refine --width 1 tries both."
         )
 
 

@@ -13,11 +13,11 @@ import dwattn
 from dwattn.adapters import describe
 from dwattn.errors import CalibrationError, CheckpointError, DataError
 from dwattn.models import load_model
-from support.kin import KIN, MULTIHEAD, depth, detector, dpt, pose, pose_backbone
 from support.models import Family, clip_both, hf_model
+from support.more_families import MORE_HF, MULTIHEAD, depth, detector, dpt, pose, pose_backbone
 
 
-@pytest.mark.parametrize("family", KIN + MULTIHEAD, ids=str)
+@pytest.mark.parametrize("family", MORE_HF + MULTIHEAD, ids=str)
 @torch.no_grad()
 def test_the_whole_journey(family: Family, tmp_path: Path) -> None:
     model, images = family.build(), family.images()
@@ -122,7 +122,8 @@ def test_from_a_directory(name: str, tmp_path: Path) -> None:
 
 def test_blocks_that_a_directory_lacks_are_not_made_up(tmp_path: Path) -> None:
     """transformers only warns, and leaves them random."""
-    hf_model("ViTMSN", num_hidden_layers=1).save_pretrained(tmp_path)  # type: ignore[operator]
+    shallow: Any = hf_model("ViTMSN", num_hidden_layers=1)
+    shallow.save_pretrained(tmp_path)
     assert load_model(f"hf:{tmp_path}")
     config = tmp_path / "config.json"
     deeper = config.read_text().replace('"num_hidden_layers": 1', '"num_hidden_layers": 2')

@@ -103,7 +103,7 @@ def _vision(model: Any, x: Any) -> Any:
 
 
 _CLIP = "encoder.layers.0.self_attn"
-KIN = [
+MORE_HF = [
     Family("hf-vit-msn", lambda: hf_model("ViTMSN"), *_SQUARE, 1, "layers.0.attention"),
     Family("hf-ijepa", lambda: hf_model("IJepa"), *_SQUARE, 0, "layers.0.attention"),
     Family("hf-pixio", lambda: hf_model("Pixio"), *_SQUARE, 8, "layers.0.attention"),
