@@ -84,6 +84,7 @@ class Bench:
         self.photos = len(self.fitting)
         self.fitting = with_repeats(self.fitting, set(self.own), options.own)
         self.views = self.views_of(free_cutouts(kept), options.seed)
+        self.amp = "bf16" if faster_in_bf16() else "no"
 
     def views_of(self, cutouts: list[Path], seed: int) -> PhotoViews:
         """Of all photos that are fitted."""
@@ -110,7 +111,7 @@ class Bench:
         found = dwattn.refine(
             self.model, scores, photos.load(fitted)[0], case.blocks, judge=photos.load(judged)[0],
             criterion=criterion, width=self.options.refine, variant=case.variant, rank=case.rank, seed=self.options.seed,
-            trials=self.trials(case), progress=self.options.progress,
+            amp=self.amp, trials=self.trials(case), progress=self.options.progress,
         )  # fmt: skip
         return found.plan
 
@@ -175,10 +176,11 @@ class Bench:
         began = time.perf_counter()
         plan, student = self.plan(case), build("timm")
         chosen = time.perf_counter()
-        with products_in_bf16(faster_in_bf16()):
+        with products_in_bf16(self.amp == "bf16"):
             dwattn.replace(
                 student, plan, variant=case.variant, rank=case.rank, calibrate=self.views.rounds(rounds),
-                photos=len(self.views), views=1, num_images=self.images, progress=self.options.progress,
+                photos=len(self.views), views=1, num_images=self.images, amp=self.amp,
+                progress=self.options.progress,
             )  # fmt: skip
         timed = {
             "minutes": round((time.perf_counter() - chosen) / 60, 2),
@@ -229,7 +231,7 @@ class Bench:
             return found.recipe
         recipe = Recipe.of(
             steps=1, batch_size=self.options.batch, lr=lr, weight_decay=0.0, warmup=0.1,
-            amp="bf16" if faster_in_bf16() else "no", seed=self.options.seed,
+            amp=self.amp, seed=self.options.seed,
         )  # fmt: skip
         step = estimate(module, views, recipe).seconds_per_step
         return recipe.but(steps=max(10, int(60 * minutes / step)))
@@ -251,7 +253,9 @@ def faster_in_bf16(size: int = 1024, repeats: int = 3) -> bool:
 
 @contextmanager
 def products_in_bf16(wanted: bool) -> Iterator[None]:
-    """Round the factors of fp32 products to bf16; sums stay fp32. The closed form is as good with them."""
+    """Round the factors of fp32 products, those of the fit, to bf16 where oneDNN gains from it; sums stay fp32. The
+    closed form is as good with them.
+    """
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
     settings.fp32_precision = "bf16" if wanted else before

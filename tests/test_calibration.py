@@ -298,6 +298,7 @@ def test_loader_forms_agree() -> None:
         ({"calibrate": torch.full((4, 3, 16, 24), float("nan"))}, DataError, "NaN"),
         ({"refit": "everything"}, CalibrationError, "everything"),
         ({"held_out": 1.5}, CalibrationError, "1.5"),
+        ({"amp": "fp8"}, CalibrationError, "no, bf16, fp16"),
         ({"epochs": 3}, CalibrationError, "epochs"),
         ({"photos": 0, "views": 1}, CalibrationError, "photos=0"),
         ({"photos": 8, "views": 3}, CalibrationError, "views=3 must be 1"),
@@ -375,3 +376,32 @@ def test_how_many_images_move_together_does_not_matter() -> None:
         found.append(tokens(model, images()))
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found[0], found[2], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["dw", "lowrank_dw"])
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_blocks_compute_in_half_precision_and_what_is_fitted_does_not(
+    variant: str, amp: str
+) -> None:
+    original, data = tiny_vit(), images(96)
+    computed = []
+    hooked = copy.deepcopy(original)
+    for block in hooked.blocks:  # deep copies, as calibration makes them, keep the hook
+        block.mlp.fc2.register_forward_hook(lambda _, __, y: computed.append(y.dtype))
+    replace(hooked, [0, 1], variant=variant, calibrate=data, amp=amp)
+    plain = copy.deepcopy(original)
+    replace(plain, [0, 1], variant=variant, calibrate=data)
+    assert set(computed) == {torch.bfloat16 if amp == "bf16" else torch.float16}
+    assert {p.dtype for p in hooked.parameters()} == {torch.float32}
+    assert drift(hooked, original) < 1.05 * drift(plain, original)
+    assert not all(map(torch.equal, hooked.parameters(), plain.parameters()))
+
+
+def test_autocast_around_the_call_changes_nothing() -> None:
+    found = []
+    for enabled in (False, True):
+        model = tiny_vit()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            replace(model, [1])
+        found.append(tokens(model, images()))
+    assert torch.equal(*found)

@@ -122,7 +122,8 @@ def test_the_whole_chain(place: Path, scored: Path, tmp_path: Path) -> None:
     assert dry["dry_run"]
     assert not student.exists()
     done = invoke_json(
-        "replace", model, plan, "--calibrate", place / "images", "--num-images", 8, "--out", student
+        "replace", model, plan, "--calibrate", place / "images", "--num-images", 8, "--amp", "bf16",
+        "--out", student,
     )  # fmt: skip
     assert [row["action"] for row in done["layers"]].count("replaced") == 2
     assert done["calibration"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dwattn
 from dwattn.adapters import adapter_for, describe
-from dwattn.calibration import layer_fit
+from dwattn.calibration import layer_fit, sweep
 from dwattn.errors import ExportError, UnsupportedAttentionError
 from dwattn.fidelity import drift
 from dwattn.latency import measure_latency
@@ -191,7 +191,7 @@ def test_every_step_knows_the_rotation(
 
         monkeypatch.setattr(owner, name, watched)
 
-    watch(layer_fit, "true_rows")
+    watch(sweep, "true_rows")
     watch(ExactPrefixRows, "attention")
     watch(ScatteredDWAttention, "rows")
     heads = options.pop("heads", None)

@@ -34,11 +34,11 @@ from dwattn.variants import Replacement
 
 
 def true_rows(weights: AttentionWeights, x: Tensor, rotary: Rotary | None = None) -> Tensor:
-    """The attention output of all tokens before Wo: ``x (B, N, D) -> (B, N, C)``."""
+    """The attention output of all tokens before Wo: ``x (B, N, D) -> (B, N, C)``, in the dtype of ``x``."""
     projections = ((weights.wq, weights.bq), (weights.wk, weights.bk), (weights.wv, weights.bv))
     q, k, v = (split_heads(F.linear(x, w, b), weights.num_heads) for w, b in projections)
     q, k = placed(q, k, weights, rotary)
-    return merge_heads(F.scaled_dot_product_attention(q, k, v, scale=weights.scale))
+    return merge_heads(F.scaled_dot_product_attention(q, k, v, scale=weights.scale)).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -49,28 +49,16 @@ class LayerFit:
     rank: int | None = None
 
 
-#: Gives the layer's inputs ``x (B, N, D)`` for all calibration images, chunk by chunk; may be called repeatedly.
-Inputs = Callable[[], Iterable[Tensor]]
-#: The same with :func:`true_rows` beside each chunk.
+#: Gives the layer's inputs ``x (B, N, D)`` for all calibration images, chunk by chunk, each with :func:`true_rows`
+#: beside it; may be called repeatedly.
 Samples = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-
-
-def _sampled(weights: AttentionWeights, inputs: Inputs, rotary: Rotary | None) -> Samples:
-    return lambda: ((x, true_rows(weights, x, rotary)) for x in inputs())
 
 
 @torch.no_grad()
 def fit_layer(
-    layer: Replacement,
-    weights: AttentionWeights,
-    inputs: Inputs,
-    geometry: Geometry,
-    rotary: Rotary | None = None,
+    layer: Replacement, weights: AttentionWeights, samples: Samples, geometry: Geometry
 ) -> LayerFit:
     """Fill ``layer`` (fp32) with closed-form factors, kernels and context terms.
-
-    Args:
-        rotary: of the layer's calls, where queries and keys are turned.
 
     Raises:
         CalibrationError: the variant has no closed form.
@@ -80,7 +68,6 @@ def fit_layer(
             "spvit has no closed-form calibration: its head weights pass through a softmax and share two projections. "
             "Convert without calibrate= and fine-tune, or use variant='lowrank_dw', which costs less."
         )
-    samples = _sampled(weights, inputs, rotary)
     if isinstance(layer, ScatteredDWAttention):
         return _fit_scattered(layer, weights, samples, geometry)
     if isinstance(layer, LowRankDWAttention):
@@ -99,15 +86,13 @@ def fit_layer(
 
 def choose_rank(
     weights: AttentionWeights,
-    inputs: Inputs,
+    samples: Samples,
     geometry: Geometry,
     fidelity: float,
-    rotary: Rotary | None = None,
     *,
     multiple: int = 8,
 ) -> int:
     """The least inner width, a multiple of 8, that keeps a share ``fidelity`` of the layer's output energy."""
-    samples = _sampled(weights, inputs, rotary)
     needed = _directions(weights, samples, geometry)[1].rank_for(fidelity)
     return min(-(-needed // multiple) * multiple, weights.channels)
 

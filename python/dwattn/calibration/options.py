@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dwattn.amp import AMP_NAMES, Amp
 from dwattn.errors import CalibrationError
 
 REFIT_SCOPES = ("all", "replaced", "attention", "none")
@@ -25,6 +26,8 @@ class CalibrationOptions:
         held_out: share of the photos on which ridge strengths are judged.
         rank: of ``lowrank_dw``: ``{"fidelity": share}`` chooses each layer's width as the least that keeps this
             share of its output energy; anything else keeps the width the layer was built with.
+        amp: dtype in which both models' blocks compute, ``bf16`` or ``fp16`` by autocast; token streams, what is
+            fitted and the weights stay fp32.
         seed: of crops and mosaics.
         progress: show a progress bar on stderr.
     """
@@ -36,6 +39,7 @@ class CalibrationOptions:
     refit: str = "all"
     held_out: float = 0.25
     rank: int | float | dict[str, float] | None = None
+    amp: Amp = "no"
     seed: int = 0
     progress: bool = True
 
@@ -49,6 +53,8 @@ class CalibrationOptions:
             raise CalibrationError(
                 f"refit={self.refit!r} must be one of {', '.join(REFIT_SCOPES)}."
             )
+        if self.amp not in AMP_NAMES:
+            raise CalibrationError(f"amp={self.amp!r} must be one of {', '.join(AMP_NAMES)}.")
         if self.batch_size is not None and self.batch_size < 1:
             raise CalibrationError(f"batch_size={self.batch_size} must be at least 1.")
         if self.views < 1:

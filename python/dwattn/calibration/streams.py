@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dwattn.adapters import BackboneLayout, BlockSite, CallConvention
+from dwattn.amp import Amp, autocast
 from dwattn.errors import CalibrationError
 from dwattn.rotary import Rotary
 
@@ -95,12 +96,18 @@ class BlockRunner:
     Args:
         site: the block; call: how the model calls its blocks.
         attention: replaces the block's attention layer in the copy.
+        amp: dtype in which the block computes; what it takes and returns is fp32.
     """
 
     def __init__(
-        self, site: BlockSite, call: BlockCall, attention: nn.Module | None = None
+        self,
+        site: BlockSite,
+        call: BlockCall,
+        attention: nn.Module | None = None,
+        *,
+        amp: Amp = "no",
     ) -> None:
-        self.call = call
+        self.call, self.amp = call, amp
         self.block = copy.deepcopy(site.module).float().eval()
         self.path = site.attention_name.removeprefix(site.name + ".")
         if attention is not None:
@@ -117,7 +124,8 @@ class BlockRunner:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """One block: ``(B, N, D) -> (B, N, D)``."""
-        return self.call(self.block, tokens)
+        with autocast(self.amp, tokens.device.type, cache=False):
+            return self.call(self.block, tokens).float()
 
     def run_noting_attention(
         self, tokens: Tensor, unpack: Callable[[Any], Tensor]
@@ -125,7 +133,7 @@ class BlockRunner:
         """Run the block; its output and what its attention layer returned, both ``(B, N, D)``."""
         seen: list[Tensor] = []
         handle = self.attention.register_forward_hook(
-            lambda _, __, result: seen.append(unpack(result))
+            lambda _, __, result: seen.append(unpack(result).float())
         )
         try:
             return self(tokens), seen[0]
@@ -135,13 +143,13 @@ class BlockRunner:
     def watch(self, tokens: Tensor, *watched: nn.Module) -> tuple[Tensor, list[Tensor]]:
         """Run the block; also the input of each module in ``watched``."""
         inputs: dict[int, Tensor] = {}
-        with _input_hooks(watched, lambda module, x: inputs.__setitem__(id(module), x)):
+        with _input_hooks(watched, lambda module, x: inputs.__setitem__(id(module), x.float())):
             output = self(tokens)
         return output, [inputs[id(module)] for module in watched]
 
     def attention_input(self, tokens: Tensor) -> Tensor:
         """What the attention layer sees, ``norm(t)``; the block is not run further."""
-        return _tokens(*self._attention_call(tokens))
+        return _tokens(*self._attention_call(tokens)).float()
 
     def rotary(self, tokens: Tensor, convention: CallConvention) -> Rotary | None:
         """The rotary embedding with which the block calls its attention layer for such tokens."""
@@ -169,7 +177,7 @@ class BlockRunner:
         outputs: list[Tensor] = []
 
         def stop(_: nn.Module, __: Any, result: Any) -> None:
-            outputs.append(unpack(result))
+            outputs.append(unpack(result).float())
             raise _Captured
 
         handle = self.attention.register_forward_hook(stop)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from dwattn import data as image_data
 from dwattn.adapters import BackboneLayout, BlockSite, ConvertedAttention, adapter_for
+from dwattn.amp import autocast
 from dwattn.attention import EnsembleDWAttention, LowRankDWAttention, ReplacementAttention
 from dwattn.calibration.journal import CalibrationResult, LayerNote
-from dwattn.calibration.layer_fit import choose_rank, fit_layer, true_rows
+from dwattn.calibration.layer_fit import Samples, choose_rank, fit_layer, true_rows
 from dwattn.calibration.options import CalibrationOptions
 from dwattn.calibration.ridge import Correction, CorrectionFit
 from dwattn.calibration.streams import BlockCall, BlockRunner, embed
@@ -69,7 +70,8 @@ def calibrate(
         raise CalibrationError(f"Unknown calibration options {sorted(unknown)}; known are {known}.")
     started = time.perf_counter()
     chosen = CalibrationOptions(**options)
-    with untouched(model):
+    device = next(model.parameters()).device.type
+    with untouched(model), torch.autocast(device, enabled=False):
         sweep = _Sweep(model, layout, replacements, data, chosen)
         sweep.run()
     sweep.result.seconds = time.perf_counter() - started
@@ -163,7 +165,7 @@ class _Sweep:
             task = bar.add_task("blocks", total=len(blocks))
             for index, site in enumerate(blocks):
                 if index < min(places):
-                    runner = BlockRunner(site, self.call)
+                    runner = self._runner(site)
                     self.original = self.converted = self._move(runner, self.original)
                 elif index <= max(places) or self.refits:
                     self._block(site)
@@ -183,7 +185,7 @@ class _Sweep:
         return moved
 
     def _block(self, site: BlockSite) -> None:
-        original = BlockRunner(site, self.call)
+        original = self._runner(site)
         middle, self.original = self._original_streams(site, original)
         shim = self.replacements.get(site.attention_name)
         corrects = site.pre_norm and self.options.refit != "none"
@@ -246,24 +248,19 @@ class _Sweep:
         """Fit one replacement in fp32 and copy it into ``shim``; returns the converted block."""
         weights = _weights(original)
         rotary = original.rotary(self.converted[:1], _convention(site))
+        samples = self._samples(original, weights, rotary)
         working = copy.deepcopy(shim).float().eval()
         if isinstance(shim.layer, LowRankDWAttention) and self.options.fidelity is not None:
-            rank = choose_rank(
-                weights,
-                lambda: self._inputs(original),
-                self.geometry,
-                self.options.fidelity,
-                rotary,
-            )
+            rank = choose_rank(weights, samples, self.geometry, self.options.fidelity)
             shim.layer = shim.layer.with_rank(rank)
             working.layer = copy.deepcopy(shim.layer).float()
         layer = working.layer
         layer.grid = self.geometry.grid  # the private copy has no patch embedding to learn it from
-        fit = fit_layer(layer, weights, lambda: self._inputs(original), self.geometry, rotary)
+        fit = fit_layer(layer, weights, samples, self.geometry)
         self.result.notes.append(
             LayerNote(site.attention_name, "stencil", fit.residual, rank=fit.rank)
         )
-        runner = BlockRunner(site, self.call, working)
+        runner = self._runner(site, working)
         if middle is not None and not isinstance(layer, EnsembleDWAttention):
             for either in (layer, shim.layer):
                 if isinstance(either, ReplacementAttention):
@@ -272,9 +269,22 @@ class _Sweep:
         shim.load_state_dict(working.state_dict())
         return runner
 
-    def _inputs(self, runner: BlockRunner) -> Iterator[Tensor]:
-        for part, _ in self._chunks():
-            yield runner.attention_input(self.converted[part])
+    def _samples(
+        self, runner: BlockRunner, weights: AttentionWeights, rotary: Rotary | None
+    ) -> Samples:
+        def samples() -> Iterator[tuple[Tensor, Tensor]]:
+            for part, _ in self._chunks():
+                x = runner.attention_input(self.converted[part])
+                yield x, self._true_rows(weights, x, rotary)
+
+        return samples
+
+    def _true_rows(self, weights: AttentionWeights, x: Tensor, rotary: Rotary | None) -> Tensor:
+        with autocast(self.options.amp, x.device.type, cache=False):
+            return true_rows(weights, x, rotary)
+
+    def _runner(self, site: BlockSite, attention: nn.Module | None = None) -> BlockRunner:
+        return BlockRunner(site, self.call, attention, amp=self.options.amp)
 
     def _correct_replacement(
         self,
@@ -322,7 +332,7 @@ class _Sweep:
         for part, held_out in self._chunks():
             tokens = self.converted[part]
             # By the weights: not every attention module calls its Wo as a module.
-            features = true_rows(weights, runner.attention_input(tokens), rotary)
+            features = self._true_rows(weights, runner.attention_input(tokens), rotary)
             error = middle[part] - tokens - _scaled(proj(features), site.attention_scale)
             fit.add(features, error, held_out=held_out)
             kept[part] = features

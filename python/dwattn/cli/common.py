@@ -274,6 +274,7 @@ StdOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
+AmpOption = Annotated[str, typer.Option(help="Compute in no (fp32), bf16 or fp16.")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on stdout and nothing else there.")
 ]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dwattn.cli.common import (
+    AmpOption,
     BatchOption,
     DeviceOption,
     ImagesOption,
@@ -203,6 +204,7 @@ def replace(
     size: SizeOption = None,
     weights: WeightsOption = None,
     batch_size: BatchOption = 16,
+    amp: AmpOption = "no",
     mean: MeanOption = None,
     std: StdOption = None,
     device: DeviceOption = "cpu",
@@ -237,7 +239,7 @@ def replace(
         data = read_images(loaded, model, calibrate, size, mean, std, batch_size, num_images)
     options: dict[str, Any] = {}
     if data is not None:
-        options["batch_size"] = batch_size
+        options.update(batch_size=batch_size, amp=amp)
     report = dwattn.replace(
         loaded, chosen, variant=variant, rank=wanted_rank, calibrate=data, dry_run=dry_run,
         prefix=prefix, context=context, dynamic_grid=dynamic_grid, allow_stale=allow_stale,

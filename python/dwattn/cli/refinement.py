@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dwattn.cli.common import (
+    AmpOption,
     BatchOption,
     DeviceOption,
     ImagesOption,
@@ -60,6 +61,7 @@ def refine(
     size: SizeOption = None,
     weights: WeightsOption = None,
     batch_size: BatchOption = 16,
+    amp: AmpOption = "no",
     mean: MeanOption = None,
     std: StdOption = None,
     device: DeviceOption = "cpu",
@@ -70,7 +72,7 @@ def refine(
     import dwattn
 
     loaded = read_model(model, weights, device)
-    options: dict[str, Any] = {"variant": variant}
+    options: dict[str, Any] = {"variant": variant, "amp": amp}
     if rank is not None:
         options["rank"] = parse_rank(rank)
     if judge is not None:

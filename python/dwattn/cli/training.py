@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from dwattn.cli.common import (
+    AmpOption,
     BatchOption,
     JsonOption,
     MeanOption,
@@ -93,7 +94,7 @@ def finetune(
         int | None, typer.Option(min=1, help="Images at once in a process, to save memory.")
     ] = None,
     ema: Annotated[float | None, typer.Option(help="Average the weights with this decay.")] = None,
-    amp: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
+    amp: AmpOption = "no",
     views: Annotated[
         int | None,
         typer.Option(min=1, help="Different crops of an image before they repeat; default: never."),

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dwattn.amp import Amp, autocast
 from dwattn.errors import TrainingError
 from dwattn.plan import problems
 
 Scope = Literal["all", "blocks", "replaced", "head"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -55,7 +54,7 @@ class Recipe(BaseModel):
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
     clip: Positive | None = 1.0
     ema: Share | None = None
-    amp: Literal["no", "bf16", "fp16"] = "no"
+    amp: Amp = "no"
     train: Scope = "all"
     views: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
@@ -86,10 +85,7 @@ class Recipe(BaseModel):
 
     def autocast(self, device: str) -> AbstractContextManager[None]:
         """The context in which a model computes on a device type, as ``amp`` says."""
-        if self.amp == "no":
-            return nullcontext()
-        context: AbstractContextManager[None] = torch.autocast(device, dtype=_AMP[self.amp])
-        return context
+        return autocast(self.amp, device)
 
     def differences(self, other: Recipe) -> str:
         """Fields in which two recipes differ, as text; empty where they agree."""
