@@ -103,9 +103,9 @@ bench-distill: $(VENV)/.installed $(VENV)/.demo-data
 	$(BIN)/python benchmarks/more_photos.py $(VENV)/demo-data/more-photos
 	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/python benchmarks/bench_distill.py --work $(VENV)/distill-runs \
 	  --photos $(VENV)/demo-data/more-photos --json benchmarks/results/distill.json
-	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/python benchmarks/bench_distill.py --work $(VENV)/distill-weighted --only dw-6 \
-	  --photos $(VENV)/demo-data/more-photos --own 3 --cutouts 0.7 --light 0.12 --rounds 4 --images 2200 \
-	  --json benchmarks/results/distill-weighted.json
+	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/python benchmarks/bench_distill.py --work $(VENV)/distill-draw0 --only dw-6 \
+	  --photos $(VENV)/demo-data/more-photos --own 3 --cutouts 0.7 --light 0.12 --rounds 6 --images 3300 --refine 1 \
+	  --json benchmarks/results/distill-draw0.json
 	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/python benchmarks/bench_distill.py --work $(VENV)/distill-refined --only lowrank-9 \
 	  --photos $(VENV)/demo-data/more-photos --refine --rounds 5 --json benchmarks/results/distill-refined.json
 

@@ -10,7 +10,7 @@ are kept in ``--work``: a bench that was stopped goes on. Needs what ``bench_fid
     python benchmarks/more_photos.py more-photos
     python benchmarks/bench_distill.py --photos more-photos --json benchmarks/results/distill.json
     python benchmarks/bench_distill.py --photos more-photos --refine --rounds 5 --only lowrank-9 --work refined --json benchmarks/results/distill-refined.json
-    python benchmarks/bench_distill.py --photos more-photos --own 3 --cutouts 0.7 --light 0.12 --rounds 4 --images 2200 --only dw-6 --work weighted --json benchmarks/results/distill-weighted.json
+    python benchmarks/bench_distill.py --photos more-photos --own 3 --cutouts 0.7 --light 0.12 --rounds 6 --images 3300 --refine 1 --only dw-6 --seed 0 --work draw0 --json benchmarks/results/distill-draw0.json
     python benchmarks/bench_distill.py --photos more-photos --own 3 --cutouts 0.7 --light 0.12 --rounds 4 --images 1950 --refine 1 --only dw-6 --seed 1 --work draw1 --json benchmarks/results/distill-draw1.json
     python benchmarks/bench_distill.py --only dw-6 --rounds 14        # the demo's photos alone
     python benchmarks/bench_distill.py --only dw-6 dw-6-gaussian --rounds 10 --json benchmarks/results/distill-gaussian.json
@@ -345,6 +345,7 @@ def main() -> None:
                 "with_object": sum(mask is not None for mask in bench.held_out.masks),
             },
             "options": bench.settings(),
+            "amp": bench.amp,
             "cases": rows,
         }
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

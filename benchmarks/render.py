@@ -96,9 +96,7 @@ def distill() -> str:
     """What a few minutes of label-free distillation keep, with blocks of lowest score and with refined sets."""
     chosen = {
         "distill": "Label-free distillation on 2 cores",
-        "distill-weighted": "The same with three times as many views of the demo's photos, more cut-outs and less "
-        "change of light",
-        "distill-refined": "The same as the first with blocks chosen by `dwattn.refine`, whose own time is not counted",
+        "distill-refined": "The same with blocks chosen by `dwattn.refine`, whose own time is not counted",
     }
     return "\n\n".join(_distillation(*pair) for pair in chosen.items())
 
@@ -127,7 +125,7 @@ def _distillation(name: str, title: str) -> str:
 
 
 def distill_draws() -> str:
-    """``dw`` in half of the blocks on other draws of the photos, their mean, and one with the blocks of lowest score."""
+    """``dw`` in half of the blocks on several draws of the photos, their mean, and one with the blocks of lowest score."""
     found = sorted(
         (load(path.stem) for path in RESULTS.glob("distill-draw*.json")),
         key=lambda d: d["options"]["seed"],
@@ -136,21 +134,23 @@ def distill_draws() -> str:
     alone = load("distill-without-exchange")
     named.append((f"{alone['options']['seed']}, by score alone", alone))
     lines = [
-        row("draw", "blocks", "images", "minutes", "and to choose", "all photos", "with an object"),
-        row(*["---"] * 7),
-    ]
+        row("draw", "blocks", "images", "products", "minutes", "and to choose", "all photos", "with an object"),
+        row(*["---"] * 8),
+    ]  # fmt: skip
     for name, document in named:
         (case,) = document["cases"]
         blocks = ", ".join(re.findall(r"blocks\.(\d+)", " ".join(case["replaced"])))
         choice = f"{case['choice_minutes']:.1f}" if "choice_minutes" in case else ""
+        products = "bf16" if document.get("amp") == "bf16" else "fp32"
+        minutes = f"{case['minutes']:.1f}"
         lines.append(
-            row(name, blocks, case["images"], f"{case['minutes']:.1f}", choice, *kept(case["after"]))
-        )  # fmt: skip
+            row(name, blocks, case["images"], products, minutes, choice, *kept(case["after"]))
+        )
     afters = [d["cases"][0]["after"] for d in found]
     names = ("cosine", "iou", "object_cosine", "object_iou")
     mean = {n: sum(after[n] for after in afters) / len(afters) for n in names}
     draws = ", ".join(str(d["options"]["seed"]) for d in found)
-    lines.append(row(f"mean of {draws}", "", "", "", "", *kept(mean)))
+    lines.append(row(f"mean of {draws}", *[""] * 5, *kept(mean)))
     return "\n".join(lines)
 
 

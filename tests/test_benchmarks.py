@@ -320,12 +320,12 @@ def test_distillations_are_written_with_what_they_took(
     photos = {"fitted": 120, "held_out": 80, "with_object": 42}
     found = {"created": "2026-01-02 03:04 UTC", "photos": photos, "environment": {"CPU": "a CPU"}}
     (tmp_path / "distill.json").write_text(json.dumps({**found, "cases": rows}))
-    for name in ("distill-weighted", "distill-refined"):
-        (tmp_path / f"{name}.json").write_text(json.dumps({**found, "cases": []}))
+    (tmp_path / "distill-refined.json").write_text(json.dumps({**found, "cases": []}))
     for draw, iou in ((1, 0.87), (2, 0.90)):
         row = {**rows[0], "after": {**after, "object_iou": iou}, "replaced": ["blocks.1.attn"]}
         row |= {"choice_minutes": 1.5 * draw, "minutes": 8.0 + draw}
-        drawn = {**found, "options": {"seed": draw}, "cases": [row]}
+        amp = {"amp": "bf16"} if draw == 2 else {}
+        drawn = {**found, **amp, "options": {"seed": draw}, "cases": [row]}
         (tmp_path / f"distill-draw{draw}.json").write_text(json.dumps(drawn))
     monkeypatch.setattr(render, "RESULTS", tmp_path)
     written = "| 6 of 12 | `lowrank_dw`, width 96 | closed form | 1680 | 8.0 | 0.950 / 0.840 | 0.960 / 0.880 |"
@@ -334,9 +334,11 @@ def test_distillations_are_written_with_what_they_took(
     drawn = {**found, "options": {"seed": 1}, "cases": [{**rows[0], "replaced": ["blocks.6.attn"]}]}
     (tmp_path / "distill-without-exchange.json").write_text(json.dumps(drawn))
     lines = render.distill_draws().splitlines()
-    assert "| 1, by score alone | 6 | 1680 | 8.0 |  | 0.950 / 0.840 | 0.960 / 0.880 |" in lines
-    assert "| 2 | 1 | 1680 | 10.0 | 3.0 | 0.950 / 0.840 | 0.960 / 0.900 |" in lines
-    assert lines[-1] == "| mean of 1, 2 |  |  |  |  | 0.950 / 0.840 | 0.960 / 0.885 |"
+    assert (
+        "| 1, by score alone | 6 | 1680 | fp32 | 8.0 |  | 0.950 / 0.840 | 0.960 / 0.880 |" in lines
+    )
+    assert "| 2 | 1 | 1680 | bf16 | 10.0 | 3.0 | 0.950 / 0.840 | 0.960 / 0.900 |" in lines
+    assert lines[-1] == "| mean of 1, 2 |  |  |  |  |  | 0.950 / 0.840 | 0.960 / 0.885 |"
 
 
 def test_a_finished_distillation_is_not_repeated(tmp_path: Path) -> None:
