@@ -150,6 +150,43 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
         GRID.cells(["none"])
 
 
+def test_refined_sets_are_searched_once_for_each_kind_and_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dw, narrow = {"variant": "dw"}, {"variant": "lowrank_dw", "rank": 16}
+    grid = Grid(
+        comparisons={
+            "a": {"kinds": (dw, narrow), "blocks": (2,), "criteria": ("refine", "residual")},
+            "b": {"blocks": (2,), "criteria": ("refine",), "kernel_inits": ("mean-attention",)},
+        },
+        seeds=(0,), score_images=8, calibration_images=8, calibration={"views": 1}, recipe=RECIPE,
+    )  # fmt: skip
+    searches: list[dict[str, Any]] = []
+    search = study_module.refine
+
+    def watched(*args: Any, **options: Any) -> Any:
+        found = search(*args, **options)
+        searches.append({**options, "start": found.start, "found": found.blocks})
+        return found
+
+    monkeypatch.setattr(study_module, "refine", watched)
+    result = run(tmp_path, grid)
+    by_cell = {row["cell"]: row["replaced"] for row in result.rows}
+    assert [s["variant"] for s in searches] == ["dw", "lowrank_dw", "dw"]
+    for cell, searched in zip(
+        ("dw-refine-2-two-stage-calibrated-seed0", "lowrank_dw-16-refine-2-two-stage-calibrated-seed0",
+         "dw-refine-2-two-stage-mean-attention-seed0"), searches, strict=True,
+    ):  # fmt: skip
+        assert by_cell[cell] == [f"blocks.{block}.attn" for block in searched["found"]]
+    start = by_cell["dw-residual-2-two-stage-calibrated-seed0"]
+    assert start == [f"blocks.{block}.attn" for block in searches[0]["start"]]
+    assert searches[1]["rank"] == 16
+    # The third search found all that the first had tried.
+    first = json.loads((tmp_path / "first-seed0" / "refine-dw-2.json").read_text())["trials"]
+    assert len(first) > 1
+    assert searches[0]["found"] == searches[2]["found"]
+
+
 SHORT = Grid(
     comparisons={"one": {"blocks": (2,), "kernel_inits": ("gaussian",)}},
     seeds=(0,), score_images=8, recipe=RECIPE.but(steps=12),
@@ -246,6 +283,18 @@ def test_a_grid_file_is_checked(tmp_path: Path) -> None:
         ({"comparisons": {"a": {}}}, "give blocks, heads or both"),
         ({"comparisons": {"a": {"heads": [2], "kinds": [{"variant": "conv"}]}}}, "not conv"),
         ({"comparisons": {"a": {"blocks": [2], "criteria": ["dsp-e2e"]}}}, "from gaussian"),
+        (
+            {"comparisons": {"a": {"heads": [2], "criteria": ["refine"]}}},
+            "refine: for blocks alone",
+        ),
+        (
+            {
+                "comparisons": {
+                    "a": {"blocks": [2], "criteria": ["refine"], "kinds": [{"variant": "spvit"}]}
+                }
+            },
+            "spvit has no calibration",
+        ),
         ({"comparisons": {}}, "comparisons"),
         ({"colour": 1}, "colour"),
         ({"schema_version": 2}, "schema_version"),

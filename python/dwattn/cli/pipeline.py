@@ -203,7 +203,9 @@ def replace(
     num_images: Annotated[int, typer.Option(min=1, help="Calibration images, at most.")] = 120,
     size: SizeOption = None,
     weights: WeightsOption = None,
-    batch_size: BatchOption = 16,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images in a batch; default: as many as are fastest.")
+    ] = None,
     amp: AmpOption = "no",
     mean: MeanOption = None,
     std: StdOption = None,
@@ -236,7 +238,7 @@ def replace(
     loaded = read_model(model, weights, device)
     data = None
     if calibrate is not None and not dry_run:
-        data = read_images(loaded, model, calibrate, size, mean, std, batch_size, num_images)
+        data = read_images(loaded, model, calibrate, size, mean, std, batch_size or 16, num_images)
     options: dict[str, Any] = {}
     if data is not None:
         options.update(batch_size=batch_size, amp=amp)

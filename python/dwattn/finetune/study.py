@@ -31,6 +31,7 @@ from dwattn.finetune.tasks import Task, evaluate
 from dwattn.finetune.trainer import Trainer
 from dwattn.finetune.views import Views
 from dwattn.plan import Plan
+from dwattn.refinement import refine
 from dwattn.scores import Scores
 from dwattn.scoring import score
 from dwattn.selection import select
@@ -181,11 +182,24 @@ class _Study:
                 self._learned(cell, task).save(path)
             return Plan.load(path)
         scores = self._scores(cell, backbone)
+        if cell.criterion == "refine":
+            return self._refined(cell, backbone, scores)
         if cell.criterion == "highest-variance":
             # The whole ranking, lowest first; its end is what should not be replaced.
             ranked = sorted(scores.layers, key=lambda layer: layer.sigma_block, reverse=True)
             return select(scores, blocks=cell.count, order=[layer.block for layer in ranked])
         return select(scores, criterion=str(cell.criterion), **{cell.unit: cell.count})  # type: ignore[arg-type]
+
+    def _refined(self, cell: Cell, backbone: nn.Module, scores: Scores) -> Plan:
+        """The set of blocks that loses least when it is calibrated on some of the images."""
+        assert cell.kind is not None
+        kind = str(cell.kind).replace(" ", "-")
+        found = refine(
+            backbone, scores, self._plain(self.grid.calibration_images), cell.count, variant=cell.kind.variant,
+            rank=cell.kind.rank, trials=self._place(cell) / f"refine-{kind}-{cell.count}.json", progress=False,
+            **self.grid.calibration,
+        )  # fmt: skip
+        return found.plan
 
     def _learned(self, cell: Cell, task: Task) -> Plan:
         """The subset that gates learn on a copy of the task, as long as the second stage."""

@@ -14,7 +14,11 @@ from dwattn.finetune.recipe import Recipe
 from dwattn.finetune.stages import KernelInit, Stages, second_stage
 from dwattn.plan import problems
 
-Criterion = Literal["variance", "residual", "perturbation", "highest-variance", "dsp", "dsp-e2e"]
+Criterion = Literal[
+    "variance", "residual", "perturbation", "highest-variance", "refine", "dsp", "dsp-e2e"
+]
+#: Criteria that choose among whole blocks only.
+OF_BLOCKS = ("highest-variance", "refine")
 Count = Annotated[int, Field(ge=1)]
 BASELINE = "mhsa"
 SETTINGS = ("attention", "criterion", "count", "stages", "init")
@@ -37,7 +41,8 @@ class Comparison(BaseModel):
 
     Args:
         blocks: numbers of whole blocks to replace; heads: numbers of single heads anywhere, which only ``dw`` can.
-        criteria: how they are chosen. ``dsp`` trains gates on the fine-tuned model and reuses the learned set there
+        criteria: how they are chosen. ``refine`` starts from ``residual`` and exchanges blocks where that helps a
+            calibrated copy, see :func:`dwattn.refine`. ``dsp`` trains gates on the fine-tuned model and reuses the learned set there
             (the paper's DSP-2S); ``dsp-e2e`` keeps what the gates' training made of the weights.
     """
 
@@ -57,8 +62,11 @@ class Comparison(BaseModel):
         others = [kind.variant for kind in self.kinds if kind.variant != "dw"]
         if others and self.heads:
             raise ValueError(f"single heads can only be dw, not {', '.join(others)}")
-        if self.heads and "highest-variance" in self.criteria:
-            raise ValueError("highest-variance is for blocks")
+        whole = [criterion for criterion in self.criteria if criterion in OF_BLOCKS]
+        if self.heads and whole:
+            raise ValueError(f"{', '.join(whole)}: for blocks alone")
+        if "refine" in self.criteria and "spvit" in [kind.variant for kind in self.kinds]:
+            raise ValueError("refine calibrates what it compares, and spvit has no calibration")
         gated = (set(self.stages), set(self.kernel_inits)) == ({"two-stage"}, {"gaussian"})
         if "dsp-e2e" in self.criteria and (others or not gated):
             raise ValueError("dsp-e2e trains dw in two-stage from gaussian kernels")
