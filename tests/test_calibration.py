@@ -397,6 +397,21 @@ def test_blocks_compute_in_half_precision_and_what_is_fitted_does_not(
     assert not all(map(torch.equal, hooked.parameters(), plain.parameters()))
 
 
+@pytest.mark.parametrize("name", ["timm-dinov3", "hf-clip", "hub-reg4"])
+def test_half_precision_fits_every_library_alike(name: str) -> None:
+    family = BY_NAME[name]
+    with torch.no_grad():
+        before = family.tokens(family.build().eval(), family.images())
+    left = {}
+    for amp in ("no", "bf16"):
+        model = family.build().eval()
+        replace(model, [0], calibrate=family.images(24, seed=1), views=1, amp=amp)
+        with torch.no_grad():
+            left[amp] = (family.tokens(model, family.images()) - before).norm()
+    torch.testing.assert_close(left["bf16"], left["no"], rtol=0.02, atol=0)
+    assert left["bf16"] != left["no"]
+
+
 def test_autocast_around_the_call_changes_nothing() -> None:
     found = []
     for enabled in (False, True):
