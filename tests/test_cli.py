@@ -76,7 +76,9 @@ def scored(place: Path) -> Path:
     """Scores of the model, made by the command."""
     path = place / "scores.safetensors"
     model = f"{place / 'factory.py'}:make"
-    result = invoke_json("score", model, "--images", place / "images", "--out", path, "--size", 56)
+    result = invoke_json(
+        "score", model, "--images", place / "images", "--out", path, "--size", 56, "--amp", "bf16"
+    )
     assert result["num_images"] == 12
     assert len(result["layers"]) == 4
     return path
@@ -203,6 +205,7 @@ def test_report_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["score", "resnet50", "--images", "images"], 1, "is not a model name"),
         (["score", "{model}", "--images", "nowhere"], 1, "no folder nowhere"),
         (["score", "{model}", "--images", ".", "--size", "56"], 1, "image"),
+        (["score", "{model}", "--images", "images", "--amp", "fp8"], 1, "no, bf16, fp16"),
         (["score", "{model}", "--images", "images", "--size", "big"], 2, "is not a size"),
         (["score", "{model}", "--images", "images", "--mean", "1,2"], 2, "is not three numbers"),
         (["score", "{model}", "--images", "images", "--device", "warp"], 1, "'warp'"),

@@ -41,6 +41,24 @@ def test_every_family_agrees_with_a_direct_computation(family: Family) -> None:
         assert torch.equal(value, before[key])
 
 
+@pytest.mark.parametrize("name", ["timm", "hf-clip", "hub-reg4"])
+def test_a_model_in_half_precision_scores_alike(name: str) -> None:
+    family = BY_NAME[name]
+    model = family.build()
+    seen = []
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(lambda _, __, y: seen.append(y.dtype))
+    data = inputs_of(family, model)
+    plain, half = (dwattn.score(model, data, num_images=IMAGES, amp=amp, progress=False) for amp in ("no", "bf16"))  # fmt: skip
+    assert set(seen) == {torch.float32, torch.bfloat16}
+    for a, b in zip(plain.layers, half.layers, strict=True):
+        assert b.sigma.dtype == torch.float64
+        torch.testing.assert_close(b.sigma, a.sigma, rtol=0.03, atol=0)
+        assert b.block_residual == pytest.approx(a.block_residual, rel=0.03)
+        assert not torch.equal(a.sigma, b.sigma)
+
+
 def slow_map_statistics(mean: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """The definition, entry by entry."""
     heads = mean.shape[0]

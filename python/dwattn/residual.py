@@ -145,6 +145,11 @@ class StaticFit:
         """Add a batch: ``values`` V and ``output`` E V, both ``(B, N, C)``."""
         if values.dtype not in (torch.float32, torch.float64):
             values, output = values.float(), output.float()
+        # Autocast would round the Gram matrices to half precision.
+        with torch.autocast(values.device.type, enabled=False):
+            self._add(values, output, sample)
+
+    def _add(self, values: Tensor, output: Tensor, sample: Sample) -> None:
         for start in range(0, values.shape[-1], _CHANNELS_AT_ONCE):
             channels = slice(start, start + _CHANNELS_AT_ONCE)
             features = self._features(values[..., channels], output[..., channels], sample)

@@ -15,6 +15,7 @@ from torch import nn
 
 from dwattn import data as images
 from dwattn.adapters import describe
+from dwattn.amp import AMP_NAMES, Amp, autocast
 from dwattn.errors import ScoreError
 from dwattn.plan import ModelInfo
 from dwattn.ranks import Ranks
@@ -35,6 +36,7 @@ def score(
     residual: bool = True,
     memory_budget: int | None = None,
     keep_maps: bool = False,
+    amp: Amp = "no",
     progress: bool = True,
     distributed: bool | None = None,
 ) -> Scores:
@@ -55,6 +57,7 @@ def score(
             that do not fit together are scored in several passes over ``data``. None scores all of
             them in one pass.
         keep_maps: keep full mean and standard deviation maps in the result.
+        amp: dtype in which the model computes, ``bf16`` or ``fp16`` by autocast; statistics stay fp64.
         progress: show a progress bar.
         distributed: merge the statistics of all processes of ``torch.distributed``, each of which
             passes its own share of the images (as a ``DistributedSampler`` deals them out) and gets
@@ -64,13 +67,15 @@ def score(
         UnsupportedAttentionError: the model has no attention layer that can be scored.
         DataError: no images, images of different sizes, or a one-shot iterator where several passes
             are needed.
-        ScoreError: a single image, NaN activations (names the layer), or a budget smaller than one
+        ScoreError: a single image, an unknown ``amp``, NaN activations (names the layer), or a budget smaller than one
             layer needs.
     """
     if num_images < 2:
         raise ScoreError(
             f"num_images={num_images}: the variance between images needs at least 2 of them."
         )
+    if amp not in AMP_NAMES:
+        raise ScoreError(f"amp={amp!r} must be one of {', '.join(AMP_NAMES)}.")
     model = unwrap(model)
     ranks = Ranks.find(distributed)
     share = ranks.share(num_images)
@@ -95,7 +100,8 @@ def score(
                     device=like.device,
                     dtype=like.dtype,
                 ):
-                    batch.call(model)
+                    with autocast(amp, like.device.type):
+                        batch.call(model)
                     run.end_batch()
                     advance(batch.size, run.passes)
             run.finish_pass(ranks, keep_maps)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -51,6 +51,7 @@ def score(
     size: SizeOption = None,
     weights: WeightsOption = None,
     batch_size: BatchOption = 16,
+    amp: AmpOption = "no",
     entries: Annotated[
         str, typer.Option(help="Attention entries that count: patches, or all with prefix tokens.")
     ] = "patches",
@@ -75,7 +76,7 @@ def score(
     budget = None if memory_budget is None else int(memory_budget * 2**20)
     scores = dwattn.score(
         loaded, data, num_images, batch_size=batch_size, entries=entries, residual=residual,
-        memory_budget=budget, progress=progress,
+        memory_budget=budget, amp=cast(Any, amp), progress=progress,
     )  # fmt: skip
     scores.save(out)
     emit(scores, as_json)
