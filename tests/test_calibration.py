@@ -412,6 +412,15 @@ def test_half_precision_fits_every_library_alike(name: str) -> None:
     assert left["bf16"] != left["no"]
 
 
+def test_values_beyond_fp16_are_named() -> None:
+    model = tiny_vit()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.bias.fill_(1e5)
+    with pytest.raises(CalibrationError, match=r"too large for fp16\. Use amp='bf16' or 'no'"):
+        replace(model, [1], amp="fp16")
+    assert replace(model, [1], amp="bf16").calibration is not None
+
+
 def test_autocast_around_the_call_changes_nothing() -> None:
     found = []
     for enabled in (False, True):

@@ -1,4 +1,4 @@
-"""Mixed precision by name, as recipes and calibrations take it."""
+"""Mixed precision by name, as scoring, calibration and recipes take it."""
 
 from __future__ import annotations
 

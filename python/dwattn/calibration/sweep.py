@@ -386,10 +386,12 @@ class _Sweep:
         part = slice(0, self.num_held_out or None)
         apart = drift(self.original[part], self.converted[part], self.geometry.num_prefix)
         if not math.isfinite(apart):
+            narrow = self.options.amp == "fp16"
             raise CalibrationError(
-                f"Calibration of {site.attention_name} gave values that are not finite; the images may be constant, "
-                f"or the weights extreme. Use more varied photos (at least about 50)."
-            )
+                f"Calibration of {site.attention_name} gave values that are not finite; "
+                + ("they may be too large for fp16. Use amp='bf16' or 'no'." if narrow else
+                   "the images may be constant, or the weights extreme. Use more varied photos (at least about 50).")
+            )  # fmt: skip
         self.result.drift[site.name] = apart
 
 
