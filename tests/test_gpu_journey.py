@@ -1,6 +1,5 @@
-"""The way from scores to a student on a GPU that is not there: every tensor is where it has to be.
-
-Kernels are not tried; PyTorch's parts compute, see ``support/pretend_gpu.py``. With a GPU, ``test_cuda_ops.py`` runs them.
+"""The way from scores to a student on a GPU, or where there is none on one that is pretended: every tensor is where it has
+to be. There PyTorch's parts compute and no kernel is tried, see ``support/pretend_gpu.py``.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from support.pretend_gpu import GPU, pretend_gpu
 
 #: Each library, and each way of fitting a layer; all pairs would take minutes.
 CONVERSIONS: list[tuple[str, dict[str, Any]]] = [
-    ("timm", {"variant": "dw"}),
+    ("timm", {"variant": "dw", "amp": "bf16"}),
     ("hf-dinov2-reg", {"variant": "dw", "prefix": "static"}),
     ("hf-clip", {"variant": "lowrank_dw", "rank": 16}),
     ("hub-reg4", {"variant": "ens_dw"}),
@@ -32,9 +31,13 @@ CONVERSIONS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+# Without a GPU they run all the same; the mark is for make gpu-check.
+pytestmark = pytest.mark.gpu
+
+
 @pytest.fixture(autouse=True)
 def _gpu() -> Iterator[None]:
-    with pretend_gpu():
+    with contextlib.nullcontext() if torch.cuda.is_available() else pretend_gpu():
         yield
 
 
@@ -78,13 +81,14 @@ def test_from_scores_to_a_student(name: str, conversion: dict[str, Any], tmp_pat
         dwattn.score(m, images, num_images=6, progress=False) for m in (model, here)
     )
     for ours, theirs in zip(scores.layers, expected.layers, strict=True):
-        torch.testing.assert_close(ours.sigma, theirs.sigma, rtol=1e-4, atol=0)
+        torch.testing.assert_close(ours.sigma, theirs.sigma, rtol=1e-2, atol=0)
     plan = dwattn.select(scores, blocks=1)
     for either in (model, here):
         dwattn.replace(either, plan, calibrate=images, views=1, progress=False, **conversion)
     found = tokens(family, model)
     assert found.device == GPU
-    torch.testing.assert_close(found.cpu(), tokens(family, here, "cpu"), rtol=1e-2, atol=1e-2)
+    wanted = tokens(family, here, "cpu")
+    assert (found.cpu() - wanted).norm() < 0.05 * wanted.norm()
     dwattn.save(model, tmp_path / "student.safetensors")
     loaded = dwattn.load(family.build().to(GPU), tmp_path / "student.safetensors")
     torch.testing.assert_close(tokens(family, loaded), found)
@@ -111,7 +115,7 @@ def test_choices_that_try_things_out() -> None:
     scores = dwattn.score(model, images, num_images=8, keep_maps=True, progress=False)
     found = dwattn.refine(model, scores, images, 2, width=1, rounds=1, progress=False)
     assert len(found.blocks) == 2
-    assert measure_latency(model, grid=scores.grid, rounds=1).device == "pretended"
+    assert measure_latency(model, grid=scores.grid, rounds=1).device != "cpu"
     plan = dwattn.select(scores, heads=1)
     dwattn.replace(model, plan, calibrate=images, views=1, progress=False)
     assert tokens(family, model).device == GPU
