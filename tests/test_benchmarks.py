@@ -390,7 +390,7 @@ def test_a_kept_closed_form_is_used_again_for_the_same_options_only(
     class Kept(bench_distill.Bench):
         def __init__(self, light: float) -> None:
             self.options = argparse.Namespace(rounds=2, images=None, light=light, progress=False)
-            self.work = tmp_path
+            self.work, self.amp = tmp_path, "no"
             self.views: Any = type("Views", (list,), {"rounds": lambda self, count: iter(())})()
 
         def plan(self, case: bench_distill.Case) -> Any:
