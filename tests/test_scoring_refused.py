@@ -29,7 +29,7 @@ def test_images_that_are_too_few() -> None:
         with pytest.raises(ScoreError, match=f"num_images={number}"):
             dwattn.score(model, images, num_images=number, progress=False)
     with pytest.raises(ScoreError, match="'fp8' must be one of no, bf16, fp16"):
-        dwattn.score(model, images, amp="fp8", progress=False)  # type: ignore[arg-type]
+        dwattn.score(model, images, amp="fp8", progress=False)
     with pytest.warns(UserWarning, match="held 3 images, fewer than num_images=1000"):
         assert dwattn.score(model, images, progress=False).num_images == 3
     assert snapshot(model) == before

@@ -46,7 +46,6 @@ class OnGpu(Tensor):
     """A tensor on that device; its numbers are in ``held``, on the CPU."""
 
     held: Tensor
-    is_cuda = True  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, held: Tensor) -> OnGpu:
@@ -59,12 +58,16 @@ class OnGpu(Tensor):
     def __init__(self, held: Tensor) -> None:
         self.held = held
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"OnGpu({self.held!r})"
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]
+    def device(self) -> torch.device:
         return GPU
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
 
     def data_ptr(self) -> int:
         return self.held.data_ptr()

@@ -157,48 +157,40 @@ class VarianceTile {
     pack(values(image_ + image), p_.v_stride_token, to + p_.tokens * tiles_.channels);
   }
   void pack(const In* rows, int64_t stride, float* to) const {
-    for (int64_t i = 0; i < p_.tokens; ++i) {
-      copy(rows + i * stride, to + i * tiles_.channels, [](V x) { return x; });
-    }
+    for (int64_t i = 0; i < p_.tokens; ++i) copy(rows + i * stride, to + i * tiles_.channels);
   }
 
   // (lanes, d_h) -> (d_h, lanes), in units that make the softmax one of powers of two.
   void load_queries(int64_t image) {
     constexpr float kLog2E = 1.44269504088896341f;
-    const V factor = V::all(p_.scale * kLog2E);
+    const float factor = p_.scale * kLog2E;
     const In* const q = queries(image);
     for (int64_t i = 0; i < rows_; ++i) {
-      copy(q + i * p_.q_stride_token, staged_ + i * tiles_.channels,
-           [&](V x) { return x * factor; });
+      copy(q + i * p_.q_stride_token, staged_ + i * tiles_.channels);
     }
-    float* const end = staged_ + lanes_ * tiles_.channels;
-    for (float* at = staged_ + rows_ * tiles_.channels; at < end; at += V::width) {
-      V::zero().store(at);
-    }
-    constexpr int64_t kSide = kTransposed<float>;
-    for (int64_t l = 0; l < lanes_; l += kSide) {
-      const float* row[kSide];
-      for (int64_t i = 0; i < kSide; ++i) row[i] = staged_ + (l + i) * tiles_.channels;
-      for (int64_t d = 0; d < tiles_.channels; d += kSide) {
-        transpose<float>(row, queries_ + d * lanes_ + l, lanes_);
-        for (const float*& r : row) r += kSide;
+    for (int64_t l = 0; l < lanes_; l += kLanePad) {
+      const float* const from = staged_ + l * tiles_.channels;
+      const int64_t count = rows_ - l < kLanePad ? rows_ - l : kLanePad;
+      for (int64_t d = 0; d < p_.head_dim; ++d) {
+        float* const to = queries_ + d * lanes_ + l;
+        for (int64_t i = 0; i < count; ++i) to[i] = from[i * tiles_.channels + d] * factor;
+        for (int64_t i = count; i < kLanePad; ++i) to[i] = 0.0f;
       }
     }
   }
 
-  // change(row) in fp32, and zeros up to the padded width. Four vectors at a time: packing takes
-  // half as long as with one.
-  template <class F>
-  void copy(const In* from, float* to, const F& change) const {
+  // A row in fp32 and with zeros up to the padded width. Four vectors at a time: packing takes half
+  // as long as with one.
+  void copy(const In* from, float* to) const {
     int64_t d = 0;
     for (; d + 4 * V::width <= p_.head_dim; d += 4 * V::width) {
       V part[4];
-      for (int v = 0; v < 4; ++v) part[v] = change(V::load(from + d + v * V::width));
+      for (int v = 0; v < 4; ++v) part[v] = V::load(from + d + v * V::width);
       for (int v = 0; v < 4; ++v) part[v].store(to + d + v * V::width);
     }
-    for (; d + V::width <= p_.head_dim; d += V::width) change(V::load(from + d)).store(to + d);
+    for (; d + V::width <= p_.head_dim; d += V::width) V::load(from + d).store(to + d);
     if (d < p_.head_dim) {
-      change(V::load_n(from + d, static_cast<int>(p_.head_dim - d))).store(to + d);
+      V::load_n(from + d, static_cast<int>(p_.head_dim - d)).store(to + d);
       d += V::width;
     }
     for (; d < tiles_.channels; d += V::width) V::zero().store(to + d);

@@ -42,8 +42,8 @@ class Comparison(BaseModel):
     Args:
         blocks: numbers of whole blocks to replace; heads: numbers of single heads anywhere, which only ``dw`` can.
         criteria: how they are chosen. ``refine`` starts from ``residual`` and exchanges blocks where that helps a
-            calibrated copy, see :func:`dwattn.refine`. ``dsp`` trains gates on the fine-tuned model and reuses the learned set there
-            (the paper's DSP-2S); ``dsp-e2e`` keeps what the gates' training made of the weights.
+            calibrated copy, see :func:`dwattn.refine`. ``dsp`` trains gates on the fine-tuned model and reuses the
+            learned set there (the paper's DSP-2S); ``dsp-e2e`` keeps what the gates' training made of the weights.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
