@@ -38,6 +38,7 @@ from dwattn.demo.pretrained import DESCRIPTION, DIM, SaliencyModel, build
 from dwattn.demo.variety import CUTOUTS, LIGHT, PhotoViews, free_cutouts, with_repeats
 from dwattn.finetune import Distillation, Recipe, Targets, Trainer, estimate
 from dwattn.finetune.state import read_progress
+from dwattn.library import native
 
 CALIBRATION, HELD_OUT = 120, 80
 BUDGET_MINUTES = 15
@@ -124,15 +125,23 @@ class Bench:
                 return found
         carry_out = self.trained if case.gaussian else self.fitted
         student, how = carry_out(case)
-        fidelity = self.held_out.fidelity(*outputs(student, self.held_out.pixels))
+        fidelity, fitted = (
+            group.fidelity(*outputs(student, group.pixels))
+            for group in (self.held_out, self.own_photos())
+        )
         row = {
             "case": vars(case), "options": settings, **self.choice(case), **how, "after": fidelity.model_dump(),
+            "on_fitted_photos": fitted.model_dump(),
             "in_budget": how["minutes"] <= BUDGET_MINUTES,
             "reached": case.wanted is None
             or (fidelity.cosine >= case.wanted[0] and fidelity.iou >= case.wanted[1]),
         }  # fmt: skip
         path.write_text(json.dumps(row, indent=1), encoding="utf-8")
         return row
+
+    def own_photos(self) -> HeldOut:
+        """The demo's photos that are fitted, as they are: what a student keeps of them bounds what more photos can give."""
+        return HeldOut.of(self.model, *photos.load(self.own))
 
     def choice(self, case: Case) -> dict[str, Any]:
         """The replaced layers, and the sets that were tried if any were."""
@@ -145,8 +154,9 @@ class Bench:
         return self.work / f"{case.name}-trials.json"
 
     def settings(self) -> dict[str, Any]:
-        """Options on which the results depend."""
-        return {k: v for k, v in vars(self.options).items() if k not in HOW_IT_RUNS}
+        """Options on which the results depend, and what products have: it depends on the CPU."""
+        given = {k: v for k, v in vars(self.options).items() if k not in HOW_IT_RUNS}
+        return {**given, "amp": self.amp}
 
     def fitted(self, case: Case) -> tuple[SaliencyModel, dict[str, Any]]:
         """Closed form, and gradient steps from there if wanted; making the views is part of the time."""
@@ -237,18 +247,9 @@ class Bench:
         return recipe.but(steps=max(10, int(60 * minutes / step)))
 
 
-def faster_in_bf16(size: int = 1024, repeats: int = 3) -> bool:
-    """Whether this CPU multiplies matrices at least 1.5 times as fast in bf16 as in fp32."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(size, size, dtype=dtype)
-        times = []
-        for _ in range(repeats + 1):
-            began = time.perf_counter()
-            matrix @ matrix
-            times.append(time.perf_counter() - began)
-        seconds[dtype] = min(times[1:])
-    return seconds[torch.float32] > 1.5 * seconds[torch.bfloat16]
+def faster_in_bf16() -> bool:
+    """Whether this CPU has products of bf16 matrices; where it has not, they are slower than those of fp32."""
+    return native is not None and native.cpu_info()["bf16_products"] == "bfloat16"
 
 
 @contextmanager
@@ -345,7 +346,6 @@ def main() -> None:
                 "with_object": sum(mask is not None for mask in bench.held_out.masks),
             },
             "options": bench.settings(),
-            "amp": bench.amp,
             "cases": rows,
         }
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

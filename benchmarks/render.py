@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import fidelity_page
 import peers_page
 import study_page
 
@@ -32,7 +33,13 @@ def load(name: str) -> Any:
 
 
 def link(name: str) -> str:
+    """To a result file, from the README."""
     return f"[{name}.json](benchmarks/results/{name}.json)"
+
+
+def file(name: str) -> str:
+    """A result file, named on a page of the documentation, whose site does not have it."""
+    return f"`{name}.json`"
 
 
 def day(created: str) -> str:
@@ -50,46 +57,41 @@ def span(values: Iterable[float]) -> str:
     return f"{found[0]:.2f} to {found[-1]:.2f}"
 
 
-#: Conversions of fidelity.json in the order of the table, with the name of their layer.
-CONVERSIONS = {
-    "perturbation-4-dw-calibrated": "`dw`",
-    "variance-4-dw-calibrated": "`dw`",
-    "residual-6-dw-calibrated": "`dw`",
-    "perturbation-6-dw-calibrated": "`dw`",
-    "residual-6-lowrank_dw-r96-calibrated": "`lowrank_dw`, width C/4",
-    "residual-6-lowrank_dw-r64-calibrated": "`lowrank_dw`, width d_h",
-    "residual-9-dw-calibrated": "`dw`",
-    "residual-6-dw-gaussian": "`dw`, the paper's Gaussian start",
-    "residual-6-ens_dw-gaussian": "`ens_dw`, Gaussian",
-}
+def _lines(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    columns = list(columns)
+    return "\n".join(
+        [row(*columns), row(*["---"] * len(columns)), *(row(*cells) for cells in rows)]
+    )
+
+
+def summary() -> str:
+    """What the layers save and keep, in one small and one large model."""
+    demo, fitted, distilled, vit_l = map(load, ("demo", "fidelity", "distill", "vit-l"))
+    photos = fitted["photos"]
+    small = _lines(fidelity_page.SUMMARY, fidelity_page.small(demo, fitted, distilled))
+    large = _lines(("ViT-L/14, 336 px, of 24 blocks", "12", "18"), fidelity_page.large(vit_l))
+    return (
+        f"One thread of an {demo['environment']['CPU']} ({link('demo')}). Beside the time the cosine of the patch\n"
+        f"features with the original's / overlap (IoU) of the saliency maps, on {photos['held_out']} held-out photos and "
+        f"on the {photos['with_object']} of them\nwith one object of known outline: fitted in closed form to "
+        f"{photos['calibration']} photos ({link('fidelity')}),\nand by label-free distillation of up to 15 minutes "
+        f"({link('distill')}).\n\n{small}\n\n"
+        f"The same layers in a large model (its weights are random, which does not change the time: "
+        f"{fidelity_page.original_seconds(vit_l):.1f} s on\none thread of an "
+        f"{vit_l['machine']['CPU']}, {link('vit-l')}):\n\n{large}"
+    )
 
 
 def fidelity() -> str:
     """What conversions keep, with the photos they were measured on."""
     found = load("fidelity")
-    photos, by_key = found["photos"], {c["key"]: c for c in found["conversions"]}
-    lines = [
+    photos = found["photos"]
+    table = _lines(fidelity_page.FITTED, fidelity_page.conversions(found))
+    return (
         f"On {photos['held_out']} held-out photos, and on the {photos['with_object']} of them that show one object "
-        f"with a known outline;\n{photos['calibration']} photos to calibrate ({link('fidelity')}, "
-        f"{day(found['created'])}):",
-        "",
-        row("replaced", "layer", "chosen by", "all photos", "with an object"),
-        row(*["---"] * 5),
-    ]
-    for key, label in CONVERSIONS.items():
-        c = by_key[key]
-        lines.append(
-            row(
-                f"{len(c['blocks'])} of 12", label, f"`{c['criterion']}`", *kept(c["fidelity"])
-            )
-        )  # fmt: skip
-    return "\n".join(lines)
-
-
-def kept(after: dict[str, float]) -> tuple[str, str]:
-    """Cosine and overlap over all photos, and over those with an object."""
-    everywhere = f"{after['cosine']:.3f} / {after['iou']:.3f}"
-    return everywhere, f"{after['object_cosine']:.3f} / {after['object_iou']:.3f}"
+        f"with a known outline;\n{photos['calibration']} photos to calibrate ({file('fidelity')}, "
+        f"{day(found['created'])}):\n\n{table}"
+    )
 
 
 def distill() -> str:
@@ -104,54 +106,25 @@ def distill() -> str:
 def _distillation(name: str, title: str) -> str:
     found = load(name)
     photos, cpu = found["photos"], found["environment"]["CPU"]
-    lines = [
+    table = _lines(fidelity_page.DISTILLED, fidelity_page.cases(found))
+    return (
         f"{title}; {photos['fitted']} photos in many views, {photos['held_out']} held-out "
-        f"photos, {photos['with_object']} of them with an object ({cpu}, {link(name)}, {day(found['created'])}):",
-        "",
-        row("replaced", "layer", "how", "images", "minutes", "all photos", "with an object"),
-        row(*["---"] * 7),
-    ]
-    for c in found["cases"]:
-        case = c["case"]
-        width = f", width {case['rank']}" if case["rank"] else ""
-        how = c["method"] + (" from the paper's Gaussian start" if case["gaussian"] else "")
-        lines.append(
-            row(
-                f"{case['blocks']} of 12", f"`{case['variant']}`{width}", how, c["images"], f"{c['minutes']:.1f}",
-                *kept(c["after"]),
-            )
-        )  # fmt: skip
-    return "\n".join(lines)
+        f"photos, {photos['with_object']} of them with an object ({cpu}, {file(name)}, {day(found['created'])}):\n\n{table}"
+    )
 
 
 def distill_draws() -> str:
     """``dw`` in half of the blocks on several draws of the photos, their mean, and one with the blocks of lowest score."""
-    found = sorted(
-        (load(path.stem) for path in RESULTS.glob("distill-draw*.json")),
-        key=lambda d: d["options"]["seed"],
+    found = [load(path.stem) for path in RESULTS.glob("distill-draw*.json")]
+    found.sort(key=lambda document: document["options"]["seed"])
+    rows = fidelity_page.draws(found, load("distill-without-exchange"))
+    fitted = fidelity_page.on_fitted_photos(found)
+    beside = (
+        f"\n\nThe demo's photos that were fitted, seen as they are, have hardly more overlap\n({fitted}): other photos to fit would not give much more."
+        if fitted
+        else ""
     )
-    named = [(str(d["options"]["seed"]), d) for d in found]
-    alone = load("distill-without-exchange")
-    named.append((f"{alone['options']['seed']}, by score alone", alone))
-    lines = [
-        row("draw", "blocks", "images", "products", "minutes", "and to choose", "all photos", "with an object"),
-        row(*["---"] * 8),
-    ]  # fmt: skip
-    for name, document in named:
-        (case,) = document["cases"]
-        blocks = ", ".join(re.findall(r"blocks\.(\d+)", " ".join(case["replaced"])))
-        choice = f"{case['choice_minutes']:.1f}" if "choice_minutes" in case else ""
-        products = "bf16" if document.get("amp") == "bf16" else "fp32"
-        minutes = f"{case['minutes']:.1f}"
-        lines.append(
-            row(name, blocks, case["images"], products, minutes, choice, *kept(case["after"]))
-        )
-    afters = [d["cases"][0]["after"] for d in found]
-    names = ("cosine", "iou", "object_cosine", "object_iou")
-    mean = {n: sum(after[n] for after in afters) / len(afters) for n in names}
-    draws = ", ".join(str(d["options"]["seed"]) for d in found)
-    lines.append(row(f"mean of {draws}", *[""] * 5, *kept(mean)))
-    return "\n".join(lines)
+    return _lines(fidelity_page.DRAWN, rows) + beside
 
 
 def latency() -> str:
@@ -174,7 +147,7 @@ def latency() -> str:
     difference = f"{found['export']['max_difference']:.1e}".replace("e-0", "e-")
     lines += ["", f"Exported, ONNX Runtime and PyTorch agree to {difference}."]
     return (
-        f"Medians, {found['environment']['CPU']} ({link('demo')}, a run of `make demo`, "
+        f"Medians, {found['environment']['CPU']} ({file('demo')}, a run of `make demo`, "
         f"{day(found['created'])}):\n\n" + "\n".join(lines)
     )
 
@@ -342,13 +315,6 @@ def studies(kind: str = "") -> dict[str, Any]:
     return {t: load(name) for t, name in names.items() if (RESULTS / f"{name}.json").exists()}
 
 
-def _lines(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    columns = list(columns)
-    return "\n".join(
-        [row(*columns), row(*["---"] * len(columns)), *(row(*cells) for cells in rows)]
-    )
-
-
 def study_setting(kind: str = "") -> str:
     """What was run, and how."""
     lines = []
@@ -429,6 +395,7 @@ def predictions() -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
+    "summary": summary,
     "fidelity": fidelity,
     "distill": distill,
     "distill_draws": distill_draws,

@@ -324,8 +324,8 @@ def test_distillations_are_written_with_what_they_took(
     for draw, iou in ((1, 0.87), (2, 0.90)):
         row = {**rows[0], "after": {**after, "object_iou": iou}, "replaced": ["blocks.1.attn"]}
         row |= {"choice_minutes": 1.5 * draw, "minutes": 8.0 + draw}
-        amp = {"amp": "bf16"} if draw == 2 else {}
-        drawn = {**found, **amp, "options": {"seed": draw}, "cases": [row]}
+        options = {"seed": draw, "amp": "bf16" if draw == 2 else "no"}
+        drawn = {**found, "options": options, "cases": [row]}
         (tmp_path / f"distill-draw{draw}.json").write_text(json.dumps(drawn))
     monkeypatch.setattr(render, "RESULTS", tmp_path)
     written = "| 6 of 12 | `lowrank_dw`, width 96 | closed form | 1680 | 8.0 | 0.950 / 0.840 | 0.960 / 0.880 |"
@@ -350,6 +350,10 @@ def test_a_finished_distillation_is_not_repeated(tmp_path: Path) -> None:
             self.work = tmp_path
             pixels = torch.rand(2, 3, 4, 4)
             self.held_out = HeldOut(pixels, [None] * 2, torch.rand(2, 5, 8), torch.rand(2, 1, 4, 4))
+            self.amp = "no"
+
+        def own_photos(self) -> HeldOut:
+            return self.held_out
 
         def fitted(self, case: bench_distill.Case) -> Any:
             done.append(case.name)
