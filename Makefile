@@ -20,7 +20,8 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc plugins python 
              -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 
 .PHONY: demo test test-kernels plugin fuzz soak lint docs wheel bench bench-full bench-peers bench-models bench-distill bench-study \
-  clean gpu-check gpu-build gpu-hopper gpu-test gpu-sanitize gpu-bench
+  clean gpu-check gpu-carried gpu-build gpu-hopper gpu-test gpu-test-kernels gpu-test-operators gpu-test-triton \
+  gpu-sanitize gpu-bench
 
 demo: $(VENV)/.installed $(VENV)/.demo-data
 	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/dwattn demo --out $(OUT)
@@ -121,31 +122,53 @@ bench-study: $(VENV)/.installed $(VENV)/.demo-data
 	$(BIN)/python benchmarks/plot.py $(RESULTS)/study-limits-classify.json docs/study.svg
 	$(BIN)/python benchmarks/render.py
 
-# On a machine with a GPU, in an environment that has torch with CUDA and the dev extra; no network is used. The
-# parts can run alone, gpu-build first; after a failed test the rest runs all the same. Options of the benchmark:
+# On a machine with a GPU, in an environment that has torch with CUDA and the dev, timm and onnx extras; no network is
+# used. The parts can run alone, gpu-build first; after a failed test the rest runs all the same. Options of the benchmark:
 # GPU_BENCH="--part values layers", or --hopper once gpu-hopper has passed.
 GPU_PYTHON ?= python3
+GPU_CARRIED := build/gpu
+GPU_PYTEST = DWATTN_TENSORRT_INCLUDE=$${DWATTN_TENSORRT_INCLUDE:-$(CURDIR)/$(GPU_CARRIED)/include} $(GPU_PYTHON) -m pytest -q
 gpu-check: gpu-build
-	$(MAKE) --keep-going gpu-hopper gpu-test gpu-bench gpu-sanitize
+	$(MAKE) --keep-going gpu-hopper gpu-test-kernels gpu-test-operators gpu-test-triton gpu-bench gpu-sanitize
+
+# Where there is a network: what such a machine may lack, to be taken there with the checkout. TensorRT's headers are for
+# the plugin's layers, whose prefix rows only they run on a device.
+GPU_PYTHON_VERSION ?= 3.12
+gpu-carried: $(VENV)/.torch
+	$(PIP) download --quiet --dest $(GPU_CARRIED)/wheels --python-version $(GPU_PYTHON_VERSION) --only-binary=:all: \
+	  "pydantic>=2.5" "typer>=0.12" "rich>=13" "jinja2>=3" "safetensors>=0.4.3" pytest pytest-timeout hypothesis ninja
+	$(PIP) install --quiet --no-deps --upgrade --target $(GPU_CARRIED)/include kernel-lens==2.0.1
 
 gpu-build:
+	test ! -d $(GPU_CARRIED)/wheels || $(GPU_PYTHON) -m pip install --no-index --find-links $(GPU_CARRIED)/wheels \
+	  "pydantic>=2.5" "typer>=0.12" "rich>=13" "jinja2>=3" "safetensors>=0.4.3" pytest pytest-timeout hypothesis ninja
 	$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps --no-index \
 	  --config-settings cmake.define.DWATTN_CUDA=ON --config-settings cmake.define.DWATTN_CUDA_ARCHITECTURES=native .
-	cd benchmarks && $(GPU_PYTHON) -m dwattn.cli doctor
+	-$(GPU_PYTHON) -m dwattn.cli doctor
 
 # First, what has never run on a device and is therefore off. A failure is shown and does not end the check; a kernel
 # that hangs is killed with its process. Where it passes, this says whether the kernel should be on:
 #   DWATTN_CUDA_HOPPER=1 make gpu-bench GPU_BENCH="--part values --json hopper.json"
 gpu-hopper:
-	-timeout -k 10 120 $(GPU_PYTHON) -m pytest -q -m gpu tests/test_cuda_hopper.py
+	-timeout -k 10 120 $(GPU_PYTEST) -m gpu tests/test_cuda_hopper.py
 
-gpu-test:
-	$(GPU_PYTHON) -m pytest -q -m gpu tests --ignore tests/test_cuda_hopper.py
-	$(GPU_PYTHON) -m pytest -q tests/test_ops.py tests/test_tf32.py tests/test_layer_op.py tests/test_backends.py
+gpu-test: gpu-test-kernels gpu-test-operators gpu-test-triton
 
+gpu-test-kernels:
+	$(GPU_PYTEST) -m gpu -rs tests --ignore tests/test_cuda_hopper.py
+
+gpu-test-operators:
+	$(GPU_PYTEST) tests/test_ops.py tests/test_tf32.py tests/test_layer_op.py tests/test_backends.py
+
+# Every kernel is compiled anew for each kind of input.
+gpu-test-triton:
+	timeout -k 10 180 $(GPU_PYTEST) -x tests/test_triton.py tests/test_triton_gradients.py tests/test_triton_lowrank.py tests/test_triton_statistics.py
+
+SANITIZED = $(GPU_PYTHON) -m pytest -q -m gpu tests/test_cuda_ops.py tests/test_gradients.py -k "same_bits or slices"
 gpu-sanitize:
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(GPU_PYTHON) -m pytest -q -m gpu tests/test_cuda_ops.py tests/test_gradients.py -k "same_bits or slices"
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(GPU_PYTHON) -m pytest -q -m gpu tests/test_cuda_ops.py tests/test_gradients.py -k "same_bits or slices"
+	if ! command -v compute-sanitizer; then echo "Skipped: compute-sanitizer is not on PATH."; exit; fi; \
+	for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 1 $(SANITIZED) || failed=1; done; \
+	test -z "$$failed"
 
 gpu-bench:
 	$(GPU_PYTHON) benchmarks/bench_gpu.py $(GPU_BENCH)

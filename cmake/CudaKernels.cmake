@@ -3,9 +3,26 @@ set(DWATTN_CUDA_ARCHITECTURES
     "80-real;86-real;87-real;89-real;90a-real;100-real;120-real;90-virtual"
     CACHE STRING "CUDA architectures; 87 is Jetson Orin, the virtual one is PTX for later GPUs")
 
-# What "native" means here; call it once CUDA is enabled. The compiler takes the GPU of the machine for
-# plain 90 where it is a Hopper, and the kernels for Hopper need 90a.
-macro(dwattn_resolve_native_architecture)
+# Before CUDA is enabled, and before check_language(CUDA): an architecture that every nvcc knows. The
+# default of CMake is one that nvcc 13 rejects, and older ones reject some of ours.
+macro(dwattn_prepare_cuda)
+  set(CMAKE_CUDA_ARCHITECTURES 87-real)
+  if(DWATTN_CUDA_ARCHITECTURES STREQUAL "native")
+    if(CMAKE_VERSION VERSION_LESS 3.24)
+      message(FATAL_ERROR "dwattn: DWATTN_CUDA_ARCHITECTURES=native needs CMake 3.24, this is "
+                          "${CMAKE_VERSION}. Name the architecture, for example 87-real.")
+    endif()
+    set(CMAKE_CUDA_ARCHITECTURES native)
+  endif()
+endmacro()
+
+# Once CUDA is enabled: the wanted architectures that this nvcc knows. For the GPU of the machine it
+# takes plain 90 where that is a Hopper, and the kernels for Hopper need 90a.
+macro(dwattn_choose_cuda_architectures)
+  set(CMAKE_CUDA_ARCHITECTURES "${DWATTN_CUDA_ARCHITECTURES}")
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
+    list(FILTER CMAKE_CUDA_ARCHITECTURES EXCLUDE REGEX "^1[0-9][0-9]")
+  endif()
   if(CMAKE_CUDA_ARCHITECTURES STREQUAL "native" AND CMAKE_CUDA_ARCHITECTURES_NATIVE)
     string(REGEX REPLACE "90(-|;|$)" "90a\\1" CMAKE_CUDA_ARCHITECTURES
                          "${CMAKE_CUDA_ARCHITECTURES_NATIVE}")

@@ -173,11 +173,40 @@ def test_cuda_can_be_switched_off(tmp_path: Path) -> None:
     assert "CPU-only build: switched off (DWATTN_CUDA=OFF)" in done.stdout
 
 
-def test_a_demanded_cuda_build_without_nvcc_stops(tmp_path: Path) -> None:
-    options = ("-DDWATTN_CUDA=ON", "-DCMAKE_CUDA_COMPILER=CMAKE_CUDA_COMPILER-NOTFOUND")
-    done = configure(tmp_path / "build", *options)
+def test_a_demanded_cuda_build_without_nvcc_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And goes on in the same folder once there is one."""
+    before = os.environ["PATH"]
+    without = [d for d in before.split(os.pathsep) if not (Path(d) / "nvcc").exists()]
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", os.pathsep.join(without))
+        patched.delenv("CUDACXX", raising=False)
+        done = configure(tmp_path / "build", "-DDWATTN_CUDA=ON")
     assert done.returncode != 0
     assert "DWATTN_CUDA=ON, but no nvcc was found" in " ".join(done.stderr.split())
+    need_nvcc()
+    done = configure(tmp_path / "build", "-DDWATTN_CUDA=ON")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [("12.6.68", "80-real;87-real;90a-real;90-virtual"), ("13.0.88", "80-real;87-real;90a-real;100-real;120-real;90-virtual")],
+)  # fmt: skip
+def test_architectures_that_this_nvcc_does_not_know_are_left_out(
+    version: str, expected: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "choose.cmake"
+    script.write_text(f"""
+include("{ROOT}/cmake/CudaKernels.cmake")
+set(CMAKE_CUDA_COMPILER_VERSION {version})
+set(DWATTN_CUDA_ARCHITECTURES "80-real;87-real;90a-real;100-real;120-real;90-virtual")
+dwattn_choose_cuda_architectures()
+message("${{CMAKE_CUDA_ARCHITECTURES}}")
+""")
+    done = subprocess.run(["cmake", "-P", str(script)], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == expected
 
 
 @pytest.mark.thorough

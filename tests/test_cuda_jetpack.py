@@ -56,7 +56,9 @@ STAND_INS = {
         template <class... A> cudaError_t cudaFuncSetAttribute(A...) { return cudaSuccess; }
         template <class... A> cudaError_t cudaLaunchKernel(A...) { return cudaSuccess; }
         inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+        inline const char* cudaGetErrorString(cudaError_t) { return nullptr; }
     """,
+    "kernels/failure.h": "namespace dwattn { const char* launch_error; }",
 }
 
 

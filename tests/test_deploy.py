@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
 from dwattn import deploy
@@ -31,6 +29,9 @@ from dwattn.deploy.provider import pinned
 from dwattn.deploy.runtime import explain
 from dwattn.deploy.sidecar import record_of, sha256
 from dwattn.deploy.verification import VerifyResult, differences
+
+onnx = pytest.importorskip("onnx")
+TensorProto, helper = onnx.TensorProto, onnx.helper
 
 PACKAGE = Path(deploy.__file__).parents[1]
 ROOT = Path(__file__).parents[1]

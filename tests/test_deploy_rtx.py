@@ -14,14 +14,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 import dwattn
 from support.models import timm_vit
 from support.surgery import plan_for
 from support.tensorrt import named, plugin_library
+
+onnx = pytest.importorskip("onnx")
+TensorProto, helper = onnx.TensorProto, onnx.helper
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ from dwattn.plan import Plan
 from support.models import BY_NAME, Family
 from support.pretend_gpu import GPU, pretend_gpu
 
+pytest.importorskip("timm")
+
 #: Each library, and each way of fitting a layer; all pairs would take minutes.
 CONVERSIONS: list[tuple[str, dict[str, Any]]] = [
     ("timm", {"variant": "dw", "amp": "bf16"}),

@@ -16,6 +16,7 @@ from dwattn.scores import LayerScore, Scores
 from dwattn.selection import close_call
 from support.models import BY_NAME
 
+pytest.importorskip("timm")
 MODEL = BY_NAME["timm"].build()
 SIGMA = [[5.0, 6.0, 4.0], [1.0, 9.0, 2.0], [2.0, 3.0, 1.0], [4.0, 4.0, 4.0]]  # blocks: 5, 4, 2, 4
 RESIDUAL = [[0.1, 0.2, 0.3], [0.9, 0.8, 0.7], [0.5, 0.5, 0.4], [0.3, 0.2, 0.1]]

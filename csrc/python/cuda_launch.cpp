@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/failure.h"
+
 namespace dwattn::python {
 namespace {
 
@@ -88,7 +90,7 @@ void launch(const Launch& work) {
   const Status status = work.kernel(workspace, stream);
   if (workspace != nullptr) check(cudaFreeAsync(workspace, stream), "Returning GPU memory");
   if (status != Status::kOk) {
-    throw std::runtime_error(std::string("The CUDA kernel failed: ") + status_text(status) + ".");
+    throw std::runtime_error("The CUDA kernel failed: " + failure_text(status) + ".");
   }
   for (size_t i = work.arrays.size() - work.written; i < work.arrays.size(); ++i) {
     if (work.arrays[i].stream.has_value()) order(stream, stream_of(*work.arrays[i].stream));

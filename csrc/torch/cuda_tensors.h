@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "kernels/cuda/dw_attention.h"
+#include "kernels/failure.h"
 #include "torch/checks.h"
 
 // Only in CUDA builds of PyTorch. A weak reference lets the same _C.so load in a CPU build.
@@ -37,7 +38,7 @@ inline bool allow_tf32(const Tensor& t) {
 }
 
 inline void check_status(Status status) {
-  DWATTN_CHECK(status == Status::kOk, "The CUDA kernel failed: ", status_text(status), ".");
+  DWATTN_CHECK(status == Status::kOk, "The CUDA kernel failed: ", failure_text(status), ".");
 }
 
 // Unit stride along the last dimension.

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "fields.h"
+#include "kernels/failure.h"
 #include "log.h"
 
 static_assert(NV_TENSORRT_MAJOR >= 10, "IPluginV3 exists from TensorRT 10.0 on");
@@ -294,7 +295,7 @@ int32_t DwPlugin::enqueue(const PluginTensorDesc* input_descs, const PluginTenso
     const Status status =
         cuda::dw_layer(launch_params(layer_, s, dtype, inputs, outputs[0]), workspace, stream);
     if (status == Status::kOk) return kSuccess;
-    throw std::runtime_error(std::string("the kernels report: ") + status_text(status));
+    throw std::runtime_error("the kernels report: " + failure_text(status));
   });
 }
 

@@ -20,6 +20,8 @@
 #include "simt_host.h"
 #else
 #include <cuda_runtime.h>
+
+#include "kernels/failure.h"
 #endif
 
 // `T* const name`: the block's dynamic shared memory, 128-byte aligned, with undefined contents.
@@ -258,6 +260,14 @@ struct AsIs {
   using type = T;
 };
 
+#ifndef DWATTN_SIMT_HOST
+inline Status refused(cudaError_t error) {
+  cudaGetLastError();  // clears it, or the next launch would report it
+  launch_error = cudaGetErrorString(error);
+  return Status::kLaunchFailed;
+}
+#endif
+
 // Launches `kernel` with `shared` bytes of dynamic shared memory; arguments are converted to the
 // types of its parameters. An empty grid is no error and launches nothing.
 template <class... Params>
@@ -272,22 +282,28 @@ Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, c
   const void* const function = reinterpret_cast<const void*>(kernel);
   constexpr size_t kWithoutAsking = 48 << 10;
   if (shared > kWithoutAsking) {
-    // The second setting makes room for as many blocks as fit; it is a hint.
-    const bool granted =
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared)) == cudaSuccess &&
-        cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
-                             cudaSharedmemCarveoutMaxShared) == cudaSuccess;
-    if (!granted) {
-      cudaGetLastError();  // or the next launch would report it
-      return Status::kLaunchFailed;
+    // All that a block may have, not `shared`: the setting is the kernel's, for all threads of the
+    // process, and a smaller one set in between would make this launch fail. The second setting
+    // makes room for as many blocks as fit; it is a hint.
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     }
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    }
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                   cudaSharedmemCarveoutMaxShared);
+    }
+    if (error != cudaSuccess) return refused(error);
   }
   void* pointers[] = {&arguments...};
   const cudaError_t launched = cudaLaunchKernel(function, grid, block, pointers, shared, stream);
-  // cudaGetLastError also clears an error, so that it is not reported twice.
-  return cudaGetLastError() == cudaSuccess && launched == cudaSuccess ? Status::kOk
-                                                                      : Status::kLaunchFailed;
+  const cudaError_t pending = cudaGetLastError();
+  const cudaError_t error = launched == cudaSuccess ? pending : launched;
+  return error == cudaSuccess ? Status::kOk : refused(error);
 #endif
 }
 

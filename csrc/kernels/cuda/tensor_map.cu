@@ -30,11 +30,16 @@ namespace {
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
 Encode find_encode() {
-  constexpr unsigned kSince = 12000;  // the CUDA version that brought it
+  constexpr char kName[] = "cuTensorMapEncodeTiled";
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                             kSince, cudaEnableDefault, &found);
+#if CUDART_VERSION >= 12050
+  constexpr unsigned kSince = 12000;  // the CUDA version that brought it
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion(kName, &function, kSince, cudaEnableDefault, &found);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(kName, &function, cudaEnableDefault, &found);
+#endif
   if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it
   return error == cudaSuccess && found == cudaDriverEntryPointSuccess
              ? reinterpret_cast<Encode>(function)
