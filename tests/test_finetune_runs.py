@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 import dwattn
 from dwattn.data import image_folder
-from dwattn.errors import CheckpointError, DataError, TrainingError
+from dwattn.errors import CheckpointError, DataError, DwattnError, TrainingError
 from dwattn.files import sole_writer
 from dwattn.finetune import (
     Augment,
@@ -37,6 +39,10 @@ from dwattn.finetune import (
 )
 from dwattn.finetune import state as state_file
 from dwattn.finetune import trainer as trainer_module
+from dwattn.finetune.batches import in_step
+from dwattn.finetune.ema import Average
+from dwattn.finetune.log import CsvLog
+from dwattn.ranks import Ranks
 from support.models import BY_NAME, hub_vit
 from support.surgery import plan_for
 
@@ -148,25 +154,84 @@ def test_dropout_resumes_too(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_ctrl_c_leaves_a_whole_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Two(nn.Module):
+    """A training module of two numbers, with losses and settings as they are given."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.ones(1)) for _ in range(2))
+        self.given = settings
+
+    def settings(self) -> dict[str, Any]:
+        return self.given
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        size = batch["pixels"].mean()
+        return {"loss": size * (self.first + self.second).sum(), "other": size * float("nan")}
+
+
+def test_terms_that_are_not_finite_and_settings_are_read_again(tmp_path: Path) -> None:
+    trainer(Two(size=(1, 2)), tmp_path, callbacks=[StopAfter(2)]).fit()
+    found = state_file.read_progress(tmp_path)
+    assert found is not None
+    assert found.losses["other"] != found.losses["other"]
+    with pytest.raises(TrainingError, match=r"\[1, 2\]\}, now they are \{'size': \[1, 3\]"):
+        trainer(Two(size=(1, 3)), tmp_path).fit(resume=True)
+    assert trainer(Two(size=(1, 2)), tmp_path).fit(resume=True).complete
+
+
+def test_a_run_that_trains_other_parameters_is_refused(tmp_path: Path) -> None:
+    module = Two()
+    trainer(module, tmp_path, callbacks=[StopAfter(2)]).fit()
+    module.second.requires_grad_(False)
+    groups = [{"params": [module.first], "lr": 1e-3}]
+    with pytest.raises(CheckpointError, match=r"also holds \['average\.second'\].*trained param"):
+        trainer(module, tmp_path, groups=groups).fit(resume=True)
+
+
+def test_stopping_is_for_one_fit(tmp_path: Path) -> None:
+    run = trainer(Two(), tmp_path, callbacks=[StopAfter(3)])
+    assert run.fit().steps == 3
+    assert run.fit(resume=True).complete
+
+
+def test_the_state_is_put_beside_its_parameters(tmp_path: Path) -> None:
+    """A fused optimiser wants its step counter there, another one on the CPU."""
+    module = Two()
+    trainer(module, tmp_path, callbacks=[StopAfter(1)], recipe=RECIPE.but(ema=None)).fit()
+    elsewhere = Two().to("meta")
+    for fused, device in ((True, "meta"), (False, "cpu")):
+        optimizer = torch.optim.AdamW(elsewhere.parameters())
+        optimizer.defaults["fused"] = fused
+        state_file.load_state(tmp_path, elsewhere, optimizer, None)
+        state = optimizer.state[elsewhere.first]
+        assert {k: t.device.type for k, t in state.items()} == {
+            "step": device, "exp_avg": "meta", "exp_avg_sq": "meta"
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_ctrl_c_leaves_a_whole_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+) -> None:
     """Between steps the state is written; amid an update the older one stays."""
 
     class Interrupt(Callback):
         def on_step(self, trainer: Trainer, step: int, losses: dict[str, float]) -> None:
             if step == 3:
-                raise KeyboardInterrupt
+                raise stop
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(stop):
         trainer(student(), tmp_path, callbacks=[Interrupt()]).fit()
     whole, parts = student(), student()
     trainer(whole, None).fit()
     run = trainer(parts, tmp_path)
 
     def interrupted(step: int) -> None:
-        raise KeyboardInterrupt
+        raise stop
 
     monkeypatch.setattr(run.average, "update", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(stop):
         run.fit(resume=True)
     found = state_file.read_progress(tmp_path)
     assert found is not None
@@ -176,7 +241,8 @@ def test_ctrl_c_leaves_a_whole_state(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert same(weights(whole), weights(parts))
 
 
-def test_an_image_that_cannot_be_read_costs_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_costs_nothing(tmp_path: Path, workers: int) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     for index in range(6):
@@ -188,10 +254,11 @@ def test_an_image_that_cannot_be_read_costs_nothing(tmp_path: Path) -> None:
     recipe = RECIPE.but(batch_size=2)
     module = student()
     module.cache.limit = 0
-    run = trainer(module, tmp_path / "run", recipe=recipe, data=data)
+    run = trainer(module, tmp_path / "run", recipe=recipe, data=data, workers=workers)
     (folder / "5.png").write_bytes(whole[:-40])
-    with pytest.raises(DataError, match=r"5\.png cannot be read"):
+    with pytest.raises(DataError, match=r"5\.png cannot be read") as found_unreadable:
         run.fit()
+    assert "\n" not in str(found_unreadable.value)
     found = state_file.read_progress(tmp_path / "run")
     assert found is not None
     assert found.step == step
@@ -282,6 +349,90 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     assert all(n.endswith("kernel") for n in changed)
 
 
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path: Path, clip: float | None) -> None:
+    class Root(Two):
+        def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+            losses = super().forward(batch)
+            # From the third step on an infinite slope where the value is 0.
+            return {"loss": losses["loss"] + (self.first * (run.step < 2)).abs().sqrt().sum()}
+
+    module = Root()
+    run = trainer(module, tmp_path, recipe=RECIPE.but(clip=clip))
+    with pytest.raises(TrainingError, match="norm of the gradients is nan at step 3"):
+        run.fit()
+    assert all(bool(p.isfinite().all()) for p in module.parameters())
+    found = state_file.read_progress(tmp_path)
+    assert found is not None
+    assert found.step == 2
+
+
+def test_the_last_evaluation_is_noted_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        check = Evaluate(lambda module: {"a": 1.0}, 3)
+        trainer(Two(), tmp_path, callbacks=[check]).fit(resume=True)
+    assert (tmp_path / "eval.csv").read_text().split() == ["step,a", "3,1", "6,1", "8,1"]
+
+
+def test_a_log_keeps_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "train.csv"
+    expected = ["step,loss", "1,2"]
+    log, whole = CsvLog(path), Path.open
+
+    def full(self: Path, *args: Any, **options: Any) -> Any:
+        with whole(self, *args, **options) as file:
+            file.write("step,lo")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            log.write({"step": 1, "loss": 2})
+    assert path.read_text() == ""
+    log.write({"step": 1, "loss": 2})
+    assert path.read_text().split() == expected
+    for left in ("", "\n", "step,lo", "step,loss\n", "0,3\n"):
+        path.write_text(left)
+        CsvLog(path)
+        CsvLog(path, 1).write({"step": 1, "loss": 2})
+        assert path.read_text().split() == expected
+
+
+def test_a_cache_is_filled_anew_for_other_images() -> None:
+    module = student()
+    trainer(module, None, recipe=RECIPE.but(steps=6)).fit()
+    kept = module.cache
+    before = {key: row[0].clone() for key, row in kept._rows.items()}
+    other = Views(FAMILY.images(6, seed=3), Augment())
+    trainer(module, None, data=other, recipe=RECIPE.but(steps=6)).fit()
+    assert before.keys() == kept._rows.keys()
+    assert not any(torch.equal(before[key], row[0]) for key, row in kept._rows.items())
+    size = kept.used
+    trainer(module, None, data=other, recipe=RECIPE.but(steps=6, views=None)).fit()
+    assert (size > 0, len(kept), kept.used) == (True, 0, 0)
+
+
+def test_all_processes_end_where_one_cannot_read() -> None:
+    class Failing(Ranks):
+        @contextlib.contextmanager
+        def agreement(self) -> Iterator[None]:
+            yield
+            raise DwattnError("Process 1 of 2 failed")
+
+    batches = in_step(iter([{"a": 1}, {"a": 2}]), Failing(), lambda failed: next(anywhere))
+    anywhere = iter([False, True])
+    assert next(batches) == {"a": 1}
+    with pytest.raises(DwattnError, match="Process 1 of 2"):
+        next(batches)
+
+
+def test_a_process_keeps_to_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer(Two(), None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(TrainingError, match=r"device='cuda' is not to be had.*keeps to cpu"):
+        Trainer(Two(), views(), RECIPE, device="cuda")
+
+
 def test_a_full_disk_stops_checkpoints_not_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,7 +480,7 @@ def test_micro_batches_and_recipes_for_other_tastes(tmp_path: Path) -> None:
 def test_the_estimate_changes_nothing_and_adds_up() -> None:
     module = student()
     before, state = weights(module), torch.get_rng_state()
-    found = estimate(module, views(), RECIPE)
+    found = estimate(module, views(), RECIPE, device="cpu")
     assert same(before, weights(module))
     assert torch.equal(state, torch.get_rng_state())
     parameters = sum(p.numel() for p in module.parameters())
@@ -340,13 +491,18 @@ def test_the_estimate_changes_nothing_and_adds_up() -> None:
     teacher = sum(p.numel() for p in hub_vit(num_register_tokens=4).parameters())
     assert found.held == (1 << 20) + 4 * teacher
     assert found.seconds == found.steps * found.seconds_per_step > 0
-    replaced = estimate(module, views(), RECIPE.but(train="replaced", ema=None))
+    replaced = estimate(module, views(), RECIPE.but(train="replaced", ema=None), device="cpu")
     assert replaced.trained < found.trained / 2
     assert replaced.average == 0
-    bigger = estimate(module, views(), RECIPE.but(batch_size=8))
+    bigger = estimate(module, views(), RECIPE.but(batch_size=8), device="cpu")
     assert 1.8 < bigger.activations / found.activations < 2.2
-    halved = estimate(module, views(), RECIPE.but(amp="bf16"))
+    halved = estimate(module, views(), RECIPE.but(amp="bf16"), device="cpu")
     assert halved.activations < 0.9 * found.activations
+
+
+def test_the_estimate_times_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Average, "update", lambda average, step: time.sleep(0.3))
+    assert estimate(Two(), views(), RECIPE, device="cpu").seconds_per_step > 0.3
 
 
 RUN = f"""
@@ -428,6 +584,24 @@ def share(rank: int, folder: str, port: int) -> None:
     run = trainer(module, Path(folder) / "run", recipe=RECIPE.but(micro_batch=1))
     result = run.fit()
     torch.save({"weights": weights(module), "losses": result.losses}, f"{folder}/{rank}.pt")
+    data = views()
+    order = list(Order(6, 4, 0, 2, 8, rank=1, world=2))
+    if rank:
+        read = data.load
+
+        def load(index: int) -> Tensor:
+            if stopping.step == 2 and index == order[2][0][0]:
+                raise DataError("An image cannot be read")
+            return read(index)
+
+        data.load = load  # type: ignore[method-assign]
+    module = student()
+    module.cache.limit = 0
+    stopping = trainer(module, Path(folder) / "unreadable", data=data)
+    try:
+        stopping.fit()
+    except DwattnError as error:
+        (Path(folder) / f"unreadable-{rank}.txt").write_text(str(error))
     try:
         trainer(student(), None, recipe=RECIPE.but(batch_size=3))
     except TrainingError as error:
@@ -450,6 +624,12 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     for name, value in weights(one).items():
         torch.testing.assert_close(found[0]["weights"][name], value, rtol=1e-3, atol=1e-4)
     assert found[0]["losses"] == pytest.approx(result.losses, rel=1e-3)
+    unreadable = [(tmp_path / f"unreadable-{rank}.txt").read_text() for rank in range(2)]
+    assert unreadable[0] == "Process 1 of 2 failed with DataError: An image cannot be read"
+    assert unreadable[1] == "An image cannot be read"
+    kept = state_file.read_progress(tmp_path / "unreadable")
+    assert kept is not None
+    assert kept.step == 2
     assert "cannot be shared equally by 2" in (tmp_path / "1.txt").read_text()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         "state.safetensors", "train.csv"
