@@ -243,7 +243,7 @@ class Bench:
             steps=1, batch_size=self.options.batch, lr=lr, weight_decay=0.0, warmup=0.1,
             amp=self.amp, seed=self.options.seed,
         )  # fmt: skip
-        step = estimate(module, views, recipe).seconds_per_step
+        step = estimate(module, views, recipe, device="cpu").seconds_per_step
         return recipe.but(steps=max(10, int(60 * minutes / step)))
 
 

@@ -26,6 +26,7 @@ from dwattn.finetune import (
     distill_loss,
     first_tensor,
     param_groups,
+    steps_for,
     teacher,
 )
 from dwattn.finetune.distill import relative_error
@@ -106,6 +107,31 @@ def test_the_loss_is_what_it_says() -> None:
     torch.testing.assert_close(found["loss"].double(), loss, rtol=1e-5, atol=1e-5)
     same = distill_loss(original, original, targets, num_prefix=2)
     assert all(abs(float(value)) < 1e-6 for value in same.values())
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_its_parts() -> None:
+    torch.manual_seed(0)
+    targets = Targets(features=1.0, output=1.0, output_loss="mse")
+    tokens, scale = torch.randn(2, 4, 3, 5), torch.tensor([1.0, 10.0, 0.1, 3.0])
+    for shape in ((4, 1, 6, 6), (4, 1)):
+        student, original = torch.randn(2, *shape) * scale.view(-1, *[1] * (len(shape) - 1))
+
+        def losses(part: slice, mine: Tensor = student, theirs: Tensor = original) -> Any:
+            return distill_loss(
+                Features(tokens[0, part], (), mine[part]),
+                Features(tokens[1, part], (), theirs[part]),
+                targets,
+            )
+
+        whole, parts = losses(slice(0, 4)), [losses(slice(i, i + 1)) for i in range(4)]
+        for name, value in whole.items():
+            torch.testing.assert_close(value, torch.stack([part[name] for part in parts]).mean())
+
+
+def test_a_loss_without_a_term_is_refused() -> None:
+    tokens = torch.randn(2, 3, 4)
+    with pytest.raises(TrainingError, match=r"targets\.prefix=1 is the only weight"):
+        distill_loss(Features(tokens), Features(tokens), Targets(cosine=0.0, prefix=1.0))
 
 
 def test_maps_in_the_unit_interval() -> None:
@@ -321,6 +347,14 @@ def test_the_rate_warms_up_and_falls() -> None:
         Recipe.of(steps=3, lr=-1)
     with pytest.raises(TrainingError, match="stepz"):
         Recipe.of(steps=3, stepz=3)
+
+
+def test_epochs_are_steps() -> None:
+    assert steps_for(2, 10, 8) == 3
+    assert steps_for(0.01, 10, 8) == 1
+    for wrong in (0, -2, float("nan")):
+        with pytest.raises(TrainingError, match="epochs="):
+            steps_for(wrong, 10, 8)
 
 
 def test_a_models_main_output() -> None:

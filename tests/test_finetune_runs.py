@@ -1,28 +1,23 @@
-"""Whole runs: they learn, stop and go on to the last bit, survive kill -9 and a full disk, and share the work."""
+"""Whole runs: they learn, stop and go on to the last bit, survive kill -9, and share the work."""
 
 from __future__ import annotations
 
 import csv
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 import dwattn
-from dwattn.data import image_folder
-from dwattn.errors import CheckpointError, DataError, TrainingError
-from dwattn.files import sole_writer
+from dwattn.errors import CheckpointError, DataError, DwattnError, TrainingError
 from dwattn.finetune import (
     Augment,
     Callback,
@@ -37,6 +32,7 @@ from dwattn.finetune import (
 )
 from dwattn.finetune import state as state_file
 from dwattn.finetune import trainer as trainer_module
+from dwattn.finetune.ema import Average
 from support.models import BY_NAME, hub_vit
 from support.surgery import plan_for
 
@@ -148,57 +144,26 @@ def test_dropout_resumes_too(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_ctrl_c_leaves_a_whole_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between steps the state is written; amid an update the older one stays."""
+class Two(nn.Module):
+    """A training module of two numbers, with losses and settings as they are given."""
 
-    class Interrupt(Callback):
-        def on_step(self, trainer: Trainer, step: int, losses: dict[str, float]) -> None:
-            if step == 3:
-                raise KeyboardInterrupt
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.ones(1)) for _ in range(2))
+        self.given = settings
 
-    with pytest.raises(KeyboardInterrupt):
-        trainer(student(), tmp_path, callbacks=[Interrupt()]).fit()
-    whole, parts = student(), student()
-    trainer(whole, None).fit()
-    run = trainer(parts, tmp_path)
+    def settings(self) -> dict[str, Any]:
+        return self.given
 
-    def interrupted(step: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run.average, "update", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run.fit(resume=True)
-    found = state_file.read_progress(tmp_path)
-    assert found is not None
-    assert found.step == 3
-    parts = student()
-    trainer(parts, tmp_path).fit(resume=True)
-    assert same(weights(whole), weights(parts))
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        size = batch["pixels"].mean()
+        return {"loss": size * (self.first + self.second).sum(), "other": size * float("nan")}
 
 
-def test_an_image_that_cannot_be_read_costs_nothing(tmp_path: Path) -> None:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for index in range(6):
-        pixels = torch.randint(0, 255, (60, 60, 3), dtype=torch.uint8).numpy()
-        Image.fromarray(pixels).save(folder / f"{index}.png")
-    data = Views(image_folder(folder, 56))
-    whole = (folder / "5.png").read_bytes()
-    step = next(i for i, keys in enumerate(Order(6, 2, 0, 2, 8)) if 5 in dict(keys))
-    recipe = RECIPE.but(batch_size=2)
-    module = student()
-    module.cache.limit = 0
-    run = trainer(module, tmp_path / "run", recipe=recipe, data=data)
-    (folder / "5.png").write_bytes(whole[:-40])
-    with pytest.raises(DataError, match=r"5\.png cannot be read"):
-        run.fit()
-    found = state_file.read_progress(tmp_path / "run")
-    assert found is not None
-    assert found.step == step
-    with pytest.raises(TrainingError, match="other images"):
-        trainer(student(), tmp_path / "run", recipe=recipe, data=data).fit(resume=True)
-    (folder / "5.png").write_bytes(whole)
-    assert trainer(student(), tmp_path / "run", recipe=recipe, data=data).fit(resume=True).complete
+def test_stopping_is_for_one_fit(tmp_path: Path) -> None:
+    run = trainer(Two(), tmp_path, callbacks=[StopAfter(3)])
+    assert run.fit().steps == 3
+    assert run.fit(resume=True).complete
 
 
 @pytest.mark.parametrize("forgotten", ["optimizer", "average", "order"])
@@ -249,67 +214,25 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
         trainer(student(), tmp_path).fit(resume=True)
 
 
-def test_a_folder_has_one_process_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two would remove each other's half-written files; the lock ends with its process, killed or not."""
-    monkeypatch.setattr(trainer_module, "sole_writer", partial(sole_writer, patience=0.3))
-    run = tmp_path / "run"
-    code = (
-        "import sys, time; from dwattn.errors import TrainingError; from dwattn.files import sole_writer\n"
-        "with sole_writer(sys.argv[1], TrainingError): print('held', flush=True); time.sleep(60)"
-    )
-    run.mkdir()
-    other = subprocess.Popen([sys.executable, "-c", code, run], stdout=subprocess.PIPE, text=True)
-    assert other.stdout is not None
-    assert other.stdout.readline() == "held\n"
-    with pytest.raises(TrainingError, match=r"Another process is at work in '.*run'"):
-        trainer(student(), run).fit()
-    assert not list(run.iterdir())
-    other.kill()
-    other.wait()
-    assert trainer(student(), run).fit().complete
+def test_the_last_evaluation_is_noted_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        check = Evaluate(lambda module: {"a": 1.0}, 3)
+        trainer(Two(), tmp_path, callbacks=[check]).fit(resume=True)
+    assert (tmp_path / "eval.csv").read_text().split() == ["step,a", "3,1", "6,1", "8,1"]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+def test_a_cache_is_filled_anew_for_other_images() -> None:
     module = student()
-    before = weights(module)
-    with torch.no_grad():
-        next(p for n, p in module.named_parameters() if n.endswith("kernel")).fill_(float("inf"))
-    with pytest.raises(TrainingError, match=r"The loss is nan at step 1.*lower lr"):
-        trainer(module, tmp_path).fit()
-    changed = [n for n, p in module.named_parameters() if not torch.equal(before[n], p)]
-    assert all(n.endswith("kernel") for n in changed)
-
-
-def test_a_full_disk_stops_checkpoints_not_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = student()
-    trainer(whole, None).fit()
-    save, full = state_file.save_file, [True]
-
-    def no_space(*args: Any, **options: Any) -> None:
-        if full[0]:
-            raise OSError(28, "No space left on device")
-        save(*args, **options)
-
-    class FreeAtTheEnd(Callback):
-        def on_step(self, trainer: Trainer, step: int, losses: dict[str, float]) -> None:
-            full[0] = step < 8
-
-    monkeypatch.setattr(state_file, "save_file", no_space)
-    module = student()
-    result = trainer(module, tmp_path, callbacks=[FreeAtTheEnd()], save_minutes=0.0).fit()
-    assert result.complete
-    assert any("No space left on device" in note for note in result.notes)
-    assert same(weights(whole), weights(module))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["state.safetensors", "train.csv"]
-    full[0] = True
-    monkeypatch.setattr(FreeAtTheEnd, "on_step", lambda *_: None)
-    with pytest.raises(CheckpointError, match="No space left"):
-        trainer(student(), tmp_path / "other").fit()
-    assert [p.name for p in (tmp_path / "other").iterdir()] == ["train.csv"]
+    trainer(module, None, recipe=RECIPE.but(steps=6)).fit()
+    kept = module.cache
+    before = {key: row[0].clone() for key, row in kept._rows.items()}
+    other = Views(FAMILY.images(6, seed=3), Augment())
+    trainer(module, None, data=other, recipe=RECIPE.but(steps=6)).fit()
+    assert before.keys() == kept._rows.keys()
+    assert not any(torch.equal(before[key], row[0]) for key, row in kept._rows.items())
+    size = kept.used
+    trainer(module, None, data=other, recipe=RECIPE.but(steps=6, views=None)).fit()
+    assert (size > 0, len(kept), kept.used) == (True, 0, 0)
 
 
 def test_micro_batches_and_recipes_for_other_tastes(tmp_path: Path) -> None:
@@ -329,7 +252,7 @@ def test_micro_batches_and_recipes_for_other_tastes(tmp_path: Path) -> None:
 def test_the_estimate_changes_nothing_and_adds_up() -> None:
     module = student()
     before, state = weights(module), torch.get_rng_state()
-    found = estimate(module, views(), RECIPE)
+    found = estimate(module, views(), RECIPE, device="cpu")
     assert same(before, weights(module))
     assert torch.equal(state, torch.get_rng_state())
     parameters = sum(p.numel() for p in module.parameters())
@@ -340,13 +263,18 @@ def test_the_estimate_changes_nothing_and_adds_up() -> None:
     teacher = sum(p.numel() for p in hub_vit(num_register_tokens=4).parameters())
     assert found.held == (1 << 20) + 4 * teacher
     assert found.seconds == found.steps * found.seconds_per_step > 0
-    replaced = estimate(module, views(), RECIPE.but(train="replaced", ema=None))
+    replaced = estimate(module, views(), RECIPE.but(train="replaced", ema=None), device="cpu")
     assert replaced.trained < found.trained / 2
     assert replaced.average == 0
-    bigger = estimate(module, views(), RECIPE.but(batch_size=8))
+    bigger = estimate(module, views(), RECIPE.but(batch_size=8), device="cpu")
     assert 1.8 < bigger.activations / found.activations < 2.2
-    halved = estimate(module, views(), RECIPE.but(amp="bf16"))
+    halved = estimate(module, views(), RECIPE.but(amp="bf16"), device="cpu")
     assert halved.activations < 0.9 * found.activations
+
+
+def test_the_estimate_times_the_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Average, "update", lambda average, step: time.sleep(0.3))
+    assert estimate(Two(), views(), RECIPE, device="cpu").seconds_per_step > 0.3
 
 
 RUN = f"""
@@ -428,6 +356,24 @@ def share(rank: int, folder: str, port: int) -> None:
     run = trainer(module, Path(folder) / "run", recipe=RECIPE.but(micro_batch=1))
     result = run.fit()
     torch.save({"weights": weights(module), "losses": result.losses}, f"{folder}/{rank}.pt")
+    data = views()
+    order = list(Order(6, 4, 0, 2, 8, rank=1, world=2))
+    if rank:
+        read = data.load
+
+        def load(index: int) -> Tensor:
+            if stopping.step == 2 and index == order[2][0][0]:
+                raise DataError("An image cannot be read")
+            return read(index)
+
+        data.load = load  # type: ignore[method-assign]
+    module = student()
+    module.cache.limit = 0
+    stopping = trainer(module, Path(folder) / "unreadable", data=data)
+    try:
+        stopping.fit()
+    except DwattnError as error:
+        (Path(folder) / f"unreadable-{rank}.txt").write_text(str(error))
     try:
         trainer(student(), None, recipe=RECIPE.but(batch_size=3))
     except TrainingError as error:
@@ -450,19 +396,16 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     for name, value in weights(one).items():
         torch.testing.assert_close(found[0]["weights"][name], value, rtol=1e-3, atol=1e-4)
     assert found[0]["losses"] == pytest.approx(result.losses, rel=1e-3)
+    unreadable = [(tmp_path / f"unreadable-{rank}.txt").read_text() for rank in range(2)]
+    assert unreadable[0] == "Process 1 of 2 failed with DataError: An image cannot be read"
+    assert unreadable[1] == "An image cannot be read"
+    kept = state_file.read_progress(tmp_path / "unreadable")
+    assert kept is not None
+    assert kept.step == 2
     assert "cannot be shared equally by 2" in (tmp_path / "1.txt").read_text()
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         "state.safetensors", "train.csv"
     ]  # fmt: skip
-
-
-def test_progress_is_validated(tmp_path: Path) -> None:
-    trainer(student(), tmp_path, callbacks=[StopAfter(1)]).fit()
-    found = state_file.read_progress(tmp_path)
-    assert found is not None
-    assert (found.step, found.images) == (1, 6)
-    assert json.loads(found.model_dump_json())["recipe"]["ema"] == 0.9
-    assert state_file.read_progress(tmp_path / "nothing") is None
 
 
 @pytest.mark.model

@@ -21,10 +21,12 @@ from dwattn.cli import app
 from dwattn.errors import TrainingError
 from dwattn.finetune import (
     Augment,
+    Callback,
     Grid,
     LabelledViews,
     Recipe,
     StudyResult,
+    Trainer,
     classifier,
     paper_grid,
     run_study,
@@ -70,11 +72,13 @@ GRID = Grid(
 OPTIONS = {"device": "cpu", "progress": False}
 
 
-def run(folder: Path, grid: Grid = GRID, images: int = 12, **options: Any) -> StudyResult:
+def run(
+    folder: Path, grid: Grid = GRID, images: int = 12, build: Any = FAMILY.build, **options: Any
+) -> StudyResult:
     data = LabelledViews(*coloured(images), 3, Augment())
     test = LabelledViews(*coloured(9), 3)
     return run_study(
-        grid, lambda seed: classifier(FAMILY.build(), 3, seed=seed), data, test, folder,
+        grid, lambda seed: classifier(build(), 3, seed=seed), data, test, folder,
         trainer_options=OPTIONS, **options,
     )  # fmt: skip
 
@@ -148,6 +152,72 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
         run(tmp_path / "parts", images=9)
     with pytest.raises(TrainingError, match="no comparison none; there are all, stages"):
         GRID.cells(["none"])
+
+
+def test_a_study_is_of_one_model_with_one_set_of_options(tmp_path: Path) -> None:
+    none: dict[str, Any] = {"only": ()}
+    run(tmp_path, **none, dynamic_grid=True, prefix="static")
+    run(tmp_path, **none, dynamic_grid=True, prefix="static")
+    with pytest.raises(TrainingError, match="another replace_options"):
+        run(tmp_path, **none, dynamic_grid=True)
+    with pytest.raises(TrainingError, match="another model"):
+        run(tmp_path, **none, build=lambda: scaled(1.5), dynamic_grid=True, prefix="static")
+    kept = json.loads((tmp_path / "study.json").read_text())
+    (tmp_path / "study.json").write_text(json.dumps({k: kept[k] for k in ("grid", "images")}))
+    run(tmp_path, **none)
+
+
+def scaled(factor: float) -> torch.nn.Module:
+    model = FAMILY.build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(factor)
+    return model
+
+
+def test_callbacks_go_into_all_runs_and_a_stopped_one_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Once(Callback):
+        """Stops the first run with gates."""
+
+        ends = 0
+        stopped = False
+
+        def on_step(self, trainer: Trainer, step: int, losses: dict[str, float]) -> None:
+            gated = len(trainer.callbacks) > 1
+            if gated and not self.stopped:
+                self.stopped = True
+                trainer.stop()
+
+        def on_end(self, trainer: Trainer) -> None:
+            self.ends += 1
+
+    once = Once()
+    monkeypatch.setitem(OPTIONS, "callbacks", [once])
+    grid = GRID.model_copy(update={"comparisons": {"gates": GRID.comparisons["gates"]}})
+    with pytest.raises(TrainingError, match="stopped a run of the study"):
+        run(tmp_path, grid)
+    done = [path.stem for path in (tmp_path / "cells").iterdir()]
+    assert sorted(done) == ["mhsa-one-stage-seed0", "mhsa-two-stage-seed0"]
+    assert len(run(tmp_path, grid).rows) == 4
+    assert once.ends == 8
+
+
+def test_scores_are_of_the_images_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool | None] = []
+    real = study_module.score
+
+    def watched(*args: Any, **options: Any) -> Any:
+        asked.append(options.get("distributed"))
+        return real(*args, **options)
+
+    monkeypatch.setattr(study_module, "score", watched)
+    one_stage = GRID.comparisons["stages"].model_copy(update={"stages": ("one-stage",)})
+    run(tmp_path, GRID.model_copy(update={"comparisons": {"one": one_stage}}))
+    assert asked == [False]
 
 
 def test_refined_sets_are_searched_once_for_each_kind_and_seed(
@@ -304,6 +374,12 @@ def test_a_grid_file_is_checked(tmp_path: Path) -> None:
         path.write_text(json.dumps({"comparisons": two, "recipe": {"steps": 2}, **wrong}))
         with pytest.raises(TrainingError, match=match):
             Grid.load(path)
+    odd = {"steps": 2, "batch_size": 3}
+    path.write_text(json.dumps({"comparisons": two, "recipe": odd}))
+    with pytest.raises(TrainingError, match="batch_size=3 cannot be halved"):
+        Grid.load(path)
+    assert Grid(comparisons={"a": {"blocks": [2], "stages": ["one-stage"]}}, recipe=odd)
+    assert Grid(comparisons=two, recipe=odd, second={"steps": 1})
     path.write_text(GRID.model_dump_json())
     assert Grid.load(path) == GRID
 

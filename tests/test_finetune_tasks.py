@@ -17,6 +17,7 @@ from dwattn.cli import app
 from dwattn.errors import DataError, TrainingError
 from dwattn.finetune import (
     Augment,
+    Callback,
     Features,
     LabelledViews,
     LinearHead,
@@ -115,6 +116,37 @@ def test_metrics_are_those_of_the_definition() -> None:
     assert found["pixel_accuracy"] == pytest.approx(float((guess == masks)[valid].float().mean()))
 
 
+def test_one_of_several_processes_evaluates_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchmetrics", reason="evaluation needs the train extra")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    images, masks = halves(2)
+    task = segmenter(FAMILY.build(), 2, widths=(16, 16, 16))
+    assert 0 <= evaluate(task, MaskedViews(images, masks, 2))["miou"] <= 1
+    labelled = LabelledViews(images, [0, 1], 2)
+    assert 0 <= evaluate(classifier(FAMILY.build(), 2), labelled)["top1"] <= 1
+
+
+def test_ignored_pixels_do_not_weigh_the_parts_of_a_batch() -> None:
+    images, masks = halves(4)
+    masks[0], masks[1, 3:] = 255, 255
+    masks[1, 0, 0] = 1
+    task = segmenter(FAMILY.build(), 2, widths=(16, 16, 16))
+
+    def losses(part: slice) -> dict[str, torch.Tensor]:
+        return task({"pixels": images[part], "mask": masks[part].long()})
+
+    whole, parts = losses(slice(0, 4)), [losses(slice(i, i + 1)) for i in range(4)]
+    for name, value in whole.items():
+        torch.testing.assert_close(value, torch.stack([part[name] for part in parts]).mean())
+    assert float(parts[0]["loss"].detach()) == 0
+    logits = torch.nn.functional.interpolate(
+        task.predict(images[1:2]), FAMILY.size, mode="bilinear", align_corners=False
+    )
+    valid = masks[1] != 255
+    expected = torch.nn.functional.cross_entropy(logits[0, :, valid].T, masks[1][valid].long())
+    torch.testing.assert_close(parts[1]["loss"], expected)
+
+
 @pytest.mark.parametrize("name", ["hub-reg4", "timm", "hf-dinov2-reg"])
 def test_split_heads_leave_the_backbone_alone(name: str) -> None:
     family = BY_NAME[name]
@@ -186,6 +218,28 @@ def test_the_papers_stages(stages: Any, tmp_path: Path) -> None:
         assert torch.equal(again.get_parameter(name), value)
 
 
+def test_a_stage_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="training needs the train extra")
+
+    class Stop(Callback):
+        def on_step(self, trainer: Trainer, step: int, losses: dict[str, float]) -> None:
+            trainer.stop()
+
+    def stages(*callbacks: Callback) -> Any:
+        task = classifier(FAMILY.build(), 3)
+        options = {"device": "cpu", "progress": False, "callbacks": callbacks}
+        return train_in_stages(
+            task, LabelledViews(*coloured(6), 3), plan_for, RECIPE.but(steps=2, batch_size=2),
+            kernel_init="gaussian", folder=tmp_path, trainer_options=options,
+        )  # fmt: skip
+
+    stopped = stages(Stop())
+    assert (len(stopped.stages), stopped.replaced, stopped.complete) == (1, None, False)
+    whole = stages()
+    assert [stage.steps for stage in whole.stages] == [2, 2]
+    assert whole.complete
+
+
 def test_stages_refuse_what_does_not_fit() -> None:
     task, data = classifier(FAMILY.build(), 3), LabelledViews(*coloured(6), 3)
     plan = plan_for(task.backbone)
@@ -196,6 +250,11 @@ def test_stages_refuse_what_does_not_fit() -> None:
     ):
         with pytest.raises(TrainingError, match=match):
             train_in_stages(task, data, plan, RECIPE, **options)
+    with pytest.raises(TrainingError, match="batch_size=3 cannot be halved"):
+        train_in_stages(
+            task, data, plan, RECIPE.but(batch_size=3), kernel_init="gaussian",
+            trainer_options={"device": "refused once it trains"},
+        )  # fmt: skip
     assert second_stage(RECIPE).batch_size == 4
     assert second_stage(RECIPE).steps == RECIPE.steps
     with pytest.raises(TrainingError, match="halved"):
@@ -305,6 +364,10 @@ def test_the_command_distils_and_resumes(place: Path) -> None:
     dry = json.loads(invoke(*common, *options, *extra, "--epochs", 3, "--dry-run", "--json").stdout)
     assert dry["steps"] == 6
     assert dry["seconds"] > 0
+    if not torch.cuda.is_available():
+        for measured in (("--dry-run",), ("--minutes", 1)):
+            bad = invoke(*common, "--size", 56, "--device", "cuda", *measured, code=1)
+            assert "finds no GPU" in bad.output
     assert not out.exists()
     done = json.loads(invoke(*common, *options, *extra, "--epochs", 3, "--json").stdout)
     assert done["steps"] == 6
@@ -369,6 +432,8 @@ def test_the_command_says_what_is_wrong(place: Path) -> None:
         patch.setenv("WORLD_SIZE", "2")
         bad = invoke(model, student, "--images", images, "--size", 56, "--minutes", 1, code=1)
     assert "give --steps or --epochs" in bad.output
+    bad = invoke(model, student, "--images", images, "--epochs", -2, "--size", 56, code=1)
+    assert "epochs=-2 must be a number above 0" in bad.output
     bad = invoke(model, student, "--images", place / "none", "--out", place / "o", code=1)
     assert "Error: There is no folder" in bad.output
     bad = invoke(model, student, "--images", images, "--lr", -1, "--size", 56, code=1)

@@ -148,11 +148,19 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family = BY_NAME["timm"]
     student = family.build()
     dwattn.replace(student, Plan.for_layers(student, [1]), calibrate=family.images(8), progress=False)  # fmt: skip
-    run = finetune.Trainer(
-        finetune.Distillation(student, family.build()), finetune.Views(family.images(8), finetune.Augment()),
-        finetune.Recipe(steps=2, batch_size=4, ema=0.9), folder=tmp_path / "run", progress=False,
-    )  # fmt: skip
-    assert run.fit().steps == 2
+    views = finetune.Views(family.images(8), finetune.Augment())
+    recipe = finetune.Recipe(steps=2, batch_size=4, ema=0.9)
+    module, moved, move = finetune.Distillation(student, family.build()), [], trainer.move
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "move", lambda batch, device: moved.append(device) or move(batch, device))  # fmt: skip
+        assert finetune.estimate(module, views, recipe).seconds > 0
+    assert set(moved) == {GPU}
+    assert next(student.parameters()).device.type == "cpu"
+    for _ in range(2):
+        run = finetune.Trainer(module, views, recipe, folder=tmp_path / "run", progress=False)
+        assert run.fit(resume=True).steps == 2
+        states = run.optimizer.state.values()
+        assert {value.device for state in states for value in state.values()} == {GPU}
     assert tokens(family, student).device == GPU
     grid = finetune.Grid(
         comparisons={

@@ -102,7 +102,7 @@ def study(
         return build_task(task, load_model(model, weights), folder, pool, False, seed)
 
     if dry_run:
-        _plan(wanted, only, out, estimate(make(0), data, wanted.recipe), as_json)
+        _plan(wanted, only, out, estimate(make(0), data, wanted.recipe, device=device), as_json)
         return
     options = {"device": device, "workers": workers, "progress": progress}
     result = run_study(

@@ -154,9 +154,9 @@ def finetune(
             kernel_lr=kernel_lr, weight_decay=decay, warmup=warmup, train=train, ema=ema, amp=amp,
             views=views, seed=seed,
         )  # fmt: skip
-        recipe = recipe.but(steps=_steps(steps, epochs, minutes, module, data, recipe))
+        recipe = recipe.but(steps=_steps(steps, epochs, minutes, module, data, recipe, device))
     if dry_run:
-        found = estimate(module, data, recipe)
+        found = estimate(module, data, recipe, device=device)
         emit(found, as_json)
         return
     trainer = Trainer(
@@ -282,6 +282,7 @@ def _steps(
     module: nn.Module,
     data: Views,
     recipe: Recipe,
+    device: str | None,
 ) -> int:
     from dwattn.finetune import estimate, steps_for
 
@@ -294,7 +295,8 @@ def _steps(
             raise TrainingError(
                 "--minutes is measured by each process on its own; with several give --steps or --epochs."
             )
-        return max(1, int(60 * minutes / estimate(module, data, recipe).seconds_per_step))
+        measured = estimate(module, data, recipe, device=device)
+        return max(1, int(60 * minutes / measured.seconds_per_step))
     return steps_for(10 if epochs is None else epochs, len(data), recipe.batch_size)
 
 

@@ -25,15 +25,23 @@ class TeacherCache:
 
     Args:
         limit: bytes; 0 keeps nothing.
+        used: bytes.
+        source: of which views it holds the features, for its user to compare.
     """
 
     limit: int = 0
     used: int = 0
+    source: object = None
     _rows: dict[Key, list[Tensor]] = field(default_factory=dict)
     _form: Features | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._rows.clear()
+        self._form, self.used, self.source = None, 0, None
 
     def fill(
         self,

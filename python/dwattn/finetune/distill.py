@@ -32,8 +32,9 @@ class Targets:
         blocks: squared error behind chosen blocks as a share of their variance, mean over the blocks.
         block_indices: the blocks; None takes those with replaced layers.
         output: of the model's output.
-        output_loss: ``kl`` of logits ``(B, classes)``, ``mse`` as a share of the batch's variance, ``binary``
-            cross-entropy above its minimum for maps in [0, 1]; ``auto`` takes ``kl`` for two dimensions and ``mse`` otherwise.
+        output_loss: ``kl`` of logits ``(B, classes)``, ``mse`` as a share of the mean square of the
+            teacher's output for the image, ``binary`` cross-entropy above its minimum for maps in [0, 1]; ``auto``
+            takes ``kl`` for two dimensions and ``mse`` otherwise.
         temperature: of ``kl``.
     """
 
@@ -70,7 +71,8 @@ def distill_loss(
         num_prefix: prefix tokens ``P`` in front of the patches.
 
     Raises:
-        TrainingError: features of different shapes, or without the output or blocks that ``targets`` names.
+        TrainingError: features of different shapes, without the output or blocks that ``targets`` names, or without
+            any term that has a weight.
     """
     targets = targets or Targets()
     _check_pair(student, teacher, targets)
@@ -88,6 +90,11 @@ def distill_loss(
         assert student.output is not None
         assert teacher.output is not None
         terms["output"] = output_loss(student.output, teacher.output, targets)
+    if not any(getattr(targets, name) for name in terms):
+        raise TrainingError(
+            f"targets.prefix={targets.prefix:g} is the only weight, and the model has no prefix tokens; give another "
+            f"term a weight."
+        )
     loss = sum((getattr(targets, name) * term for name, term in terms.items()), torch.zeros(()))
     return {"loss": loss, **terms}
 
@@ -126,7 +133,10 @@ def output_loss(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         kind = "kl" if student.dim() == 2 else "mse"
     student, teacher = student.float(), teacher.float()
     if kind == "mse":
-        return F.mse_loss(student, teacher) / teacher.var().clamp_min(1e-12)
+        # By image, so that it does not depend on what else is in the batch.
+        pair = (student - teacher, teacher)
+        errors, energies = (t.square().reshape(len(t), -1).mean(1) for t in pair)
+        return (errors / energies.clamp_min(1e-12)).mean()
     if kind == "kl":
         t = targets.temperature
         ours, theirs = (F.log_softmax(logits / t, dim=1) for logits in (student, teacher))

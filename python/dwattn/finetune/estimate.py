@@ -11,10 +11,11 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from dwattn.finetune.batches import micro_batches, move
 from dwattn.finetune.distill import Distillation
 from dwattn.finetune.recipe import Recipe
-from dwattn.finetune.trainer import micro_batches, move, recipe_groups
-from dwattn.finetune.views import Order, Views, collate
+from dwattn.finetune.trainer import Trainer
+from dwattn.finetune.views import Views
 from dwattn.printed import Printed
 
 MIB = 2**20
@@ -79,31 +80,32 @@ class Estimate(Printed):
         return table
 
 
-def estimate(module: nn.Module, data: Views, recipe: Recipe, *, repeats: int = 2) -> Estimate:
-    """Measure forward and backward passes of a private copy; the module and the random state stay as they are.
-
-    The optimiser's own step, which is short beside them, is not run.
+def estimate(
+    module: nn.Module, data: Views, recipe: Recipe, *, device: str | None = None, repeats: int = 2
+) -> Estimate:
+    """Measure steps of a private copy; the module and the random state stay as they are.
 
     Args:
-        module: a training module; data, recipe: as for :class:`dwattn.finetune.Trainer`.
+        module: a training module; data, recipe, device: as for :class:`dwattn.finetune.Trainer`.
         repeats: timed steps behind one that is not timed.
+
+    Raises:
+        TrainingError: as of a run.
     """
     with torch.random.fork_rng():
         copied = copy.deepcopy(module)
-        device = next(copied.parameters()).device
-        groups = recipe_groups(copied, recipe)
+        short = recipe.but(steps=repeats + 1)
+        trainer = Trainer(copied, data, short, device=device, progress=False)
         copied.train()
-        order = Order(len(data), recipe.batch_size, recipe.seed, recipe.views, repeats + 1)
-        times, activations = [], 0
-        for keys in order:
+        activations, times = _activations(trainer), []
+        batches = trainer.batches()
+        for _ in range(short.steps):
             start = time.perf_counter()
-            batch = collate([data[key] for key in keys])
-            for part, share in micro_batches(batch, recipe.micro_batch):
-                with _Saved(copied) as saved, recipe.autocast(device.type):
-                    loss = copied(move(part, device))["loss"]
-                    activations = max(activations, saved.bytes)
-                (loss * share).backward()
+            trainer.train_step(copied, next(batches))
+            if trainer.device.type == "cuda":
+                torch.cuda.synchronize(trainer.device)
             times.append(time.perf_counter() - start)
+    groups = trainer.optimizer.param_groups
     trained = [p for group in groups for p in group["params"]]
     size = sum(p.numel() * p.element_size() for p in trained)
     weights = sum(t.numel() * t.element_size() for t in [*copied.parameters(), *copied.buffers()])
@@ -121,6 +123,14 @@ def estimate(module: nn.Module, data: Views, recipe: Recipe, *, repeats: int = 2
         held=module.held_bytes() if isinstance(module, Distillation) else 0,
         checkpoint=weights + 2 * size + average,
     )
+
+
+def _activations(trainer: Trainer) -> int:
+    """Bytes that one micro-batch keeps for its backward pass."""
+    part, _ = next(micro_batches(next(trainer.batches()), trainer.recipe.micro_batch))
+    with _Saved(trainer.module) as saved, trainer.recipe.autocast(trainer.device.type):
+        trainer.module(move(part, trainer.device))
+    return saved.bytes
 
 
 class _Saved:

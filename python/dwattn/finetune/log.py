@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,11 +41,11 @@ class CsvLog:
             # A row that was cut short by a kill is not there yet.
             rows = [row for row in reader if _step(row) <= done and None not in row.values()]
             columns = list(reader.fieldnames or [])
+        # A header without rows may have been cut short too, and comes again with the first row.
+        lines = [columns, *(list(row.values()) for row in rows)] if rows else []
         with write_atomically(path, CheckpointError) as temporary:
-            temporary.write_text(
-                "".join(_line(r) for r in [columns, *(list(r.values()) for r in rows)])
-            )
-        self._columns = columns or None
+            temporary.write_text("".join(map(_line, lines)), encoding="utf-8")
+        self._columns = columns if rows else None
 
     def write(self, row: Mapping[str, float | int | str]) -> None:
         """Append a row that begins with ``step``.
@@ -53,16 +55,18 @@ class CsvLog:
         """
         if self.path is None:
             return
-        lines = []
-        if self._columns is None:
-            self._columns = list(row)
-            lines.append(self._columns)
-        lines.append([_text(row.get(column, "")) for column in self._columns])
+        columns = self._columns or list(row)
+        lines = [] if self._columns else [columns]
+        lines.append([_text(row.get(column, "")) for column in columns])
+        size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("a", newline="", encoding="utf-8") as file:
-                file.write("".join(_line(line) for line in lines))
+                file.write("".join(map(_line, lines)))
         except OSError as error:
+            with contextlib.suppress(OSError):  # no half of a line for the next one to join
+                os.truncate(self.path, size)
             raise CheckpointError(f"Cannot write {str(self.path)!r}: {error.strerror}.") from error
+        self._columns = columns
 
 
 def _step(row: Mapping[str, str]) -> int:

@@ -98,5 +98,11 @@ class Recipe(BaseModel):
 
 
 def steps_for(epochs: float, images: int, batch_size: int) -> int:
-    """Steps in which ``images`` are seen ``epochs`` times."""
+    """Steps in which ``images`` are seen ``epochs`` times, at least one.
+
+    Raises:
+        TrainingError: ``epochs`` is not a number above 0.
+    """
+    if not 0 < epochs < math.inf:
+        raise TrainingError(f"epochs={epochs:g} must be a number above 0.")
     return max(1, math.ceil(epochs * images / batch_size))

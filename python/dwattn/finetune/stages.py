@@ -25,17 +25,23 @@ KernelInit = Literal["calibrated", "mean-attention", "gaussian"]
 
 @dataclass(frozen=True)
 class StagedResult:
-    """Results of the stages in order, and what was replaced between them."""
+    """Results of the stages in order, and what was replaced between them: None if a callback stopped the first one."""
 
     stages: list[TrainingResult]
-    replaced: ReplacementReport
+    replaced: ReplacementReport | None
+
+    @property
+    def complete(self) -> bool:
+        """False if a callback stopped one of the stages."""
+        return self.stages[-1].complete
 
 
 def second_stage(recipe: Recipe) -> Recipe:
     """Half the epochs at half the batch size, with the other numbers of the first stage: as many steps."""
     if recipe.batch_size % 2:
         raise TrainingError(
-            f"batch_size={recipe.batch_size} cannot be halved for the second stage."
+            f"batch_size={recipe.batch_size} cannot be halved for the second stage; use an even one, or give a recipe "
+            f"for that stage (second)."
         )
     return recipe.but(batch_size=recipe.batch_size // 2)
 
@@ -70,14 +76,15 @@ def train_in_stages(
             ``gaussian`` (the paper's).
         calibrate: images for calibration.
         second: recipe of the second stage; default: :func:`second_stage` of the first one's.
-        folder: gets a folder for each stage; a call that is repeated there resumes. Replacing is done again then,
+        folder: gets a folder for each stage; a call that is repeated there resumes, also a stage that a callback
+            stopped. Replacing is done again then,
             so calibration images must be the same.
         first_folder: of the first stage, where several calls share it.
         trainer_options: of :class:`dwattn.finetune.Trainer`.
         replace_options: of :func:`dwattn.replace`.
 
     Raises:
-        TrainingError: unknown names, or ``calibrated`` without images.
+        TrainingError: unknown names, ``calibrated`` without images, or a batch that has no half.
     """
     if stages not in ("two-stage", "one-stage", "frozen"):
         raise TrainingError(f"stages={stages!r} must be two-stage, one-stage or frozen.")
@@ -94,16 +101,17 @@ def train_in_stages(
 
     results = []
     if stages != "one-stage":
+        second = second or second_stage(recipe)
         results.append(fit("first", recipe))
+        if not results[-1].complete:
+            return StagedResult(results, None)
     chosen = plan if isinstance(plan, Plan) else plan(task.backbone)
     # Training moves the weights on from those the plan was made for; that is what it is for.
     report = replace(task.backbone, chosen, allow_stale=True, seed=recipe.seed, **options)
     task.rebuild()
-    if stages == "one-stage":
+    if second is None or stages == "one-stage":
         results.append(fit("only", recipe))
-        return StagedResult(results, report)
-    second = second or second_stage(recipe)
-    if stages == "two-stage":
+    elif stages == "two-stage":
         results.append(fit("second", second))
     else:
         second = second.but(train="replaced")

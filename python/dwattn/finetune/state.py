@@ -34,7 +34,8 @@ class Progress(BaseModel):
         scaler: of fp16 training.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    # A term of the loss with the weight 0 may be NaN; as null it could not be read again.
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
     kind: Literal["dwattn-training"] = "dwattn-training"
     schema_version: Literal[1] = 1
@@ -106,15 +107,16 @@ def load_state(
     """Put weights, moments and averages back, to the last bit. Nothing random has a state.
 
     Raises:
-        CheckpointError: the file belongs to another model.
+        CheckpointError: the file belongs to another model, or averages other parameters.
     """
     path = folder / STATE_FILE
     with _opened(path) as file:
         stored: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     weights = dict(_weights(module))
-    _check_names(
-        path, {k.removeprefix("model.") for k in stored if k.startswith("model.")}, set(weights)
-    )
+    expected = {f"model.{name}" for name in weights}
+    if average is not None:
+        expected |= {f"average.{name}" for name in average.values}
+    _check_names(path, {k for k in stored if not k.startswith("optimizer.")}, expected)
     for name, target in weights.items():
         value = stored[f"model.{name}"]
         if value.shape != target.shape:
@@ -122,13 +124,14 @@ def load_state(
                 f"{str(path)!r} holds {name} as {tuple(value.shape)} instead of {tuple(target.shape)}."
             )
         target.copy_(value)
+    fused = bool(optimizer.defaults.get("fused"))
     for name, parameter in module.named_parameters():
         prefix = f"optimizer.{name}#"
         found = {k.removeprefix(prefix): t for k, t in stored.items() if k.startswith(prefix)}
         if found:
-            # The step counter of AdamW lives on the CPU.
+            # The step counter lives on the CPU, unless the optimiser is fused.
             optimizer.state[parameter] = {
-                k: t if t.dim() == 0 else t.to(parameter.device) for k, t in found.items()
+                k: t.to(parameter.device) if fused or t.dim() else t for k, t in found.items()
             }
     if average is not None:
         for name, value in average.values.items():
@@ -162,7 +165,7 @@ def _check_names(path: Path, stored: set[str], expected: set[str]) -> None:
     if missing or unexpected:
         raise CheckpointError(
             f"{str(path)!r} belongs to another model: it lacks {missing} and also holds {unexpected}. Resume with the "
-            f"same model and task, or start in an empty folder."
+            f"same model, task and trained parameters, or start in an empty folder."
         )
 
 

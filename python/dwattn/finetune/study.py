@@ -28,8 +28,9 @@ from dwattn.finetune.state import STATE_FILE, remove_leftovers
 from dwattn.finetune.study_grid import Cell, Grid
 from dwattn.finetune.study_results import StudyResult
 from dwattn.finetune.tasks import Task, evaluate
-from dwattn.finetune.trainer import Trainer
+from dwattn.finetune.trainer import Callback, Trainer
 from dwattn.finetune.views import Views
+from dwattn.fingerprint import WEIGHT_TOLERANCE, Fingerprint, fingerprint
 from dwattn.plan import Plan
 from dwattn.refinement import refine
 from dwattn.scores import Scores
@@ -58,7 +59,7 @@ def run_study(
     """Run all cells that are not done yet, and write ``results.json`` and ``results.csv``.
 
     Args:
-        make: a fresh task for a seed, with the pretrained backbone, not converted.
+        make: a fresh task for a seed (any, for example 0), with the pretrained backbone, not converted.
         data, test: labelled images to train on and to measure on.
         folder: everything is kept here; give the same one to go on. Comparisons and seeds may be added.
         only: names of the comparisons to run now, default all; with none the files say what is done.
@@ -67,13 +68,13 @@ def run_study(
         replace_options: of :func:`dwattn.replace`.
 
     Raises:
-        TrainingError: the folder belongs to another study.
+        TrainingError: the folder belongs to another study, or a callback stopped a run.
     """
     root = Path(folder)
     (root / "cells").mkdir(parents=True, exist_ok=True)
     remove_leftovers(root)
     remove_leftovers(root / "cells")
-    _claim(root, grid, data, test)
+    _claim(root, grid, make(0), [data, test], replace_options)
     study = _Study(grid, make, data, test, root, trainer_options or {}, replace_options)
     cells = grid.cells(only)
     for number, cell in enumerate(cells, start=1):
@@ -156,11 +157,14 @@ class _Study:
         if cell.kernel_init == "calibrated":
             options |= {"calibrate": self._plain(self.grid.calibration_images), "progress": False}
             options |= self.grid.calibration
+        second = None if cell.stages == "one-stage" else self.grid.second_recipe(cell.seed)
         result = train_in_stages(
             task, self.data, lambda backbone: self._plan(cell, task, backbone), recipe,
-            stages=cell.stages, kernel_init=cell.kernel_init, second=self.grid.second_recipe(cell.seed), folder=folder,
+            stages=cell.stages, kernel_init=cell.kernel_init, second=second, folder=folder,
             first_folder=self._first(cell), trainer_options=self.trainer_options, **options,
         )  # fmt: skip
+        _require_whole(result.complete)
+        assert result.replaced is not None
         return _names(result.replaced)
 
     def _end_to_end(self, cell: Cell, task: Task, recipe: Recipe, folder: Path) -> list[str]:
@@ -169,7 +173,7 @@ class _Study:
         gate = add_gates(task.backbone, cell.count, granularity=cell.unit, seed=cell.seed)  # type: ignore[arg-type]
         task.rebuild()
         second = self.grid.second_recipe(cell.seed)
-        self._fit(task, second, folder / "second", callbacks=[Annealing(gate)])
+        self._fit(task, second, folder / "second", Annealing(gate))
         report = settle(task.backbone)
         task.rebuild()
         return _names(report)
@@ -206,7 +210,7 @@ class _Study:
         copied = copy.deepcopy(task)
         gate = add_gates(copied.backbone, cell.count, granularity=cell.unit, seed=cell.seed)  # type: ignore[arg-type]
         copied.rebuild()
-        self._fit(copied, self.grid.second_recipe(cell.seed), None, callbacks=[Annealing(gate)])
+        self._fit(copied, self.grid.second_recipe(cell.seed), None, Annealing(gate))
         return learned_plan(copied.backbone)
 
     def _scores(self, cell: Cell, backbone: nn.Module) -> Scores:
@@ -215,8 +219,10 @@ class _Study:
         if not path.exists():
             images = self._plain(self.grid.score_images)
             height, width = describe(backbone).grid_of(*images.shape[-2:])
+            # Of several processes each sees all images, as it does in calibration.
             score(
-                backbone, images, num_images=len(images), keep_maps=height * width <= MAP_TOKENS, progress=False
+                backbone, images, num_images=len(images), keep_maps=height * width <= MAP_TOKENS, progress=False,
+                distributed=False,
             ).save(path)  # fmt: skip
         return Scores.load(path)
 
@@ -227,9 +233,11 @@ class _Study:
     def _first(self, cell: Cell) -> Path:
         return self.root / f"first-seed{cell.seed}"
 
-    def _fit(self, task: Task, recipe: Recipe, folder: Path | None, **options: Any) -> None:
-        trainer = Trainer(task, self.data, recipe, folder=folder, **options, **self.trainer_options)
-        trainer.fit(resume=folder is not None)
+    def _fit(self, task: Task, recipe: Recipe, folder: Path | None, *callbacks: Callback) -> None:
+        options = dict(self.trainer_options)
+        options["callbacks"] = [*callbacks, *options.get("callbacks", ())]
+        trainer = Trainer(task, self.data, recipe, folder=folder, **options)
+        _require_whole(trainer.fit(resume=folder is not None).complete)
 
     def _plain(self, count: int) -> torch.Tensor:
         """The first training images themselves, without labels."""
@@ -248,19 +256,36 @@ def _names(report: ReplacementReport) -> list[str]:
     ]
 
 
-def _claim(root: Path, grid: Grid, data: Views, test: Views) -> None:
+def _require_whole(complete: bool) -> None:
+    """A run that was stopped is no result."""
+    if not complete:
+        raise TrainingError("A callback stopped a run of the study; call it again to go on.")
+
+
+def _claim(
+    root: Path, grid: Grid, task: Task, images: list[Views], replace_options: dict[str, Any]
+) -> None:
     """Note what the folder holds, or check that it is this."""
     path = root / "study.json"
-    mine = {"grid": grid.shared(), "images": [data.fingerprint(), test.fingerprint()]}
+    model = fingerprint(task.backbone)
+    # What JSON does not know, such as a function, is known by its class.
+    options = json.dumps(replace_options, default=lambda value: type(value).__name__)
+    mine = {
+        "grid": grid.shared(), "images": [data.fingerprint() for data in images],
+        "replace_options": json.loads(options), "model": model.model_dump(mode="json"),
+    }  # fmt: skip
     if not path.exists():
         _write(path, json.dumps(mine, indent=1))
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("images", "grid"):
-        if found.get(key) != mine[key]:
-            raise TrainingError(
-                f"{root} holds a study with another {key}; give a new folder, or the same {key}."
-            )
+    found = {**mine, **json.loads(path.read_text(encoding="utf-8"))}
+    other = [key for key in ("images", "grid", "replace_options") if found[key] != mine[key]]
+    kept = Fingerprint.model_validate(found["model"])
+    if kept.architecture_difference(model) or kept.weight_distance(model)[0] > WEIGHT_TOLERANCE:
+        other.append("model")
+    if other:
+        raise TrainingError(
+            f"{root} holds a study with another {other[0]}; give a new folder, or the same {other[0]}."
+        )
 
 
 def _write(path: Path, text: str) -> None:

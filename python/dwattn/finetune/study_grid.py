@@ -72,6 +72,11 @@ class Comparison(BaseModel):
             raise ValueError("dsp-e2e trains dw in two-stage from gaussian kernels")
         return self
 
+    @property
+    def needs_second(self) -> bool:
+        """Whether any cell trains by the recipe of the second stage; ``dsp`` learns by it in any case."""
+        return set(self.stages) != {"one-stage"} or "dsp" in self.criteria
+
     def cells(self, seed: int) -> Iterator[Cell]:
         """All settings with one seed."""
         counts = [(count, "blocks") for count in self.blocks]
@@ -109,6 +114,13 @@ class Grid(BaseModel):
     recipe: Recipe
     second: Recipe | None = None
     head: Recipe | None = None
+
+    @model_validator(mode="after")
+    def _has_a_second_stage(self) -> Grid:
+        """Refuse a batch that has no half now, not when the first stage is done."""
+        if any(comparison.needs_second for comparison in self.comparisons.values()):
+            self.second_recipe(0)
+        return self
 
     def second_recipe(self, seed: int) -> Recipe:
         """Of the second stage of the cells with this seed."""

@@ -56,15 +56,17 @@ class Task(nn.Module):
         return logits
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """``loss`` and the share of images or pixels that are right."""
+        """``loss`` and the share of images or pixels that are right, both means over the images.
+
+        Pixels count within their image, and an image in which all of them are ignored as 0.
+        """
         target = _target(batch)
         logits = _resized(self.predict(batch["pixels"]), target).float()
-        loss = F.cross_entropy(logits, target, ignore_index=IGNORE if target.dim() > 1 else -100)
-        counted = (
-            target != IGNORE if target.dim() > 1 else torch.ones_like(target, dtype=torch.bool)
-        )
-        right = (logits.detach().argmax(1) == target)[counted].float().mean()
-        return {"loss": loss, "accuracy": right}
+        ignored = IGNORE if target.dim() > 1 else -100
+        counted = (target != ignored).reshape(len(target), -1)
+        losses = F.cross_entropy(logits, target, ignore_index=ignored, reduction="none")
+        right = logits.detach().argmax(1) == target
+        return {"loss": _mean_by_image(losses, counted), "accuracy": _mean_by_image(right, counted)}
 
 
 @torch.no_grad()
@@ -136,6 +138,15 @@ def _target(batch: dict[str, Any]) -> Tensor:
     raise TrainingError("A task needs images with 'label' or 'mask'; see dwattn.finetune.labelled.")
 
 
+def _mean_by_image(values: Tensor, counted: Tensor) -> Tensor:
+    """The mean over images of each one's mean over what is ``counted`` ``(B, pixels)``.
+
+    By image, so that the loss of a batch is the mean over its parts however it is divided.
+    """
+    sums = (values.reshape(counted.shape) * counted).sum(1)
+    return (sums / counted.sum(1).clamp(min=1)).mean()
+
+
 def _resized(logits: Tensor, target: Tensor) -> Tensor:
     """Dense logits in the size of the mask."""
     if target.dim() == 1 or logits.shape[-2:] == target.shape[-2:]:
@@ -153,9 +164,12 @@ def _metrics(classes: int, *, dense: bool) -> dict[str, Any]:
         raise TrainingError(
             f"Evaluation needs torchmetrics ({error}); install it with pip install 'dwattn[train]'."
         ) from error
-    ignore = {"ignore_index": IGNORE} if dense else {}
-    accuracy = library.MulticlassAccuracy(num_classes=classes, average="micro", **ignore)
+    # Each process sees all images, and it may be the only one that evaluates: there is nothing to gather.
+    options: dict[str, Any] = {"num_classes": classes, "sync_on_compute": False}
+    if dense:
+        options["ignore_index"] = IGNORE
+    accuracy = library.MulticlassAccuracy(average="micro", **options)
     if not dense:
         return {"top1": accuracy}
-    overlap = library.MulticlassJaccardIndex(num_classes=classes, **ignore)
+    overlap = library.MulticlassJaccardIndex(**options)
     return {"miou": overlap, "pixel_accuracy": accuracy}

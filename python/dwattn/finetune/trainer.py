@@ -14,17 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from dwattn.errors import CheckpointError, DataError, DwattnError, TrainingError
+from dwattn.errors import CheckpointError, TrainingError
 from dwattn.files import sole_writer
+from dwattn.finetune.batches import in_step, micro_batches, move, read_batches
 from dwattn.finetune.cache import TeacherCache
 from dwattn.finetune.ema import Average
 from dwattn.finetune.groups import param_groups
 from dwattn.finetune.log import CsvLog, progress_bar
 from dwattn.finetune.recipe import Recipe
 from dwattn.finetune.state import Progress, load_state, read_progress, remove_leftovers, save_state
-from dwattn.finetune.views import Order, Views, collate, mix
+from dwattn.finetune.views import Order, Views, mix
+from dwattn.ranks import Ranks
 
 
 class Callback:
@@ -56,7 +57,8 @@ class Evaluate(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         path = None if trainer.folder is None or not trainer.main else trainer.folder / "eval.csv"
-        self._log = CsvLog(path, trainer.step)
+        # The row of the end comes again with the end.
+        self._log = CsvLog(path, min(trainer.step, trainer.recipe.steps - 1))
 
     def on_step(self, trainer: Trainer, step: int, losses: dict[str, float]) -> None:
         if step % self.every == 0 and step < trainer.recipe.steps:
@@ -182,16 +184,17 @@ class Trainer:
                 processes the weights are then those of a run that was never interrupted, bit for bit on a CPU.
 
         Raises:
-            TrainingError: a loss that is not finite, or a folder that holds another run or in which another process
+            TrainingError: a loss or gradient that is not finite, or a folder that holds another run or in which another process
                 is at work.
-            DataError: an image that cannot be read; what was done before it is kept.
+            DataError: an image that cannot be read (in another process: DwattnError).
             CheckpointError: the final state cannot be written.
-            KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
+            KeyboardInterrupt: Ctrl-C. Before this and any other error between two steps a checkpoint is written.
         """
         with self._alone():
             return self._fit(resume)
 
     def _fit(self, resume: bool) -> TrainingResult:
+        self._stopped = False
         self._start(resume)
         self._fill_cache()
         distributed = self.accelerator.prepare(self.module) if self.world > 1 else self.module
@@ -201,8 +204,8 @@ class Trainer:
         with torch.random.fork_rng():
             try:
                 self._loop(distributed)
-            except (KeyboardInterrupt, DwattnError):
-                # An image that cannot be read, for example, should not cost what was trained before it.
+            except BaseException:
+                # Ctrl-C, SIGTERM or an image that cannot be read should not cost what was trained before.
                 if not self._updating:
                     self._try(self._save)
                 raise
@@ -221,8 +224,8 @@ class Trainer:
         started, saved = time.perf_counter() - self._seconds, time.perf_counter()
         with progress_bar(self.show_progress and self.main) as bar:
             task = bar.add_task("training", total=self.recipe.steps, completed=self.step, note="")
-            for batch in self._batches():
-                self._losses = self._train_step(module, batch)
+            for batch in self.batches():
+                self._losses = self.train_step(module, batch)
                 self._seconds = time.perf_counter() - started
                 self._try(partial(log.write, self._row()))
                 bar.update(task, completed=self.step, note=f"loss {self._losses['loss']:.4g}")
@@ -274,9 +277,11 @@ class Trainer:
             raise TrainingError(
                 f"{self.folder} holds a run with {different}; resume it with its own recipe."
             )
-        if found.settings != self._settings:
+        # Read back as those in the folder were: a tuple is a list then.
+        mine = Progress.model_validate_json(self._progress().model_dump_json())
+        if found.settings != mine.settings:
             raise TrainingError(
-                f"{self.folder} holds a run with the settings {found.settings}, now they are {self._settings}; "
+                f"{self.folder} holds a run with the settings {found.settings}, now they are {mine.settings}; "
                 f"resume it with its own."
             )
         if (found.data, found.images) != (self._fingerprint, len(self.data)):
@@ -296,25 +301,32 @@ class Trainer:
             self.accelerator.process_index, self.world,
         )  # fmt: skip
 
-    def _batches(self) -> Iterator[dict[str, Any]]:
-        loader = DataLoader(
-            self.data, batch_sampler=_Sampler(self._order(self.step)), collate_fn=collate,
-            num_workers=self.workers, pin_memory=self.device.type == "cuda",
-        )  # fmt: skip
-        return iter(loader)
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """From the step on at which the run is, in all processes as many."""
+        batches = read_batches(
+            self.data, self._order(self.step), workers=self.workers, pin=self.device.type == "cuda"
+        )
+        ranks = Ranks(self.accelerator.process_index, self.world)
+        return in_step(batches, ranks, self._agreed)
 
     def _fill_cache(self) -> None:
         """Let the teacher see, once and in a fixed order, the views that will come again."""
         cache, teach = getattr(self.module, "cache", None), getattr(self.module, "_teach", None)
-        if not isinstance(cache, TeacherCache) or teach is None or not cache.limit or len(cache):
+        if not isinstance(cache, TeacherCache) or teach is None or not cache.limit:
             return
         keys = self._order(0).distinct()
+        source = (self._fingerprint, keys)
+        if cache.source == source:
+            return
+        cache.clear()
         items = (((index, view), self.data[index, view]["pixels"]) for index, view in keys)
         with progress_bar(self.show_progress and self.main) as bar:
             task = bar.add_task("teacher", total=len(keys), note="")
             cache.fill(items, teach, self.device, lambda count: bar.advance(task, count))
+        cache.source = source
 
-    def _train_step(self, module: nn.Module, batch: dict[str, Any]) -> dict[str, float]:
+    def train_step(self, module: nn.Module, batch: dict[str, Any]) -> dict[str, float]:
+        """Train on a batch; losses are means over all processes."""
         # Dropout too depends on the step alone.
         torch.manual_seed(mix(self.recipe.seed, self.step, self.accelerator.process_index))
         rate = self.recipe.rate(self.step)
@@ -331,12 +343,10 @@ class Trainer:
                 self.scaler.scale(losses["loss"] * share).backward()
             for name, value in losses.items():
                 total[name] = total.get(name, torch.zeros_like(value)) + value.detach() * share
-        means = self._reduced(total)
-        self._check(means)
-        self._updating = True
         self.scaler.unscale_(self.optimizer)
-        if self.recipe.clip is not None:
-            nn.utils.clip_grad_norm_(self._trained, self.recipe.clip)
+        means, norm = self._reduced(total, self._clipped())
+        self._check(means, norm)
+        self._updating = True
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
@@ -345,29 +355,44 @@ class Trainer:
         self._updating = False
         return means
 
-    def _reduced(self, losses: dict[str, Tensor]) -> dict[str, float]:
-        stacked = torch.stack([value.float() for value in losses.values()])
+    def _clipped(self) -> Tensor:
+        """The norm of the gradients as they were, which are clipped if the recipe says so."""
+        if self.recipe.clip is not None:
+            return nn.utils.clip_grad_norm_(self._trained, self.recipe.clip)
+        return nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
+
+    def _reduced(self, losses: dict[str, Tensor], norm: Tensor) -> tuple[dict[str, float], float]:
+        """Means over the processes, fetched from the device together: each fetch waits for it."""
+        values = [value.float() for value in (*losses.values(), norm.to(self.device))]
+        stacked = torch.stack(values)
         if self.world > 1:
             stacked = self.accelerator.reduce(stacked, reduction="mean")
-        return dict(zip(losses, stacked.tolist(), strict=True))
+        *means, mean_norm = stacked.tolist()
+        return dict(zip(losses, means, strict=True)), mean_norm
 
-    def _check(self, losses: dict[str, float]) -> None:
-        if not math.isfinite(losses["loss"]):
-            raise TrainingError(
-                f"The loss is {losses['loss']} at step {self.step + 1} ({losses}); the weights are those before it. "
-                f"Use a lower lr than {self.recipe.lr:g}, a longer warm-up, or amp='no'."
-            )
+    def _check(self, losses: dict[str, float], norm: float) -> None:
+        found = {"loss": losses["loss"]}
+        if not self.scaler.is_enabled():  # which leaves steps out in which gradients overflow
+            found["norm of the gradients"] = norm
+        for what, value in found.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"The {what} is {value} at step {self.step + 1} ({losses}); the weights are those before it. "
+                    f"Use a lower lr than {self.recipe.lr:g}, a longer warm-up, or amp='no'."
+                )
 
-    def _save(self) -> None:
-        if self.folder is None or not self.main:
-            return
+    def _progress(self) -> Progress:
         scaler = {k: v for k, v in self.scaler.state_dict().items() if isinstance(v, (int, float))}
-        progress = Progress(
+        return Progress(
             step=self.step, seconds=round(self._seconds, 3), recipe=self.recipe,
             data=self._fingerprint, images=len(self.data), losses=self._losses, settings=self._settings,
             scaler=scaler,
         )  # fmt: skip
-        path = save_state(self.folder, progress, self.module, self.optimizer, self.average)
+
+    def _save(self) -> None:
+        if self.folder is None or not self.main:
+            return
+        path = save_state(self.folder, self._progress(), self.module, self.optimizer, self.average)
         for callback in self.callbacks:
             callback.on_checkpoint(self, path)
 
@@ -381,19 +406,6 @@ class Trainer:
 
     def _path(self, name: str) -> Path | None:
         return self.folder / name if self.folder is not None and self.main else None
-
-
-class _Sampler:
-    """The order as a batch sampler."""
-
-    def __init__(self, order: Order) -> None:
-        self.order = order
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.order)
-
-    def __len__(self) -> int:
-        return len(self.order)
 
 
 def recipe_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -421,23 +433,14 @@ def _accelerator(device: str | None) -> Any:
         raise TrainingError("device='cuda' was asked for, but this torch finds no GPU.")
     # Layers that the losses do not reach, such as a classifier in distillation, have no gradients.
     handler = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
-    return accelerate.Accelerator(cpu=device == "cpu", kwargs_handlers=[handler])
-
-
-def micro_batches(
-    batch: dict[str, Any], size: int | None
-) -> Iterator[tuple[dict[str, Any], float]]:
-    """Parts of a batch and their shares of it."""
-    total = len(batch["keys"])
-    if not total:
-        raise DataError("A batch holds no images.")
-    step = total if size is None else min(size, total)
-    for start in range(0, total, step):
-        part = {name: value[start : start + step] for name, value in batch.items()}
-        yield part, len(part["keys"]) / total
-
-
-def move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {
-        k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()
-    }
+    try:
+        accelerator = accelerate.Accelerator(cpu=device == "cpu", kwargs_handlers=[handler])
+        taken = device is not None and accelerator.device.type != device
+        reason = f"accelerate keeps to {accelerator.device.type}" if taken else ""
+    except ValueError as error:
+        reason = str(error)
+    if reason:
+        raise TrainingError(
+            f"device={device!r} is not to be had in this process ({reason}); start another one for it."
+        )
+    return accelerator
