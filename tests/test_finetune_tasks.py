@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import dwattn
 from dwattn.cli import app
+from dwattn.data import Batch
 from dwattn.errors import DataError, TrainingError
 from dwattn.finetune import (
     Augment,
@@ -34,6 +35,7 @@ from dwattn.finetune import (
     segmenter,
     train_in_stages,
 )
+from dwattn.finetune.features import FeatureReader
 from dwattn.geometry import Geometry
 from support.models import BY_NAME, hub_vit
 from support.surgery import plan_for, shims
@@ -137,6 +139,23 @@ def test_split_heads_leave_the_backbone_alone(name: str) -> None:
     assert any(n.startswith("prior.") for n in moved)
     with pytest.raises(TrainingError, match="task_blocks=4"):
         SplitHead(model, LinearHead(48, 3), task_blocks=4)
+
+
+@pytest.mark.parametrize(
+    "name", ["timm-eva02", "timm-dinov3", "hub-dinov3", "hf-dinov3", "hf-clip", "hf-siglip"]
+)
+def test_split_heads_call_their_blocks_as_the_backbone_does(name: str) -> None:
+    """Fresh copies give the tokens of the originals, rotary positions and masks included."""
+    family = BY_NAME[name]
+    model, pixels = family.build(), family.images(2)
+    head = SplitHead(model, LinearHead(48, 3), task_blocks=2, prior_blocks=[-1])
+    task = Task(model, head, frozen=True).eval()
+    seen: list[torch.Tensor] = []
+    head.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    task.predict(pixels)
+    with torch.no_grad():
+        expected = FeatureReader(model, [-1])(Batch(pixels, 2, pixels)).blocks[0]
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=0)
 
 
 def test_heads_read_what_they_say() -> None:
