@@ -19,8 +19,10 @@ from dwattn.finetune import (
     Evaluate,
     FeatureReader,
     Features,
+    LinearHead,
     Order,
     Recipe,
+    SplitHead,
     Targets,
     Views,
     distill_loss,
@@ -30,6 +32,7 @@ from dwattn.finetune import (
 )
 from dwattn.finetune.distill import relative_error
 from support.models import BY_NAME, FAMILIES, hub_vit, only
+from support.more_families import MULTIHEAD
 from support.surgery import plan_for
 
 FAMILY = BY_NAME["hub-reg4"]
@@ -138,6 +141,34 @@ def test_param_groups_keep_decay_off_kernels() -> None:
     assert not any(n.endswith("bias") or "norm" in n or "token" in n for n in decayed)
     assert sum(len(g["params"]) for g in groups) == len(names)
     torch.optim.AdamW(groups)
+
+
+UNDECAYED = [f for f in [*FAMILIES, *MULTIHEAD] if f.name in (
+    "timm-deit", "timm-siglip", "hf-deit", "hf-siglip", "hub-dinov3", "torchvision", "open-clip"
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", UNDECAYED, ids=str)
+def test_only_matrices_decay(family: Any) -> None:
+    """Tokens, positions and pooling queries have names of their own in each library."""
+    model = family.build()
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed = [names[id(p)] for g in param_groups(model) if g["weight_decay"] for p in g["params"]]
+    assert decayed
+    assert all(n.endswith("weight") and "position" not in n for n in decayed)
+
+
+def test_kernels_never_decay() -> None:
+    """Those of static prefix rows and of blocks that a head copies neither."""
+    small = ("kernel", "kappa", "mu", "beta", "prefix_rows.a", "prefix_rows.b")
+    model = converted(prefix="static")
+    head = SplitHead(model, LinearHead(48, 2), task_blocks=2)
+    for groups in (param_groups(model), param_groups(model, head=head, train="head")):
+        trained = {id(p): g for g in groups for p in g["params"]}
+        named = [*model.named_parameters(), *head.named_parameters()]
+        found = [trained[id(p)] for n, p in named if id(p) in trained and n.endswith(small)]
+        assert found
+        assert not any(group["weight_decay"] for group in found)
 
 
 def test_param_groups_freeze_what_is_outside() -> None:
