@@ -20,6 +20,7 @@ from dwattn.finetune import (
     FeatureReader,
     Features,
     LinearHead,
+    MaskedViews,
     Order,
     Recipe,
     SplitHead,
@@ -338,6 +339,18 @@ def test_a_mask_moves_with_its_image() -> None:
         assert moved is not None
         agree = ((pixels[0] > 0.5).to(torch.uint8) == moved).float().mean()
         assert float(agree) > 0.95
+
+
+@pytest.mark.parametrize("size", [(14, 28), (42, 42), (161, 161)])
+def test_a_resized_mask_lies_where_its_image_does(size: tuple[int, int]) -> None:
+    """The classes are row numbers, and so are the pixels."""
+    mask = torch.arange(98, dtype=torch.uint8)[:, None].expand(98, 98)
+    image, moved = Augment(size=size)(mask.float().expand(3, -1, -1), 0, (0, 0), mask)
+    assert moved is not None
+    data = MaskedViews(torch.zeros(1, 3, 98, 98), mask[None], 98, mask_size=size)
+    for rows in (moved, data[0, 0]["mask"]):
+        apart = (rows - image[0]).mean() * size[0] / 98
+        assert abs(float(apart)) < 0.15
 
 
 def test_the_rate_warms_up_and_falls() -> None:

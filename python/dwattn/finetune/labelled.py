@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dwattn.data import (
@@ -21,7 +20,7 @@ from dwattn.data import (
     open_image,
 )
 from dwattn.errors import DataError
-from dwattn.finetune.views import Augment, Item, Key, Views
+from dwattn.finetune.views import Augment, Item, Key, Views, resized_mask
 
 #: Pixels of this class count neither in the loss nor in mIoU.
 IGNORE = 255
@@ -90,7 +89,7 @@ class MaskedViews(Views):
         image, mask = self.view(key, self.load_mask(key[0]))
         assert mask is not None
         if self.mask_size is not None and mask.shape != self.mask_size:
-            mask = F.interpolate(mask[None, None].float(), self.mask_size, mode="nearest")[0, 0]
+            mask = resized_mask(mask, self.mask_size)
         return {"pixels": image, "key": key, "mask": mask.long()}
 
     def load_mask(self, index: int) -> Tensor:
