@@ -220,6 +220,16 @@ def test_layer_scale_of_zero_is_survived() -> None:
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+def test_frames_of_one_colour_are_survived() -> None:
+    """The video that calibration gets may begin with a black screen; there too values may lie far from zero."""
+    model = tiny_vit()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.bias[-16:] += 100
+    replace(model, [0, 1], calibrate=torch.full((16, 3, 16, 24), -2.0), views=1)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
 def test_the_last_block_and_one_photo() -> None:
     model = tiny_vit()
     report = replace(model, [2], calibrate=images(1))
