@@ -308,6 +308,7 @@ def test_loader_forms_agree() -> None:
         ({"calibrate": torch.full((4, 3, 16, 24), float("nan"))}, DataError, "NaN"),
         ({"refit": "everything"}, CalibrationError, "everything"),
         ({"held_out": 1.5}, CalibrationError, "1.5"),
+        ({"held_out": 0.75}, CalibrationError, "0.75.*0.5"),
         ({"amp": "fp8"}, CalibrationError, "no, bf16, fp16"),
         ({"epochs": 3}, CalibrationError, "epochs"),
         ({"photos": 0, "views": 1}, CalibrationError, "photos=0"),
