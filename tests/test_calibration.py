@@ -194,6 +194,23 @@ def test_an_interrupted_calibration_leaves_the_model(failure: type[BaseException
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize(("name", "block"), [("mlp.fc2", 1), ("attn.proj", 2)])
+def test_weights_that_blocks_share_are_left_alone(name: str, block: int) -> None:
+    """With the second block replaced, this layer is corrected, unless the first block holds its weights too."""
+    corrected = []
+    for shared in (False, True):
+        model = tiny_vit()
+        first, later = (model.blocks[i].get_submodule(name) for i in (0, block))
+        first.load_state_dict(later.state_dict())
+        if shared:
+            first.weight, first.bias = later.weight, later.bias
+        before = state(first)
+        found = replace(model, [1], calibrate=images(64)).calibration
+        assert same(state(first), before)
+        corrected.append(f"blocks.{block}.{name}.weight" in found.updates)
+    assert corrected == [True, False]
+
+
 def test_restore_undoes_the_refit_of_other_layers() -> None:
     model = tiny_vit()
     before = state(model)
