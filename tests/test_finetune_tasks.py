@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +247,34 @@ def test_a_folder_of_masks(tmp_path: Path) -> None:
     assert item["pixels"].shape == (3, 8, 8)
     assert item["mask"].tolist() == [[0, 0, 1, 1]] * 4
     assert set(data[2, 0]["mask"].unique().tolist()) == {0, 255}
+
+
+@pytest.mark.parametrize(("bits", "highest"), [(2, 3), (4, 15)])
+def test_masks_of_few_bits_keep_their_classes(bits: int, highest: int, tmp_path: Path) -> None:
+    """Readers of images spread the greys of such files over 0 to 255, where the last would count as no class."""
+    save_image(tmp_path / "images" / "0.jpg", (8, 1))
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    pixels = [0, 1, 2, 3, 0, 0, highest, highest]
+    row = int("".join(f"{p:0{bits}b}" for p in pixels), 2).to_bytes(bits, "big")
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "0.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 1, bits, 0, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"\0" + row))
+        + chunk(b"IEND", b"")
+    )
+    data = MaskFolder(tmp_path / "images", tmp_path / "masks", (1, 8), highest + 1)
+    assert data[0, 0]["mask"].tolist() == [pixels]
+
+
+def test_as_many_classes_as_a_byte_has_values() -> None:
+    masks = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
+    assert MaskedViews(torch.zeros(1, 3, 16, 16), masks, 256)[0, 0]["mask"].max() == 255
 
 
 def test_faults_of_masks_are_named(tmp_path: Path) -> None:

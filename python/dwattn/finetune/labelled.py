@@ -203,14 +203,23 @@ def _read_mask(path: Path, image: Path, size: tuple[int, int], classes: int) -> 
         raise DataError(
             f"The mask {path} has the mode {mask.mode}; one grey or palette value a pixel is its class."
         )
-    values = torch.from_numpy(np.asarray(mask, dtype=np.uint8).copy())
+    spread = _spread(path) if mask.mode == "L" else 1
+    values = torch.from_numpy(np.asarray(mask, dtype=np.uint8) // spread)
     _check_range(values, classes, f"The mask {path}", IGNORE)
     fitted = fit(Image.fromarray(values.numpy()), size, Image.Resampling.NEAREST)
     return torch.from_numpy(np.asarray(fitted, dtype=np.uint8).copy())
 
 
+def _spread(path: Path) -> int:
+    """The factor by which PIL multiplies the grey values of a PNG file of 2 or 4 bits, so that they reach 255."""
+    with path.open("rb") as file:
+        header = file.read(25)
+    bits = header[24] if header.startswith(b"\x89PNG") else 8
+    return 255 // (2**bits - 1) if bits in (2, 4) else 1
+
+
 def _check_range(values: Tensor, classes: int, what: str, ignore: int | None = None) -> None:
-    found = values.unique()
+    found = values.unique().long()  # 256 classes are more than bytes can be compared with
     wrong = found[(found < 0) | (found >= classes)]
     if ignore is not None:
         wrong = wrong[wrong != ignore]
