@@ -129,6 +129,12 @@ def test_maps_in_the_unit_interval() -> None:
             Targets(**wrong)
 
 
+def test_targets_that_a_model_lacks_are_refused() -> None:
+    model, targets = BY_NAME["timm-no-class"].build(), Targets(cosine=0, prefix=0.5)
+    with pytest.raises(TrainingError, match=r"prefix=0\.5 is the only target"):
+        Distillation(model, copy.deepcopy(model), targets=targets)
+
+
 def test_param_groups_keep_decay_off_kernels() -> None:
     model = converted("lowrank_dw")
     groups = param_groups(model, lr=1e-3, kernel_lr=7.0, weight_decay=0.1)
