@@ -194,6 +194,23 @@ def test_an_interrupted_calibration_leaves_the_model(failure: type[BaseException
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize(("name", "block"), [("mlp.fc2", 1), ("attn.proj", 2)])
+def test_weights_that_blocks_share_are_left_alone(name: str, block: int) -> None:
+    """With the second block replaced, this layer is corrected, unless the first block holds its weights too."""
+    corrected = []
+    for shared in (False, True):
+        model = tiny_vit()
+        first, later = (model.blocks[i].get_submodule(name) for i in (0, block))
+        first.load_state_dict(later.state_dict())
+        if shared:
+            first.weight, first.bias = later.weight, later.bias
+        before = state(first)
+        found = replace(model, [1], calibrate=images(64)).calibration
+        assert same(state(first), before)
+        corrected.append(f"blocks.{block}.{name}.weight" in found.updates)
+    assert corrected == [True, False]
+
+
 def test_restore_undoes_the_refit_of_other_layers() -> None:
     model = tiny_vit()
     before = state(model)
@@ -217,6 +234,16 @@ def test_layer_scale_of_zero_is_survived() -> None:
         model.blocks[0].ls1.gamma[:4] = 0
         model.blocks[0].ls2.gamma[:] = 0
     replace(model, [0])
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_frames_of_one_colour_are_survived() -> None:
+    """The video that calibration gets may begin with a black screen; there too values may lie far from zero."""
+    model = tiny_vit()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.bias[-16:] += 100
+    replace(model, [0, 1], calibrate=torch.full((16, 3, 16, 24), -2.0), views=1)
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -298,6 +325,7 @@ def test_loader_forms_agree() -> None:
         ({"calibrate": torch.full((4, 3, 16, 24), float("nan"))}, DataError, "NaN"),
         ({"refit": "everything"}, CalibrationError, "everything"),
         ({"held_out": 1.5}, CalibrationError, "1.5"),
+        ({"held_out": 0.75}, CalibrationError, "0.75.*0.5"),
         ({"amp": "fp8"}, CalibrationError, "no, bf16, fp16"),
         ({"epochs": 3}, CalibrationError, "epochs"),
         ({"photos": 0, "views": 1}, CalibrationError, "photos=0"),

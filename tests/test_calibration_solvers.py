@@ -11,6 +11,7 @@ from dwattn.calibration import ridge
 from dwattn.calibration.lowrank import OutputCovariance, output_directions
 from dwattn.calibration.ridge import CorrectionFit
 from dwattn.calibration.stencil import PrefixFit, StencilFit
+from dwattn.errors import CalibrationError
 from dwattn.geometry import Geometry
 
 
@@ -33,12 +34,31 @@ class TestCorrectionFit:
 
     def test_moment_error_equals_direct_error(self) -> None:
         features, error, _weight, _bias = self.data(noise=1.0)
-        fit = CorrectionFit(6, 3, torch.device("cpu"))
+        moments = ridge._Moments(6, 3, torch.device("cpu"), centred=True)
         for f, e in zip(features.split(50), error.split(50), strict=True):
-            fit.add(f, e, held_out=False)
+            moments.add(f, e)
         guess, offset = torch.randn(3, 6).double(), torch.randn(3).double()
         direct = (error - features @ guess.T - offset).square().sum(1).mean()
-        assert fit.fit.error(guess.T, offset) == pytest.approx(float(direct), rel=1e-10)
+        assert moments.error(guess.T, offset) == pytest.approx(float(direct), rel=1e-10)
+
+    def test_a_large_mean_costs_no_accuracy(self) -> None:
+        """In fp32 the squares of the mean would be rounded by more than the variance."""
+        features, error, weight, bias = self.data(noise=0.0)
+        moved, bias = (features + 3000).float(), bias - 3000 * weight.sum(1)
+        fit = CorrectionFit(6, 3, torch.device("cpu"))
+        fit.add(moved[:300], error[:300].float(), held_out=False)
+        fit.add(moved[300:], error[300:].float(), held_out=True)
+        found = fit.solve()
+        assert (found.weight - weight).abs().max() < 1e-3
+        assert (found.bias - bias).abs().max() < 1e-3 * bias.abs().max()
+
+    def test_features_that_never_vary_are_named(self) -> None:
+        fit = CorrectionFit(6, 3, torch.device("cpu"), bias=False)
+        for held_out in (False, True):
+            fit.add(torch.zeros(10, 6), torch.ones(10, 3), held_out=held_out)
+        fit.fit.ff -= 1e-20  # what rounding may leave
+        with pytest.raises(CalibrationError, match="may be constant"):
+            fit.solve()
 
     def test_a_correction_that_hurts_on_held_out_images_is_dropped(self) -> None:
         """The held-out error has the opposite slope: every ridge strength would make it worse."""

@@ -19,8 +19,11 @@ from dwattn.finetune import (
     Evaluate,
     FeatureReader,
     Features,
+    LinearHead,
+    MaskedViews,
     Order,
     Recipe,
+    SplitHead,
     Targets,
     Views,
     distill_loss,
@@ -31,6 +34,7 @@ from dwattn.finetune import (
 )
 from dwattn.finetune.distill import relative_error
 from support.models import BY_NAME, FAMILIES, hub_vit, only
+from support.more_families import MULTIHEAD
 from support.surgery import plan_for
 
 FAMILY = BY_NAME["hub-reg4"]
@@ -151,6 +155,12 @@ def test_maps_in_the_unit_interval() -> None:
             Targets(**wrong)
 
 
+def test_targets_that_a_model_lacks_are_refused() -> None:
+    model, targets = BY_NAME["timm-no-class"].build(), Targets(cosine=0, prefix=0.5)
+    with pytest.raises(TrainingError, match=r"prefix=0\.5 is the only target"):
+        Distillation(model, copy.deepcopy(model), targets=targets)
+
+
 def test_param_groups_keep_decay_off_kernels() -> None:
     model = converted("lowrank_dw")
     groups = param_groups(model, lr=1e-3, kernel_lr=7.0, weight_decay=0.1)
@@ -164,6 +174,34 @@ def test_param_groups_keep_decay_off_kernels() -> None:
     assert not any(n.endswith("bias") or "norm" in n or "token" in n for n in decayed)
     assert sum(len(g["params"]) for g in groups) == len(names)
     torch.optim.AdamW(groups)
+
+
+UNDECAYED = [f for f in [*FAMILIES, *MULTIHEAD] if f.name in (
+    "timm-deit", "timm-siglip", "hf-deit", "hf-siglip", "hub-dinov3", "torchvision", "open-clip"
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", UNDECAYED, ids=str)
+def test_only_matrices_decay(family: Any) -> None:
+    """Tokens, positions and pooling queries have names of their own in each library."""
+    model = family.build()
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed = [names[id(p)] for g in param_groups(model) if g["weight_decay"] for p in g["params"]]
+    assert decayed
+    assert all(n.endswith("weight") and "position" not in n for n in decayed)
+
+
+def test_kernels_never_decay() -> None:
+    """Those of static prefix rows and of blocks that a head copies neither."""
+    small = ("kernel", "kappa", "mu", "beta", "prefix_rows.a", "prefix_rows.b")
+    model = converted(prefix="static")
+    head = SplitHead(model, LinearHead(48, 2), task_blocks=2)
+    for groups in (param_groups(model), param_groups(model, head=head, train="head")):
+        trained = {id(p): g for g in groups for p in g["params"]}
+        named = [*model.named_parameters(), *head.named_parameters()]
+        found = [trained[id(p)] for n, p in named if id(p) in trained and n.endswith(small)]
+        assert found
+        assert not any(group["weight_decay"] for group in found)
 
 
 def test_param_groups_freeze_what_is_outside() -> None:
@@ -333,6 +371,18 @@ def test_a_mask_moves_with_its_image() -> None:
         assert moved is not None
         agree = ((pixels[0] > 0.5).to(torch.uint8) == moved).float().mean()
         assert float(agree) > 0.95
+
+
+@pytest.mark.parametrize("size", [(14, 28), (42, 42), (161, 161)])
+def test_a_resized_mask_lies_where_its_image_does(size: tuple[int, int]) -> None:
+    """The classes are row numbers, and so are the pixels."""
+    mask = torch.arange(98, dtype=torch.uint8)[:, None].expand(98, 98)
+    image, moved = Augment(size=size)(mask.float().expand(3, -1, -1), 0, (0, 0), mask)
+    assert moved is not None
+    data = MaskedViews(torch.zeros(1, 3, 98, 98), mask[None], 98, mask_size=size)
+    for rows in (moved, data[0, 0]["mask"]):
+        apart = (rows - image[0]).mean() * size[0] / 98
+        assert abs(float(apart)) < 0.15
 
 
 def test_the_rate_warms_up_and_falls() -> None:

@@ -13,7 +13,9 @@ import dwattn
 from dwattn.errors import CheckpointError, TrainingError
 from dwattn.finetune import (
     Annealing,
+    Callback,
     Distillation,
+    Evaluate,
     Recipe,
     SubsetGate,
     Trainer,
@@ -37,6 +39,17 @@ def tokens(family: Any, model: nn.Module, count: int = 2) -> torch.Tensor:
         return family.tokens(model, family.images(count))
 
 
+class Sampled(Callback):
+    """Notes the gates of a run's steps."""
+
+    def __init__(self, gate: SubsetGate) -> None:
+        self.gate = gate
+        self.gates: list[torch.Tensor] = []
+
+    def on_step(self, trainer: Trainer, step: int, losses: dict[str, float]) -> None:
+        self.gates.append(self.gate().detach())
+
+
 def test_gates_are_shares_and_harden() -> None:
     gate = SubsetGate(6, 2, seed=3)
     gate.learning = True
@@ -56,6 +69,43 @@ def test_gates_are_shares_and_harden() -> None:
     gate.learning = False
     assert gate().tolist() == [0, 0, 1, 0, 1, 0]
     assert gate.chosen() == [2, 4]
+
+
+def test_scores_far_apart_make_subsets_too() -> None:
+    """The first slot's choice lies above the others by more than the logarithm of the least number near 1."""
+    gate = SubsetGate(6, 3)
+    gate.learning = True
+    with torch.no_grad():
+        gate.scores[0], gate.scores[3] = 60.0, 25.0
+    gate.at(100, 100)
+    gates = gate()
+    assert gates.round().sum() == 3
+    assert gates[[0, 3]].tolist() == pytest.approx([1, 1])
+    (gates * torch.arange(6.0)).sum().backward()
+    assert gate.scores.grad is not None
+    assert torch.isfinite(gate.scores.grad).all()
+
+
+@pytest.mark.parametrize("first", ["evaluation", "annealing"])
+def test_a_run_evaluates_the_subset_itself(first: str) -> None:
+    pytest.importorskip("accelerate", reason="training needs the train extra")
+    family = BY_NAME["hub-reg4"]
+    model = family.build()
+    gate, seen = add_gates(model, 2), []
+    callbacks: list[Callback] = [
+        Evaluate(lambda _: seen.append((gate().tolist(), gate.chosen())) or {}, 2),
+        Annealing(gate),
+    ]
+    sampled = Sampled(gate)
+    run = Trainer(
+        Distillation(model), Views(family.images(4)), Recipe(steps=6, batch_size=2),
+        callbacks=[*(callbacks if first == "evaluation" else callbacks[::-1]), sampled],
+        device="cpu", progress=False,
+    )  # fmt: skip
+    run.fit()
+    assert len(seen) == 3
+    assert all(gates == [float(i in chosen) for i in range(4)] for gates, chosen in seen)
+    assert any(not gates.equal(gates.round()) for gates in sampled.gates)
 
 
 def test_the_relaxation_samples_subsets_as_it_should() -> None:
@@ -135,7 +185,8 @@ def test_settling_keeps_what_was_trained(family: Any, granularity: Any) -> None:
 
 
 def test_a_run_finds_the_block_that_does_not_matter() -> None:
-    """The only layer whose attention does nothing is the one to replace; its scores start level."""
+    """The only layer whose attention does nothing is the one to replace; its scores start level, and end so far apart
+    that the noise rarely changes the subset."""
     pytest.importorskip("accelerate", reason="training needs the train extra")
     family = BY_NAME["hub-reg4"]
     model = family.build()
@@ -145,14 +196,15 @@ def test_a_run_finds_the_block_that_does_not_matter() -> None:
     gate = add_gates(model, 1, seed=5)
     module = Distillation(model)
     assert torch.equal(tokens(family, teacher(model)), tokens(family, original))
-    groups = param_groups(module, lr=3e-3, weight_decay=0.0)
-    assert any(gate.scores is p for g in groups if g["name"] == "kernels" for p in g["params"])
-    recipe = Recipe(steps=60, batch_size=4, lr=3e-3, weight_decay=0.0, seed=1)
+    found = {g["name"]: g for g in param_groups(module, lr=1e-4, gate_lr=0.25)}["gates"]
+    assert (found["params"], found["lr"], found["weight_decay"]) == ([gate.scores], 0.25, 0.0)
+    recipe, sampled = Recipe(steps=60, batch_size=4, gate_lr=0.25, seed=1), Sampled(gate)
     run = Trainer(
-        module, Views(family.images(16)), recipe, groups=groups, callbacks=[Annealing(gate)],
+        module, Views(family.images(16)), recipe, callbacks=[Annealing(gate), sampled],
         device="cpu", progress=False,
     )  # fmt: skip
     run.fit()
+    assert [int(gates.argmax()) for gates in sampled.gates[-15:]].count(2) >= 13
     assert gate.temperature == pytest.approx(1e-3)
     assert not gate.learning
     assert [layer.name for layer in learned_plan(model).layers] == ["blocks.2.attn"]

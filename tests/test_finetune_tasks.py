@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 
 import dwattn
 from dwattn.cli import app
+from dwattn.data import Batch
 from dwattn.errors import DataError, TrainingError
 from dwattn.finetune import (
     Augment,
@@ -35,6 +38,7 @@ from dwattn.finetune import (
     segmenter,
     train_in_stages,
 )
+from dwattn.finetune.features import FeatureReader
 from dwattn.geometry import Geometry
 from support.models import BY_NAME, hub_vit
 from support.surgery import plan_for, shims
@@ -171,6 +175,23 @@ def test_split_heads_leave_the_backbone_alone(name: str) -> None:
         SplitHead(model, LinearHead(48, 3), task_blocks=4)
 
 
+@pytest.mark.parametrize(
+    "name", ["timm-eva02", "timm-dinov3", "hub-dinov3", "hf-dinov3", "hf-clip", "hf-siglip"]
+)
+def test_split_heads_call_their_blocks_as_the_backbone_does(name: str) -> None:
+    """Fresh copies give the tokens of the originals, rotary positions and masks included."""
+    family = BY_NAME[name]
+    model, pixels = family.build(), family.images(2)
+    head = SplitHead(model, LinearHead(48, 3), task_blocks=2, prior_blocks=[-1])
+    task = Task(model, head, frozen=True).eval()
+    seen: list[torch.Tensor] = []
+    head.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    task.predict(pixels)
+    with torch.no_grad():
+        expected = FeatureReader(model, [-1])(Batch(pixels, 2, pixels)).blocks[0]
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=0)
+
+
 def test_heads_read_what_they_say() -> None:
     tokens, geometry = torch.randn(2, 1 + 6, 8), Geometry(2, 3, 1)
     mean, cls = LinearHead(8, 4), LinearHead(8, 4, "cls")
@@ -285,6 +306,34 @@ def test_a_folder_of_masks(tmp_path: Path) -> None:
     assert item["pixels"].shape == (3, 8, 8)
     assert item["mask"].tolist() == [[0, 0, 1, 1]] * 4
     assert set(data[2, 0]["mask"].unique().tolist()) == {0, 255}
+
+
+@pytest.mark.parametrize(("bits", "highest"), [(2, 3), (4, 15)])
+def test_masks_of_few_bits_keep_their_classes(bits: int, highest: int, tmp_path: Path) -> None:
+    """Readers of images spread the greys of such files over 0 to 255, where the last would count as no class."""
+    save_image(tmp_path / "images" / "0.jpg", (8, 1))
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    pixels = [0, 1, 2, 3, 0, 0, highest, highest]
+    row = int("".join(f"{p:0{bits}b}" for p in pixels), 2).to_bytes(bits, "big")
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "0.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 1, bits, 0, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"\0" + row))
+        + chunk(b"IEND", b"")
+    )
+    data = MaskFolder(tmp_path / "images", tmp_path / "masks", (1, 8), highest + 1)
+    assert data[0, 0]["mask"].tolist() == [pixels]
+
+
+def test_as_many_classes_as_a_byte_has_values() -> None:
+    masks = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
+    assert MaskedViews(torch.zeros(1, 3, 16, 16), masks, 256)[0, 0]["mask"].max() == 255
 
 
 def test_faults_of_masks_are_named(tmp_path: Path) -> None:

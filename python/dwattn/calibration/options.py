@@ -23,7 +23,7 @@ class CalibrationOptions:
         views: how often each photo is used: itself, as a mirrored random crop, then in mosaics of four photos.
         refit: which linear layers are corrected: ``all`` that write to the residual stream behind the first
             replacement, those of ``replaced`` blocks, only the ``attention`` output of replaced layers, or ``none``.
-        held_out: share of the photos on which ridge strengths are judged.
+        held_out: share of the photos on which ridge strengths are judged: each ``1 / held_out``-th, at most every other.
         rank: of ``lowrank_dw``: ``{"fidelity": share}`` chooses each layer's width as the least that keeps this
             share of its output energy; anything else keeps the width the layer was built with.
         amp: dtype in which both models' blocks compute, ``bf16`` or ``fp16`` by autocast; token streams, what is
@@ -64,7 +64,9 @@ class CalibrationOptions:
                 f"photos={self.photos} says that the images are views of so many photos already: it must be at least 1, "
                 f"and views={self.views} must be 1."
             )
-        if not 0 < self.held_out < 1:
-            raise CalibrationError(f"held_out={self.held_out} must be a share between 0 and 1.")
+        if not 0 < self.held_out <= 0.5:
+            raise CalibrationError(
+                f"held_out={self.held_out} must be a share above 0 and at most 0.5."
+            )
         if self.fidelity is not None and not 0 < self.fidelity <= 1:
             raise CalibrationError(f"fidelity={self.fidelity} must lie in (0, 1].")

@@ -7,7 +7,8 @@ A pretrained layer ``y = f W^T + b`` misses its target by ``e``. The correction 
 so ``lambda -> inf`` keeps the pretrained weights. Only second moments are kept: ``cov(f)`` and ``cov(f, e)``,
 once for the images that are fitted and once for the images that are held out. The strength is the one with
 the least held-out error; the final fit uses all images. Sums are formed in fp32 products of at most one chunk
-of tokens and accumulated in fp64; all solves are fp64.
+of tokens and accumulated in fp64; all solves are fp64. Where the layer has a bias, features are taken less their mean
+in the first chunk, so that a large mean does not drown ``cov(f)`` in the rounding of the products.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from dwattn.errors import CalibrationError
 
 #: Strengths tried, relative to the mean feature variance: half decades from 10 down to 1e-4, until the held-out
 #: error rises.
@@ -121,22 +124,36 @@ class CorrectionFit:
     ) -> None:
         self.fit = _Moments(features, targets, device, centred=bias)
         self.held_out = _Moments(features, targets, device, centred=bias)
+        self._origin = torch.zeros(features, device=device)
 
     def add(self, features: Tensor, error: Tensor, *, held_out: bool) -> None:
         """``features (..., p)`` and ``error (..., q)`` of tokens of images on one side of the split."""
         moments = self.held_out if held_out else self.fit
-        moments.add(features.flatten(0, -2), error.flatten(0, -2))
+        features = features.flatten(0, -2)
+        if moments.centred:
+            if not self.fit.count + self.held_out.count:
+                self._origin = features.mean(0)
+            features = features - self._origin
+        moments.add(features, error.flatten(0, -2))
 
     def solve(self) -> Correction:
         """The correction with the least held-out error; zero if none lowers it.
 
         Without held-out images (a single photo) nothing can be judged and the strongest shrinkage is used.
+
+        Raises:
+            CalibrationError: the features are the same everywhere.
         """
         judged = self.held_out.count > 0
         best, best_error = None, self.held_out.energy() * (1 - MIN_GAIN) if judged else float("inf")
         previous = float("inf")
         for strength in STRENGTHS if judged else STRENGTHS[:1]:
-            weight, bias = _solve(self.fit, strength)
+            try:
+                weight, bias = _solve(self.fit, strength)
+            except CalibrationError:
+                if strength == STRENGTHS[0]:
+                    raise
+                break  # weaker ones fail too
             error = self.held_out.error(weight, bias) if judged else 0.0
             if error < best_error:
                 best, best_error = strength, error
@@ -149,16 +166,23 @@ class CorrectionFit:
         weight, bias = _solve(everything, best)
         held_out = best_error / max(self.held_out.energy(), 1e-300) if judged else float("nan")
         fitted = everything.error(weight, bias) / max(everything.energy(), 1e-300)
+        bias = bias - self._origin.double() @ weight
         return Correction(weight.T.contiguous(), bias, best, held_out, fitted)
 
 
 def _solve(moments: _Moments, strength: float) -> tuple[Tensor, Tensor]:
     """``(p, q)`` weights and ``(q)`` bias at one ridge strength."""
     cov, cross = moments.covariances()
-    ridge = strength * cov.diagonal().mean().clamp(min=1e-30)
-    factor = torch.linalg.cholesky(
+    spread = cov.diagonal().mean()
+    ridge = strength * spread.clamp(min=1e-30)
+    factor, failed = torch.linalg.cholesky_ex(
         cov + ridge * torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
     )
+    if failed:
+        raise CalibrationError(
+            f"The inputs of a layer hardly vary (mean variance {float(spread):.2g}), so that nothing can be fitted to "
+            f"them: the images may be constant. Calibrate on more varied ones."
+        )
     weight = torch.cholesky_solve(cross, factor)
     bias = (moments.e - moments.f @ weight) / moments.count
     return weight, bias if moments.centred else torch.zeros_like(bias)

@@ -27,11 +27,30 @@ class _Captured(Exception):
 
 @dataclass(frozen=True)
 class BlockCall:
-    """How the model calls its blocks, beyond the tokens: remembered from the first block and replayed."""
+    """How the model calls a block, beyond the tokens: remembered and replayed."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     token_key: str | None
+
+    @classmethod
+    def noted(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+        """The tokens ``(B, N, D)`` that a block was called with, and the rest of the call."""
+        args, key = tuple(map(_only, args)), None
+        if not args:
+            key = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+        tokens: Tensor = kwargs[key] if key else args[0]
+        return tokens, cls(args[1:], {k: v for k, v in kwargs.items() if k != key}, key)
+
+    def for_any_images(self, images: int) -> BlockCall:
+        """The same call of ``images`` images, for any number of them.
+
+        Raises:
+            CalibrationError: it has another value for each image.
+        """
+        args = tuple(_for_any_images(value, images) for value in self.args)
+        kwargs = {k: _for_any_images(v, images) for k, v in self.kwargs.items()}
+        return BlockCall(args, kwargs, self.token_key)
 
     def __call__(self, block: nn.Module, tokens: Tensor) -> Tensor:
         if self.token_key is None:
@@ -52,13 +71,8 @@ def embed(
     seen: list[tuple[Tensor, BlockCall]] = []
 
     def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        args, key = tuple(map(_only, args)), None
-        if not args:
-            key = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-        tokens = kwargs[key] if key else args[0]
-        kept = {k: _for_any_images(v, len(tokens)) for k, v in kwargs.items() if k != key}
-        rest = tuple(_for_any_images(value, len(tokens)) for value in args[1:])
-        seen.append((tokens, BlockCall(rest, kept, key)))
+        tokens, call = BlockCall.noted(args, kwargs)
+        seen.append((tokens, call.for_any_images(len(tokens))))
         raise _Captured
 
     handle = layout.blocks[0].module.register_forward_pre_hook(capture, with_kwargs=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -91,6 +92,7 @@ class _Sweep:
     ) -> None:
         self.layout, self.replacements, self.options = layout, replacements, options
         self.result = CalibrationResult()
+        self.holders = Counter(id(p) for site in layout.blocks for p in site.module.parameters())
         self.original, self.call, self.num_held_out = self._embed(model, data)
         self.converted = self.original
         #: Whether corrections of blocks that stay still help; a block in which none did ends them until the next
@@ -200,7 +202,7 @@ class _Sweep:
                 attention = self._correct_attention(site, runner, middle)
         del middle
         wanted = self.refits or (corrects and self.options.refit == "replaced" and shim is not None)
-        if wanted and site.mlp_out is not None:
+        if wanted and site.mlp_out is not None and not self._shared(site.mlp_out):
             attention = self._attention(site, runner) if attention is None else attention
             self._correct_mlp(site, runner, site.mlp_out, attention)
         if shim is None and self.refits:
@@ -211,6 +213,10 @@ class _Sweep:
         else:
             self.converted = self._move_on(site, runner, attention)
         self._check(site)
+
+    def _shared(self, linear: nn.Linear) -> bool:
+        """Whether several blocks hold its weights: what helps one of them would change the others."""
+        return any(self.holders[id(parameter)] > 1 for parameter in linear.parameters())
 
     def _attention(self, site: BlockSite, runner: BlockRunner) -> Tensor:
         """What the attention layer of the converted block returns, ``(M, N, D)``."""
@@ -319,10 +325,12 @@ class _Sweep:
     def _correct_attention(
         self, site: BlockSite, runner: BlockRunner, middle: Tensor
     ) -> Tensor | None:
-        """Correct Wo of an attention layer that stays; what the layer returns then, None if there is no Wo."""
-        proj = _output_projection(runner.attention)
-        if proj is None:
+        """Correct Wo of an attention layer that stays; what the layer returns then, None if no Wo can be corrected."""
+        own = _output_projection(site.attention)
+        if own is None or self._shared(own):
             return None
+        proj = runner.counterpart(own)
+        assert isinstance(proj, nn.Linear)
         weights = _weights(runner)
         rotary = runner.rotary(self.converted[:1], _convention(site))
         kept = self.converted.new_empty(*self.converted.shape[:2], proj.in_features)

@@ -162,6 +162,9 @@ class Distillation(nn.Module):
         targets: see :class:`Targets`.
         output: gets a tensor out of the model's result where ``targets.output`` is used.
         cache: bytes of memory for the teacher's features of views that come again; 0 for none.
+
+    Raises:
+        TrainingError: the teacher is the student, or the model has nothing of what ``targets`` names.
     """
 
     def __init__(
@@ -184,6 +187,14 @@ class Distillation(nn.Module):
         self._indices = blocks = self._blocks(student)
         wanted = output if self.targets.output else None
         self._read = FeatureReader(student, blocks, wanted)
+        chosen = self.targets
+        if not any(
+            (chosen.cosine, chosen.features, chosen.blocks, chosen.output, self._read.num_prefix)
+        ):
+            raise TrainingError(
+                f"prefix={chosen.prefix} is the only target, and {type(student).__name__} has no prefix tokens; give "
+                f"cosine= or another target a weight above 0."
+            )
         # In a tuple, so that the teacher is neither in the state nor among the parameters.
         self._teacher = (original, FeatureReader(original, blocks, wanted))
         self.cache = TeacherCache(cache)

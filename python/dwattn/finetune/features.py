@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dwattn.adapters import ConvertedAttention, adapter_for, describe
+from dwattn.calibration.streams import BlockCall
 from dwattn.conversion import find_conversion, restore
 from dwattn.data import Batch
 from dwattn.errors import TrainingError
@@ -24,18 +25,21 @@ class Features:
         tokens: ``(B, N, D)`` behind the final norm (behind the last block where no norm sees all tokens).
         blocks: ``(B, N, D)`` behind each of the chosen blocks.
         output: the model's output as one tensor with ``B`` rows, or None if it was not asked for.
+        calls: how the model called its blocks, one after the other: what they got beside the tokens, such as rotary
+            positions.
     """
 
     tokens: Tensor
     blocks: tuple[Tensor, ...] = ()
     output: Tensor | None = None
+    calls: tuple[BlockCall, ...] = ()
 
     def tensors(self) -> list[Tensor]:
         """All of them, tokens first."""
         return [self.tokens, *self.blocks, *([] if self.output is None else [self.output])]
 
     def like(self, tensors: Sequence[Tensor]) -> Features:
-        """The same fields with other tensors, in the order of :meth:`tensors`."""
+        """The same tensor fields with other tensors, in the order of :meth:`tensors`."""
         count = len(self.blocks)
         return Features(
             tensors[0],
@@ -79,7 +83,8 @@ class FeatureReader:
         self.patch_size = layout.patch_size
         self._model, self._output = model, output
         self._blocks = [layout.blocks[index].module for index in blocks]
-        self._last, self._norm = layout.blocks[-1].module, layout.final_norm
+        self._all = [site.module for site in layout.blocks]
+        self._norm = layout.final_norm
 
     def __call__(self, batch: Batch) -> Features:
         """One forward pass, with gradients where they are enabled.
@@ -88,7 +93,16 @@ class FeatureReader:
             TrainingError: the model never called its blocks.
         """
         seen: dict[int, Tensor] = {}
-        handles = [m.register_forward_hook(_note(seen)) for m in {*self._blocks, self._last}]
+        calls: list[BlockCall] = []
+        last = self._all[-1]
+        handles = [m.register_forward_hook(_note(seen)) for m in {*self._blocks, last}]
+        handles += [
+            block.register_forward_pre_hook(
+                lambda _, args, kwargs: calls.append(BlockCall.noted(args, kwargs)[1]),
+                with_kwargs=True,
+            )
+            for block in {*self._all}
+        ]
         if self._norm is not None:
             handles.append(self._norm.register_forward_hook(self._note_norm(seen)))
         result = None
@@ -100,11 +114,12 @@ class FeatureReader:
         finally:
             for handle in handles:
                 handle.remove()
-        if id(self._last) not in seen:
+        if id(last) not in seen:
             raise TrainingError("The model finished without calling its last block.")
-        tokens = seen.get(id(self._norm), seen[id(self._last)])
+        tokens = seen.get(id(self._norm), seen[id(last)])
         blocks = tuple(seen[id(block)] for block in self._blocks)
-        return Features(tokens, blocks, None if self._output is None else self._output(result))
+        output = None if self._output is None else self._output(result)
+        return Features(tokens, blocks, output, tuple(calls))
 
     def _note_norm(self, seen: dict[int, Tensor]) -> Callable[..., None]:
         note = _note(seen)

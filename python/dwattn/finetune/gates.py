@@ -8,6 +8,7 @@ until they are a subset. The subset is then an ordinary plan.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -47,7 +48,8 @@ class SubsetGate(nn.Module):
     """A relaxed subset of ``size`` out of ``count``: gates in [0, 1], ``size`` of them 1 at the end.
 
     While it is ``learning`` (from the first to the last step of a run with :class:`Annealing`), the Gumbel top-k
-    relaxation of the scores at the current temperature; else the ``size`` largest scores. The noise is a function of
+    relaxation of the scores at the current temperature; else, and where that run evaluates, the ``size`` largest
+    scores. The scores are trained at the recipe's ``gate_lr``. The noise is a function of
     seed and step, so all layers, micro-batches and processes of a step see the same gates, and a resumed run the same
     ones again.
 
@@ -77,6 +79,8 @@ class SubsetGate(nn.Module):
             )
         self.scores = nn.Parameter(torch.zeros(count))
         self.learning = False
+        #: Tells during a run whether its module is in eval mode; a student is in eval mode while it is trained, too.
+        self.evaluating: Callable[[], bool] = bool
         self.size, self.start, self.end, self.anneal, self.seed = size, start, end, anneal, seed
         self.at(0, 1)
 
@@ -91,7 +95,7 @@ class SubsetGate(nn.Module):
     def forward(self) -> Tensor:
         """Gates ``(count,)``, fp32."""
         scores = self.scores.float()
-        if not self.learning:
+        if not self.learning or self.evaluating():
             hard = torch.zeros_like(scores)
             hard[self.chosen()] = 1.0
             return hard
@@ -100,8 +104,9 @@ class SubsetGate(nn.Module):
         for _ in range(self.size):
             share = torch.softmax(keys / self.temperature, dim=0)
             left = left * (1 - share)
-            # What was taken is not taken again.
+            # What was taken is not taken again, however far it lies above the others.
             keys = keys + torch.log1p(-share.clamp(max=1 - 1e-6))
+            keys = keys.masked_fill(share > 1 - 1e-6, -torch.inf)
         # Not the sum of the shares, which can pass 1 while the temperature is high: a gate mixes two layers.
         return 1 - left
 
@@ -120,13 +125,14 @@ class Annealing(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         self.gate.learning = True
+        self.gate.evaluating = lambda: not trainer.module.training
         self.gate.at(trainer.step, trainer.recipe.steps)
 
     def on_step(self, trainer: Trainer, step: int, losses: dict[str, float]) -> None:
         self.gate.at(step, trainer.recipe.steps)
 
     def on_end(self, trainer: Trainer) -> None:
-        self.gate.learning = False
+        self.gate.learning, self.gate.evaluating = False, bool
 
 
 class GatedAttention(TokenGridModule):

@@ -10,16 +10,27 @@ from dwattn.adapters import ConvertedAttention, describe
 from dwattn.errors import TrainingError
 from dwattn.finetune.recipe import Scope
 
-#: Parameters of replaced layers that no projection holds: kernels, context terms, ensemble weights, gates.
-KERNELS = frozenset({"kernel", "kappa", "mu", "beta", "gamma", "logits", "gate.scores"})
+#: Parameters of replaced layers that no projection holds: kernels, context terms, ensemble weights, static prefix rows.
+KERNELS = frozenset(
+    {"kernel", "kappa", "mu", "beta", "gamma", "logits", "prefix_rows.a", "prefix_rows.b"}
+)
+GATES = frozenset({"gate.scores"})
+#: How libraries name positions and tokens that every image gets.
 _POSITIONS = (
     "pos_embed",
     "position_embedding",
+    "positional_embedding",
     "cls_token",
+    "class_token",
+    "dist_token",
+    "distillation_token",
     "register_token",
     "reg_token",
+    "storage_token",
     "mask_token",
 )
+#: Queries of attention pooling, in timm and in transformers.
+_QUERIES = ("latent", "probe")
 
 
 def param_groups(
@@ -27,6 +38,7 @@ def param_groups(
     *,
     lr: float = 2e-5,
     kernel_lr: float = 10.0,
+    gate_lr: float = 0.1,
     weight_decay: float = 0.05,
     train: Scope = "all",
     head: nn.Module | None = None,
@@ -34,12 +46,14 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for AdamW: ``torch.optim.AdamW(param_groups(model))``.
 
-    Kernels, context terms, ensemble weights, biases, norms, tokens and position embeddings have no weight decay.
+    Kernels, context terms, ensemble weights, static prefix rows, gates, biases, norms, tokens and position embeddings
+    have no weight decay, in a head neither.
     Parameters outside ``train`` are frozen (``requires_grad=False``), those inside are made trainable.
 
     Args:
         model: a converted model, or a part of one.
-        lr: learning rate; kernel_lr, head_lr: factors on it, see :class:`dwattn.finetune.Recipe`.
+        lr: learning rate; kernel_lr, head_lr: factors on it; gate_lr: of gates' scores, no factor. See
+            :class:`dwattn.finetune.Recipe`.
         train: ``all``, ``blocks`` (transformer blocks with replaced layers), ``replaced`` (these layers
             alone) or ``head``.
         head: a part of ``model`` (or a module beside it) that is always trained.
@@ -52,7 +66,8 @@ def param_groups(
     """
     if train not in get_args(Scope):
         raise TrainingError(f"train={train!r} must be one of {', '.join(get_args(Scope))}.")
-    kernels = _kernels(model)
+    parts = [part for part in (model, head) if part is not None]
+    kernels, gates = (_named_in_layers(parts, names) for names in (KERNELS, GATES))
     in_head = set() if head is None else {id(p) for p in head.parameters()}
     scope = _scope(model, train) | in_head
     named = dict(model.named_parameters())
@@ -64,10 +79,12 @@ def param_groups(
         parameter.requires_grad_(id(parameter) in scope and parameter.is_floating_point())
         if not parameter.requires_grad:
             continue
-        kind = "kernels" if id(parameter) in kernels else "weights"
-        if id(parameter) in in_head:
-            kind = "head"
-        if kind != "kernels" and _undecayed(name, parameter):
+        kind = "head" if id(parameter) in in_head else "weights"
+        if id(parameter) in gates:
+            kind = "gates"
+        elif id(parameter) in kernels and kind == "weights":
+            kind = "kernels"
+        elif id(parameter) in kernels or _undecayed(name, parameter):
             kind += " without decay"
         groups.setdefault(kind, []).append(parameter)
     if not groups:
@@ -75,30 +92,34 @@ def param_groups(
             f"train={train!r} leaves nothing to train: {type(model).__name__} has no layers replaced by dwattn, or "
             f"no head was given."
         )
-    factors = {"kernels": kernel_lr, "head": head_lr, "head without decay": head_lr}
+    rates = {"kernels": lr * kernel_lr, "gates": gate_lr}
+    rates |= dict.fromkeys(("head", "head without decay"), lr * head_lr)
     return [
         {
             "name": kind,
             "params": parameters,
-            "lr": lr * factors.get(kind, 1.0),
+            "lr": rates.get(kind, lr),
             "weight_decay": weight_decay if kind in ("weights", "head") else 0.0,
         }
         for kind, parameters in groups.items()
     ]
 
 
-def _kernels(model: nn.Module) -> set[int]:
+def _named_in_layers(parts: list[nn.Module], names: frozenset[str]) -> set[int]:
+    """Parameters of replaced layers that have one of these names there."""
     return {
         id(parameter)
-        for module in model.modules()
+        for part in parts
+        for module in part.modules()
         if isinstance(module, ConvertedAttention)
         for name, parameter in module.layer.named_parameters()
-        if name in KERNELS
+        if name in names
     }
 
 
 def _undecayed(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.dim() < 2 or any(part in name for part in _POSITIONS)
+    leaf = name.rpartition(".")[2]
+    return parameter.dim() < 2 or leaf in _QUERIES or any(part in name for part in _POSITIONS)
 
 
 def _scope(model: nn.Module, train: Scope) -> set[int]:

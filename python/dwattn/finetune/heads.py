@@ -102,8 +102,9 @@ class SegmentationDecoder(Head):
 class SplitHead(Head):
     """ViT-Split (arXiv 2506.03433): the backbone stays frozen, two heads learn beside it.
 
-    The task head is a trainable copy of the last blocks, run on the frozen tokens in front of them; the prior head
-    reads frozen tokens of several depths with small convolutions. Both are fused and handed to ``inner``.
+    The task head is a trainable copy of the last blocks, run on the frozen tokens in front of them and called as the
+    backbone called the originals; the prior head reads frozen tokens of several depths with small convolutions. Both
+    are fused and handed to ``inner``.
 
     Args:
         backbone: the model whose last blocks are copied.
@@ -143,9 +144,9 @@ class SplitHead(Head):
 
     def forward(self, features: Features, geometry: Geometry) -> Tensor:
         tokens, *priors = features.blocks
-        for block in self.copies:
-            result = block(tokens)
-            tokens = result[0] if isinstance(result, (tuple, list)) else result
+        calls = features.calls[-len(self.copies) :]
+        for block, call in zip(self.copies, calls, strict=True):
+            tokens = call(block, tokens)
         task = patch_map(self.norm(tokens), geometry)
         prior = self.prior(torch.cat([patch_map(t, geometry) for t in priors], 1))
         fused = self.fuse(torch.cat([task, prior], 1)).flatten(2).transpose(1, 2)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dwattn.data import (
@@ -21,7 +20,7 @@ from dwattn.data import (
     open_image,
 )
 from dwattn.errors import DataError
-from dwattn.finetune.views import Augment, Item, Key, Views
+from dwattn.finetune.views import Augment, Item, Key, Views, resized_mask
 
 #: Pixels of this class count neither in the loss nor in mIoU.
 IGNORE = 255
@@ -90,7 +89,7 @@ class MaskedViews(Views):
         image, mask = self.view(key, self.load_mask(key[0]))
         assert mask is not None
         if self.mask_size is not None and mask.shape != self.mask_size:
-            mask = F.interpolate(mask[None, None].float(), self.mask_size, mode="nearest")[0, 0]
+            mask = resized_mask(mask, self.mask_size)
         return {"pixels": image, "key": key, "mask": mask.long()}
 
     def load_mask(self, index: int) -> Tensor:
@@ -204,14 +203,23 @@ def _read_mask(path: Path, image: Path, size: tuple[int, int], classes: int) -> 
         raise DataError(
             f"The mask {path} has the mode {mask.mode}; one grey or palette value a pixel is its class."
         )
-    values = torch.from_numpy(np.asarray(mask, dtype=np.uint8).copy())
+    spread = _spread(path) if mask.mode == "L" else 1
+    values = torch.from_numpy(np.asarray(mask, dtype=np.uint8) // spread)
     _check_range(values, classes, f"The mask {path}", IGNORE)
     fitted = fit(Image.fromarray(values.numpy()), size, Image.Resampling.NEAREST)
     return torch.from_numpy(np.asarray(fitted, dtype=np.uint8).copy())
 
 
+def _spread(path: Path) -> int:
+    """The factor by which PIL multiplies the grey values of a PNG file of 2 or 4 bits, so that they reach 255."""
+    with path.open("rb") as file:
+        header = file.read(25)
+    bits = header[24] if header.startswith(b"\x89PNG") else 8
+    return 255 // (2**bits - 1) if bits in (2, 4) else 1
+
+
 def _check_range(values: Tensor, classes: int, what: str, ignore: int | None = None) -> None:
-    found = values.unique()
+    found = values.unique().long()  # 256 classes are more than bytes can be compared with
     wrong = found[(found < 0) | (found >= classes)]
     if ignore is not None:
         wrong = wrong[wrong != ignore]

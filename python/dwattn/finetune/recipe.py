@@ -25,7 +25,10 @@ class Recipe(BaseModel):
         batch_size: images a step, over all processes and micro-batches together.
         micro_batch: images that go through the model at once in one process; None for all of its share.
         lr: peak learning rate of the weights.
-        kernel_lr: factor on ``lr`` for kernels, context terms and gates, which are few and start near a solution.
+        kernel_lr: factor on ``lr`` for kernels and context terms, which are few and start near a solution.
+        gate_lr: peak learning rate of the scores of :class:`SubsetGate`, no factor on ``lr``: they start level and must
+            come apart by more than their noise, whose deviation is 1.3, in 75 % of the steps. More for runs below
+            about 150 steps.
         head_lr: factor on ``lr`` for a task's head, which starts from nothing.
         weight_decay: of matrices; never of kernels, context terms, biases, norms, tokens and positions.
         betas: of AdamW.
@@ -47,6 +50,7 @@ class Recipe(BaseModel):
     micro_batch: Annotated[int, Field(ge=1)] | None = None
     lr: Positive = 2e-5
     kernel_lr: Positive = 10.0
+    gate_lr: Positive = 0.1
     head_lr: Positive = 10.0
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.05
     betas: tuple[Share, Share] = (0.9, 0.999)

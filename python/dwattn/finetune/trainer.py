@@ -412,7 +412,7 @@ def recipe_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """:func:`param_groups` of a training module as a recipe says."""
     head = getattr(module, "head", None)
     return param_groups(
-        module, lr=recipe.lr, kernel_lr=recipe.kernel_lr, weight_decay=recipe.weight_decay,
+        module, lr=recipe.lr, kernel_lr=recipe.kernel_lr, gate_lr=recipe.gate_lr, weight_decay=recipe.weight_decay,
         train="head" if getattr(module, "frozen", False) else recipe.train,
         head=head if isinstance(head, nn.Module) else None, head_lr=recipe.head_lr,
     )  # fmt: skip

@@ -93,8 +93,13 @@ def _resized(
     options: dict[str, Any] = {"mode": "bicubic", "align_corners": False, "antialias": True}
     image = F.interpolate(image[None].float(), size, **options)[0].to(image.dtype)
     if mask is not None:
-        mask = F.interpolate(mask[None, None].float(), size, mode="nearest")[0, 0].to(mask.dtype)
+        mask = resized_mask(mask, size)
     return image, mask
+
+
+def resized_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """``(H, W)`` classes in another size: those under the middles of the new pixels, as the image's are."""
+    return F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0].to(mask.dtype)
 
 
 def mix(*numbers: int) -> int:
