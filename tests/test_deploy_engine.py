@@ -143,19 +143,55 @@ def test_plugins(runtime: ModuleType, write: Callable[..., Path], tmp_path: Path
 
 
 def test_the_plugin_of_the_build_is_loaded_with_the_engine(
-    runtime: ModuleType, write: Callable[..., Path], tmp_path: Path
+    runtime: ModuleType, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = tmp_path / "libdwattn_trt.so"
     library.write_text("plugins: DWAttention")
     engine = build(write(plugin="DWAttention"), plugin=str(library))
-    runtime.get_plugin_registry().names.clear()
+    other_process = fake_tensorrt.make()
+    monkeypatch.setitem(sys.modules, "tensorrt", other_process)
     session, _, loaded = open_engine(engine)
     session.close()
     assert loaded == str(library)
-    assert runtime.get_plugin_registry().names == {"DWAttention"}
+    assert other_process.get_plugin_registry().names == {"DWAttention"}
     library.unlink()
     with pytest.raises(deploy.DeployError, match="no plugin library"):
         open_engine(engine)
+
+
+def test_one_process_uses_a_plugin_library_more_than_once(
+    runtime: ModuleType, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    library, link = tmp_path / "libdwattn_trt.so", tmp_path / "link.so"
+    library.write_text("plugins: DWAttention")
+    link.symlink_to(library)
+    options = deploy.BuildOptions("", "", plugin=str(library))
+    model = write(plugin="DWAttention")
+    compared = deploy.compare(
+        write("native"), model, tmp_path / "both", options, show_progress=False
+    )
+    assert compared.agrees
+    engine = build(model, plugin=str(link))
+    assert deploy.bench(engine, iterations=2, show_progress=False).timings
+
+
+def test_another_library_with_the_same_plugins_is_refused_with_both_names(
+    runtime: ModuleType, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("There is no C compiler for a library.")
+    first, second = tmp_path / "first.so", tmp_path / "second.so"
+    first.write_text("plugins: DWAttention")
+    source = tmp_path / "second.c"
+    source.write_text('char getCreators[] = "plugins: DWAttention";')
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", second], check=True)
+    model = write(plugin="DWAttention")
+    build(model, plugin=str(first))
+    with pytest.raises(
+        deploy.DeployError, match=r"second\.so.*DWAttention.*already, by .*first\.so"
+    ):
+        build(model, plugin=str(second))
 
 
 def test_timing_caches(runtime: ModuleType, write: Callable[..., Path], tmp_path: Path) -> None:

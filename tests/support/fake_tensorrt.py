@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import json
+import re
 import types
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,17 @@ class Registry:
     def __init__(self) -> None:
         self.names: set[str] = set()
 
+    @property
+    def all_creators(self) -> list[Any]:
+        return [types.SimpleNamespace(name=n, plugin_namespace="dwattn") for n in self.names]
+
     def load_library(self, path: str) -> Any:
-        text = Path(path).read_text()
-        if not text.startswith("plugins:"):
+        """A library names its plugins somewhere in the file; a second one with the same is refused."""
+        found = re.search(rb"plugins:([\w ]+)", Path(path).read_bytes())
+        names = set(found[1].decode().split()) if found else set()
+        if not names or names & self.names:
             return None
-        self.names |= set(text.removeprefix("plugins:").split())
+        self.names |= names
         return object()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
 import re
 import sys
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,10 @@ _INSTALL = {
     "--system-site-packages; elsewhere: pip install tensorrt.",
     "tensorrt-rtx": "pip install tensorrt_rtx_cu13 (or _cu12).",
 }
+
+#: Plugin libraries that were loaded, by module of TensorRT: its registry lives as long as the process,
+#: and refuses a library the second time.
+_LOADED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -48,23 +54,42 @@ class Runtime:
         return hasattr(self.trt.BuilderFlag, "FP16")
 
     def load_plugin(self, path: str) -> None:
-        """Register the creators of a plugin library.
+        """Register the creators of a plugin library, unless they are in this process already.
 
         Raises:
             DeployError: it cannot be loaded.
         """
+        loaded = _LOADED.setdefault(self.trt, set())
+        file = os.path.realpath(path)
+        if file in loaded:
+            return
         try:
             handle = self.trt.get_plugin_registry().load_library(path)
         except Exception as error:
             raise self.failure(f"The plugin library {path} cannot be loaded ({error})") from error
         if handle is None:
-            # TensorRT does not pass on why; the loader tells it again.
-            try:
-                ctypes.CDLL(path)
-                reason = "it exports no getCreators"
-            except OSError as error:
-                reason = str(error)
-            raise self.failure(f"The plugin library {path} cannot be loaded ({reason})")
+            raise DeployError(
+                f"The plugin library {path} cannot be loaded ({self._refusal(path, loaded)})."
+            )
+        loaded.add(file)
+
+    def _refusal(self, path: str, loaded: set[str]) -> str:
+        """Why the registry took no library: TensorRT does not pass it on, the loader tells it again."""
+        try:
+            library = ctypes.CDLL(path)
+        except OSError as error:
+            return str(error)
+        if not hasattr(library, "getCreators"):
+            return "it exports no getCreators"
+        creators = self.trt.get_plugin_registry().all_creators
+        taken = sorted(c.name for c in creators if c.plugin_namespace == "dwattn")
+        if not taken:
+            return explain("TensorRT refuses its plugins", self.log).rstrip(".")
+        return (
+            f"{' and '.join(taken)} are registered already, by "
+            f"{' and '.join(sorted(loaded)) or 'a library that this process loaded itself'}; a process "
+            "takes one library of them, so use this one in another"
+        )
 
     def failure(self, what: str) -> DeployError:
         """An error that says what failed, why (from TensorRT's log) and what helps."""
