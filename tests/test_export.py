@@ -290,6 +290,19 @@ def test_weights_too_large_for_one_file_go_beside_it(
         agrees(report.path, module, 0)
 
 
+@pytest.mark.parametrize(
+    ("lowering", "opset", "version"),
+    [("native", 18, 8), ("native", 20, 9), ("native", 21, 10), ("function", 18, 8)],
+)
+def test_a_file_has_the_oldest_format_of_its_opset(
+    lowering: str, opset: int, version: int, tmp_path: Path
+) -> None:
+    """onnxruntime 1.14 to 1.17 refuse the exporter's own, IR 10."""
+    path = tmp_path / "layer.onnx"
+    report = dwattn.export(layer("dw"), path, (3, 5), lowering=lowering, opset=opset, check=False)
+    assert (report.ir_version, onnx.load(path).ir_version) == (version, version)
+
+
 def test_static_batch_and_one_chosen_output(tmp_path: Path) -> None:
     model = hf_model("CLIPVision", num_hidden_layers=1)
     replace(model, Plan.for_layers(model, [0]))
