@@ -183,6 +183,9 @@ def test_ranges() -> None:
         ({"runtime": "openvino"}, "openvino"),
         ({"onnx": "none.onnx"}, "none.onnx"),
         ({"engine": "no/where/m.engine"}, "no/where"),
+        ({"engine": "."}, "is a folder"),
+        ({"timing_cache": "no/where/times"}, "no/where"),
+        ({"timing_cache": "."}, "is a folder"),
         ({"plugin": "none.so"}, "DWATTN_TRT_PLUGIN"),
         ({"workspace": 0}, "--workspace 0"),
         ({"batch": "2x2"}, "counts images"),
@@ -345,6 +348,12 @@ def test_complaints_become_advice(said: str, meaning: str) -> None:
     assert text.startswith("It failed. ")
     assert meaning in text
     assert said[:40] in text
+
+
+def test_the_plugin_s_own_words_come_first() -> None:
+    ours = "[dwattn] DWAttention 'blocks.3.attn': x has 257 tokens"
+    log = ["Requested amount of GPU memory could not be allocated.", ours, "Error Code 4: Internal"]
+    assert explain("It failed", log) == f"It failed: {ours}."
 
 
 def test_unknown_complaints_are_passed_on() -> None:

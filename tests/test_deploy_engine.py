@@ -207,6 +207,17 @@ def test_timing_caches(runtime: ModuleType, write: Callable[..., Path], tmp_path
     assert cache.read_bytes() == b"times of this device+++"
 
 
+def test_an_engine_has_its_record_where_the_timing_cache_cannot_be_written(
+    runtime: ModuleType, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, folder = write(), tmp_path / "times"
+    folder.mkdir()
+    runtime.at_step = lambda step: folder.rmdir() if step == 2 else None  # type: ignore[attr-defined]
+    with pytest.raises(deploy.DeployError, match="times/cache"):
+        build(model, timing_cache=str(folder / "cache"))
+    assert deploy.Sidecar.load(model.with_suffix(".engine")) is not None
+
+
 def test_a_failed_build_leaves_the_old_engine(
     runtime: ModuleType, write: Callable[..., Path]
 ) -> None:
@@ -215,6 +226,14 @@ def test_a_failed_build_leaves_the_old_engine(
     with pytest.raises(deploy.DeployError, match="Memory ran out"):
         build(write(memory=1000))
     assert (engine.read_bytes(), record_of(engine).read_bytes()) == before
+
+
+def test_warnings_are_no_reason_where_there_is_an_error(
+    runtime: ModuleType, write: Callable[..., Path]
+) -> None:
+    warning = ["WARNING", "Skipping tactic 0x3e8 due to insufficient memory on requested size of 9"]
+    with pytest.raises(deploy.DeployError, match=r"from .*: Error Code 2: 257 tokens\.$"):
+        build(write(says=[warning, ["ERROR", "Error Code 2: 257 tokens"]]))
 
 
 def test_a_full_disk(

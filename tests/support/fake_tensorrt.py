@@ -3,8 +3,9 @@ one: failures are null objects and log messages. tests/test_deploy_api.py checks
 NVIDIA's own Python packages.
 
 A "model" is a JSON file: ``inputs`` (shapes, -1 open), ``scale`` (every output is its input times
-this), ``half``, ``plugin`` (a name that must be registered), ``layers`` and ``memory`` (MiB that a
-build takes). An "engine" is the same with the profile and the version added.
+this), ``half``, ``plugin`` (a name that must be registered), ``layers``, ``memory`` (MiB that a build
+takes) and ``says`` (pairs of severity and message; an ERROR ends the build). An "engine" is the same
+with the profile and the version added.
 """
 
 from __future__ import annotations
@@ -227,6 +228,10 @@ def make(version: str = "10.3.0") -> types.ModuleType:
                 if not monitor.step_complete("Building Engine", step):
                     return None
             monitor.phase_finish("Building Engine")
+            for severity, message in network.model.get("says", []):
+                self.logger.log(ILogger.Severity[severity], message)
+            if any(severity == "ERROR" for severity, _ in network.model.get("says", [])):
+                return None
             if network.model.get("memory", 0) > AVAILABLE_MIB:
                 self.logger.log(ILogger.ERROR, "[virtualMemoryBuffer] CUDA error 2: out of memory")
                 return None

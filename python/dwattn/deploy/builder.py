@@ -74,9 +74,6 @@ def build_with(
     engine = Path(options.engine)
     with write_atomically(engine, DeployError) as path:
         path.write_bytes(serialized)
-    if cache is not None and options.timing_cache:
-        with write_atomically(options.timing_cache, DeployError) as path:
-            path.write_bytes(bytes(config.get_timing_cache().serialize()))
     record = Sidecar(
         runtime=runtime.name,
         version=runtime.version,
@@ -94,6 +91,9 @@ def build_with(
         dwattn=dwattn.__version__,
     )
     record.save(engine)
+    if cache is not None and options.timing_cache:
+        with write_atomically(options.timing_cache, DeployError) as path:
+            path.write_bytes(bytes(config.get_timing_cache().serialize()))
     return record
 
 
@@ -123,7 +123,7 @@ def _parse(
     if not parser.parse_from_file(options.onnx):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         # In front: the parser's own words name the node, the log's only the line of its source.
-        runtime.log[:0] = [
+        runtime.errors[:0] = [
             f"node {e.node_name() or e.node()} ({e.node_operator()}): {e.desc()}" for e in errors
         ]
         raise runtime.failure(f"{options.onnx} cannot be read by {runtime.name} {runtime.version}")

@@ -33,16 +33,17 @@ class Runtime:
     Args:
         name: ``"tensorrt"`` or ``"tensorrt-rtx"``.
         trt: the Python module.
-        log: what TensorRT complained about, in order.
+        errors, warnings: what TensorRT complained about, in order.
     """
 
     name: str
     trt: Any
-    log: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     verbose: bool = False
 
     def __post_init__(self) -> None:
-        self.logger = _make_logger(self.trt, self.log, self.verbose)
+        self.logger = _make_logger(self.trt, self.errors, self.warnings, self.verbose)
 
     @property
     def version(self) -> str:
@@ -84,7 +85,7 @@ class Runtime:
         creators = self.trt.get_plugin_registry().all_creators
         taken = sorted(c.name for c in creators if c.plugin_namespace == "dwattn")
         if not taken:
-            return explain("TensorRT refuses its plugins", self.log).rstrip(".")
+            return str(self.failure("TensorRT refuses its plugins")).rstrip(".")
         return (
             f"{' and '.join(taken)} are registered already, by "
             f"{' and '.join(sorted(loaded)) or 'a library that this process loaded itself'}; a process "
@@ -92,8 +93,11 @@ class Runtime:
         )
 
     def failure(self, what: str) -> DeployError:
-        """An error that says what failed, why (from TensorRT's log) and what helps."""
-        return DeployError(explain(what, self.log))
+        """An error that says what failed, why (from TensorRT's log) and what helps.
+
+        Warnings count only where there is no error: a tactic that was skipped is no reason.
+        """
+        return DeployError(explain(what, self.errors or self.warnings))
 
 
 def load_runtime(name: str, *, verbose: bool = False) -> Runtime:
@@ -118,7 +122,7 @@ def load_runtime(name: str, *, verbose: bool = False) -> Runtime:
     return Runtime(name, trt, verbose=verbose)
 
 
-def _make_logger(trt: Any, log: list[str], verbose: bool) -> Any:
+def _make_logger(trt: Any, errors: list[str], warnings: list[str], verbose: bool) -> Any:
     threshold = trt.ILogger.VERBOSE if verbose else trt.ILogger.ERROR
 
     class Logger(trt.ILogger):  # type: ignore[misc]
@@ -126,8 +130,10 @@ def _make_logger(trt: Any, log: list[str], verbose: bool) -> Any:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            if int(severity) <= int(trt.ILogger.WARNING):
-                log.append(message)
+            if int(severity) <= int(trt.ILogger.ERROR):
+                errors.append(message)
+            elif int(severity) == int(trt.ILogger.WARNING):
+                warnings.append(message)
             # Errors are not printed: they end up in the sentence that the user gets.
             if verbose and int(severity) <= int(threshold):
                 print(f"[{str(severity).rpartition('.')[2]}] {message}", file=sys.stderr)
@@ -178,6 +184,8 @@ _MEANINGS = (
 def explain(what: str, log: list[str]) -> str:
     """A sentence for a failure: what, TensorRT's own words, and what they mean."""
     errors = [re.sub(r"\s+", " ", line).strip() for line in log]
+    # What our plugins say is more exact than what TensorRT makes of it.
+    errors = [line for line in errors if line.startswith("[dwattn]")] or errors
     told = next(
         (
             (line, meaning)
