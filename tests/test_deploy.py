@@ -29,7 +29,7 @@ from dwattn.deploy.commands import SUMMARIES, _parser, main
 from dwattn.deploy.protocol import ratios
 from dwattn.deploy.provider import pinned
 from dwattn.deploy.runtime import explain
-from dwattn.deploy.sidecar import record_of, sha256
+from dwattn.deploy.sidecar import model_digests, record_of, sha256
 from dwattn.deploy.verification import VerifyResult, differences
 
 PACKAGE = Path(deploy.__file__).parents[1]
@@ -419,6 +419,14 @@ def test_golden_outputs(model: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read.outputs["out/y"], 2 * read.inputs["pixels"])
     assert read.source == written.source
     assert read.source["sha256"] == sha256(model)
+
+
+def test_digests_cover_weights_beside_the_model(model: Path) -> None:
+    alone = model_digests(model)
+    assert alone == {"sha256": sha256(model)}
+    data = model.with_name("m.onnx.data")
+    data.write_bytes(b"weights")
+    assert model_digests(str(model)) == {**alone, "data_sha256": sha256(data)}
 
 
 def test_golden_outputs_of_given_inputs(model: Path, tmp_path: Path) -> None:

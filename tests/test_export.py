@@ -280,6 +280,8 @@ def test_weights_too_large_for_one_file_go_beside_it(
     report = dwattn.export(module, tmp_path / "layer.onnx", (3, 5), lowering=lowering)
     assert files(tmp_path) == ["layer.onnx", "layer.onnx.data"]
     assert report.data_path == tmp_path / "layer.onnx.data"
+    assert str(report).startswith(f"{report.path} and {report.data_path}: ")
+    assert "layer.onnx.data" in str(list(report.__rich__().columns[1].cells))
     assert report.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
     stored = {
         t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(report.path).graph.initializer

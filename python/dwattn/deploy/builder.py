@@ -20,7 +20,7 @@ from dwattn.deploy.cuda import Cuda, Device
 from dwattn.deploy.options import BuildOptions, Range
 from dwattn.deploy.progress import make_monitor, progress
 from dwattn.deploy.runtime import Runtime, load_runtime
-from dwattn.deploy.sidecar import Sidecar, sha256
+from dwattn.deploy.sidecar import Sidecar, model_digests, sha256
 from dwattn.errors import DeployError
 from dwattn.files import write_atomically
 
@@ -78,7 +78,7 @@ def build_with(
         runtime=runtime.name,
         version=runtime.version,
         device=device.to_dict() if device else None,
-        onnx={"name": Path(options.onnx).name, "sha256": sha256(options.onnx)},
+        onnx={"name": Path(options.onnx).name, **model_digests(options.onnx)},
         plugin={"path": options.plugin, "sha256": sha256(options.plugin)}
         if options.plugin
         else None,

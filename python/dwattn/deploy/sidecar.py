@@ -26,7 +26,7 @@ class Sidecar:
     Args:
         runtime, version: which TensorRT built the engine.
         device: ``Device.to_dict()``; None where there was no GPU (TensorRT-RTX).
-        onnx: name and SHA-256 of the model.
+        onnx: name and SHA-256 of the model, and of a file with its weights (``data_sha256``).
         plugin: path and SHA-256 of the plugin library, None without.
         precision: ``"strongly typed"`` (as the file says) or ``"fp16 allowed"``.
         profile: smallest, usual and largest shape by input.
@@ -120,6 +120,12 @@ class Sidecar:
 def record_of(engine: Path) -> Path:
     """Where the record of an engine is."""
     return engine.with_name(engine.name + ".json")
+
+
+def model_digests(path: str | Path) -> dict[str, str]:
+    """SHA-256 of a model, and of its weights where ``dwattn export`` put them into ``<model>.data``."""
+    data = Path(f"{path}.data")
+    return {"sha256": sha256(path)} | ({"data_sha256": sha256(data)} if data.is_file() else {})
 
 
 def sha256(path: str | Path) -> str:
