@@ -310,6 +310,28 @@ def test_half_precision_engines_take_fp32_inputs(
     assert result.tolerance == 2e-2
 
 
+@pytest.mark.parametrize(
+    ("fields", "options", "precision"),
+    [
+        ({"half": True, "fp32_io": True}, {}, "strongly typed, fp16"),
+        ({}, {"fp16": True}, "fp16 allowed"),
+    ],
+)
+def test_half_precision_behind_fp32_outputs_has_its_own_tolerance(
+    fields: dict[str, Any], options: dict[str, Any], precision: str,
+    runtime: ModuleType, write: Callable[..., Path], tmp_path: Path,
+) -> None:  # fmt: skip
+    model = write(**fields)
+    engine = build(model, batch="1:2:4", **options)
+    record = deploy.Sidecar.load(engine)
+    assert record is not None
+    assert record.precision == precision
+    assert deploy.verify(engine, golden(tmp_path / "g")).tolerance == 2e-2
+    wanted = deploy.BuildOptions("", "", **options)
+    compared = deploy.compare(model, model, tmp_path / "both", wanted, show_progress=False)
+    assert compared.tolerance == 2e-2
+
+
 def test_shapes_outside_of_the_profile_are_refused(
     runtime: ModuleType, write: Callable[..., Path], tmp_path: Path
 ) -> None:

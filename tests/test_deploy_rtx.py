@@ -68,6 +68,7 @@ def test_native_operators_become_an_engine(
         assert record["engine"]["bytes"] == engine.stat().st_size > 100_000, dtype
         assert record["profile"] == {"pixel_values": [[n, 3, 32, 24] for n in (1, 2, 4)]}
         assert (record["runtime"], record["device"]) == ("tensorrt-rtx", None)
+        assert ("fp16" in record["precision"]) == (dtype == "fp16")
     # The cache that the first build wrote was read by the second.
     assert cache.stat().st_size > 0
 

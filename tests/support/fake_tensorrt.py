@@ -3,9 +3,9 @@ one: failures are null objects and log messages. tests/test_deploy_api.py checks
 NVIDIA's own Python packages.
 
 A "model" is a JSON file: ``inputs`` (shapes, -1 open), ``scale`` (every output is its input times
-this), ``half``, ``plugin`` (a name that must be registered), ``layers``, ``memory`` (MiB that a build
-takes) and ``says`` (pairs of severity and message; an ERROR ends the build). An "engine" is the same
-with the profile and the version added.
+this), ``half``, ``fp32_io`` (of a half-precision model), ``plugin`` (a name that must be registered),
+``layers``, ``memory`` (MiB that a build takes) and ``says`` (pairs of severity and message; an ERROR
+ends the build). An "engine" is the same with the profile and the version added.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class Engine:
         return self.model["profile"][name]
 
     def get_tensor_dtype(self, name: str) -> str:
-        return "half" if self.model.get("half") else "float"
+        return "half" if self.model.get("half") and not self.model.get("fp32_io") else "float"
 
     def create_engine_inspector(self) -> Any:
         layers = [{"Name": name, "LayerType": kind} for name, kind in self.model["layers"]]

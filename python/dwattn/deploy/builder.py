@@ -63,7 +63,8 @@ def build_with(
     builder = _builder(runtime)
     strongly_typed = not options.fp16
     network, parser = _parse(runtime, builder, options, strongly_typed)
-    if options.fp16 and _is_half(runtime, network):
+    half = _is_half(runtime, network)
+    if options.fp16 and half:
         # The flag would let TensorRT choose other precisions than the file's.
         strongly_typed = True
         network, parser = _parse(runtime, builder, options, strongly_typed)
@@ -82,7 +83,7 @@ def build_with(
         plugin={"path": options.plugin, "sha256": sha256(options.plugin)}
         if options.plugin
         else None,
-        precision="strongly typed" if strongly_typed else "fp16 allowed",
+        precision=_precision(strongly_typed, half),
         profile=profile,
         options=asdict(options),
         engine={"bytes": engine.stat().st_size, "sha256": sha256(engine)},
@@ -138,6 +139,12 @@ def _is_half(runtime: Runtime, network: Any) -> bool:
         for layer in layers
         for index in range(layer.num_outputs)
     )
+
+
+def _precision(strongly_typed: bool, half: bool) -> str:
+    if not strongly_typed:
+        return "fp16 allowed"
+    return "strongly typed, fp16" if half else "strongly typed"
 
 
 def _configure(

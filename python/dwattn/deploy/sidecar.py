@@ -28,7 +28,8 @@ class Sidecar:
         device: ``Device.to_dict()``; None where there was no GPU (TensorRT-RTX).
         onnx: name and SHA-256 of the model, and of a file with its weights (``data_sha256``).
         plugin: path and SHA-256 of the plugin library, None without.
-        precision: ``"strongly typed"`` (as the file says) or ``"fp16 allowed"``.
+        precision: ``"strongly typed"`` (as the file says), ``"strongly typed, fp16"`` where the file
+            computes in half precision, or ``"fp16 allowed"``.
         profile: smallest, usual and largest shape by input.
         options: what was asked for.
         engine: size in bytes and SHA-256.
@@ -49,6 +50,11 @@ class Sidecar:
     created: str
     dwattn: str
     schema: int = SCHEMA
+
+    @property
+    def half(self) -> bool:
+        """Whether the engine may compute in half precision, whatever its inputs and outputs are."""
+        return "fp16" in self.precision
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
