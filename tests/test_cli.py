@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -141,6 +142,16 @@ def test_the_whole_chain(place: Path, scored: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "model.onnx", "plan.json", "student.safetensors"
     ]  # fmt: skip
+
+
+def test_export_names_both_files_of_a_large_model(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(importlib.import_module("dwattn.export"), "_INLINE_BYTES", 1000)
+    model, out = f"{place / 'factory.py'}:make", tmp_path / "m.onnx"
+    done = invoke("export", model, "--size", 56, "--out", out, "--no-check")
+    assert f"Wrote {out} and {out}.data, which belong together." in done.stderr
 
 
 def test_tables_for_people(place: Path, scored: Path, tmp_path: Path) -> None:

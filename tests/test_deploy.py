@@ -27,7 +27,7 @@ from dwattn.deploy.commands import SUMMARIES, _parser, main
 from dwattn.deploy.protocol import ratios
 from dwattn.deploy.provider import pinned
 from dwattn.deploy.runtime import explain
-from dwattn.deploy.sidecar import record_of, sha256
+from dwattn.deploy.sidecar import model_digests, record_of, sha256
 from dwattn.deploy.verification import VerifyResult, differences
 
 onnx = pytest.importorskip("onnx")
@@ -184,6 +184,9 @@ def test_ranges() -> None:
         ({"runtime": "openvino"}, "openvino"),
         ({"onnx": "none.onnx"}, "none.onnx"),
         ({"engine": "no/where/m.engine"}, "no/where"),
+        ({"engine": "."}, "is a folder"),
+        ({"timing_cache": "no/where/times"}, "no/where"),
+        ({"timing_cache": "."}, "is a folder"),
         ({"plugin": "none.so"}, "DWATTN_TRT_PLUGIN"),
         ({"workspace": 0}, "--workspace 0"),
         ({"batch": "2x2"}, "counts images"),
@@ -348,6 +351,12 @@ def test_complaints_become_advice(said: str, meaning: str) -> None:
     assert said[:40] in text
 
 
+def test_the_plugin_s_own_words_come_first() -> None:
+    ours = "[dwattn] DWAttention 'blocks.3.attn': x has 257 tokens"
+    log = ["Requested amount of GPU memory could not be allocated.", ours, "Error Code 4: Internal"]
+    assert explain("It failed", log) == f"It failed: {ours}."
+
+
 def test_unknown_complaints_are_passed_on() -> None:
     assert explain("It failed", ["a", "b   c"]) == "It failed: a; b c."
     assert "--verbose" in explain("It failed", [])
@@ -411,6 +420,14 @@ def test_golden_outputs(model: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read.outputs["out/y"], 2 * read.inputs["pixels"])
     assert read.source == written.source
     assert read.source["sha256"] == sha256(model)
+
+
+def test_digests_cover_weights_beside_the_model(model: Path) -> None:
+    alone = model_digests(model)
+    assert alone == {"sha256": sha256(model)}
+    data = model.with_name("m.onnx.data")
+    data.write_bytes(b"weights")
+    assert model_digests(str(model)) == {**alone, "data_sha256": sha256(data)}
 
 
 def test_golden_outputs_of_given_inputs(model: Path, tmp_path: Path) -> None:

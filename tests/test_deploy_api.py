@@ -29,7 +29,7 @@ MEMBERS = {
     "ParserError": "desc node node_name node_operator",
     "ILayer": "get_output num_outputs",
     "IOptimizationProfile": "set_shape",
-    "IPluginRegistry": "load_library",
+    "IPluginRegistry": "all_creators load_library",
     "ITimingCache": "serialize",
     "IProgressMonitor": "phase_finish phase_start step_complete",
     "IProfiler": "report_layer_time",

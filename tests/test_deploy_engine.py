@@ -143,19 +143,55 @@ def test_plugins(runtime: ModuleType, write: Callable[..., Path], tmp_path: Path
 
 
 def test_the_plugin_of_the_build_is_loaded_with_the_engine(
-    runtime: ModuleType, write: Callable[..., Path], tmp_path: Path
+    runtime: ModuleType, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = tmp_path / "libdwattn_trt.so"
     library.write_text("plugins: DWAttention")
     engine = build(write(plugin="DWAttention"), plugin=str(library))
-    runtime.get_plugin_registry().names.clear()
+    other_process = fake_tensorrt.make()
+    monkeypatch.setitem(sys.modules, "tensorrt", other_process)
     session, _, loaded = open_engine(engine)
     session.close()
     assert loaded == str(library)
-    assert runtime.get_plugin_registry().names == {"DWAttention"}
+    assert other_process.get_plugin_registry().names == {"DWAttention"}
     library.unlink()
     with pytest.raises(deploy.DeployError, match="no plugin library"):
         open_engine(engine)
+
+
+def test_one_process_uses_a_plugin_library_more_than_once(
+    runtime: ModuleType, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    library, link = tmp_path / "libdwattn_trt.so", tmp_path / "link.so"
+    library.write_text("plugins: DWAttention")
+    link.symlink_to(library)
+    options = deploy.BuildOptions("", "", plugin=str(library))
+    model = write(plugin="DWAttention")
+    compared = deploy.compare(
+        write("native"), model, tmp_path / "both", options, show_progress=False
+    )
+    assert compared.agrees
+    engine = build(model, plugin=str(link))
+    assert deploy.bench(engine, iterations=2, show_progress=False).timings
+
+
+def test_another_library_with_the_same_plugins_is_refused_with_both_names(
+    runtime: ModuleType, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("There is no C compiler for a library.")
+    first, second = tmp_path / "first.so", tmp_path / "second.so"
+    first.write_text("plugins: DWAttention")
+    source = tmp_path / "second.c"
+    source.write_text('char getCreators[] = "plugins: DWAttention";')
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", second], check=True)
+    model = write(plugin="DWAttention")
+    build(model, plugin=str(first))
+    with pytest.raises(
+        deploy.DeployError, match=r"second\.so.*DWAttention.*already, by .*first\.so"
+    ):
+        build(model, plugin=str(second))
 
 
 def test_timing_caches(runtime: ModuleType, write: Callable[..., Path], tmp_path: Path) -> None:
@@ -171,6 +207,17 @@ def test_timing_caches(runtime: ModuleType, write: Callable[..., Path], tmp_path
     assert cache.read_bytes() == b"times of this device+++"
 
 
+def test_an_engine_has_its_record_where_the_timing_cache_cannot_be_written(
+    runtime: ModuleType, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, folder = write(), tmp_path / "times"
+    folder.mkdir()
+    runtime.at_step = lambda step: folder.rmdir() if step == 2 else None  # type: ignore[attr-defined]
+    with pytest.raises(deploy.DeployError, match="times/cache"):
+        build(model, timing_cache=str(folder / "cache"))
+    assert deploy.Sidecar.load(model.with_suffix(".engine")) is not None
+
+
 def test_a_failed_build_leaves_the_old_engine(
     runtime: ModuleType, write: Callable[..., Path]
 ) -> None:
@@ -179,6 +226,14 @@ def test_a_failed_build_leaves_the_old_engine(
     with pytest.raises(deploy.DeployError, match="Memory ran out"):
         build(write(memory=1000))
     assert (engine.read_bytes(), record_of(engine).read_bytes()) == before
+
+
+def test_warnings_are_no_reason_where_there_is_an_error(
+    runtime: ModuleType, write: Callable[..., Path]
+) -> None:
+    warning = ["WARNING", "Skipping tactic 0x3e8 due to insufficient memory on requested size of 9"]
+    with pytest.raises(deploy.DeployError, match=r"from .*: Error Code 2: 257 tokens\.$"):
+        build(write(says=[warning, ["ERROR", "Error Code 2: 257 tokens"]]))
 
 
 def test_a_full_disk(
@@ -253,6 +308,28 @@ def test_half_precision_engines_take_fp32_inputs(
     assert result.ok
     assert 0 < result.differences[0].max_rel < 1e-3
     assert result.tolerance == 2e-2
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "precision"),
+    [
+        ({"half": True, "fp32_io": True}, {}, "strongly typed, fp16"),
+        ({}, {"fp16": True}, "fp16 allowed"),
+    ],
+)
+def test_half_precision_behind_fp32_outputs_has_its_own_tolerance(
+    fields: dict[str, Any], options: dict[str, Any], precision: str,
+    runtime: ModuleType, write: Callable[..., Path], tmp_path: Path,
+) -> None:  # fmt: skip
+    model = write(**fields)
+    engine = build(model, batch="1:2:4", **options)
+    record = deploy.Sidecar.load(engine)
+    assert record is not None
+    assert record.precision == precision
+    assert deploy.verify(engine, golden(tmp_path / "g")).tolerance == 2e-2
+    wanted = deploy.BuildOptions("", "", **options)
+    compared = deploy.compare(model, model, tmp_path / "both", wanted, show_progress=False)
+    assert compared.tolerance == 2e-2
 
 
 def test_shapes_outside_of_the_profile_are_refused(

@@ -69,6 +69,7 @@ def test_native_operators_become_an_engine(
         assert record["engine"]["bytes"] == engine.stat().st_size > 100_000, dtype
         assert record["profile"] == {"pixel_values": [[n, 3, 32, 24] for n in (1, 2, 4)]}
         assert (record["runtime"], record["device"]) == ("tensorrt-rtx", None)
+        assert ("fp16" in record["precision"]) == (dtype == "fp16")
     # The cache that the first build wrote was read by the second.
     assert cache.stat().st_size > 0
 
@@ -84,6 +85,32 @@ def test_the_plugin_becomes_an_engine(variables: dict[str, str], tmp_path: Path)
     record = json.loads(command(variables, tmp_path / "m.onnx", "--json").stdout)
     assert record["plugin"]["path"] == str(library)
     assert b"DWAttention" in (tmp_path / "m.engine").read_bytes()
+
+
+@pytest.mark.slow
+def test_one_process_builds_twice_with_the_plugin(
+    variables: dict[str, str], tmp_path: Path
+) -> None:
+    model = timm_vit(depth=1, num_classes=0)
+    dwattn.replace(model, plan_for(model, [0]))
+    dwattn.export(model, tmp_path / "m.onnx", (32, 24), lowering="plugin", check=False)
+    prepared = (
+        "import subprocess, sys; from dwattn.deploy import rtx\n"
+        "with rtx.environment() as variables:\n"
+        "    sys.exit(subprocess.run([sys.executable, '-c', *sys.argv[1:]], env=variables).returncode)"
+    )
+    twice = (
+        "import sys; from dwattn import deploy\n"
+        "for engine in ('1.engine', '2.engine'):\n"
+        "    options = deploy.BuildOptions('m.onnx', engine, 'tensorrt-rtx', plugin=sys.argv[1])\n"
+        "    print(deploy.build(options, show_progress=False).engine['bytes'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", prepared, twice, str(plugin_library())], cwd=tmp_path, env=variables,
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert len(done.stdout.split()) == 2
 
 
 @pytest.mark.slow

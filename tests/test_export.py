@@ -280,6 +280,8 @@ def test_weights_too_large_for_one_file_go_beside_it(
     report = dwattn.export(module, tmp_path / "layer.onnx", (3, 5), lowering=lowering)
     assert files(tmp_path) == ["layer.onnx", "layer.onnx.data"]
     assert report.data_path == tmp_path / "layer.onnx.data"
+    assert str(report).startswith(f"{report.path} and {report.data_path}: ")
+    assert "layer.onnx.data" in str(list(report.__rich__().columns[1].cells))
     assert report.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
     stored = {
         t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(report.path).graph.initializer
@@ -288,6 +290,19 @@ def test_weights_too_large_for_one_file_go_beside_it(
     assert any(np.array_equal(a, w) for a in stored.values() for w in (weight, weight.T))
     if lowering == "native":
         agrees(report.path, module, 0)
+
+
+@pytest.mark.parametrize(
+    ("lowering", "opset", "version"),
+    [("native", 18, 8), ("native", 20, 9), ("native", 21, 10), ("function", 18, 8)],
+)
+def test_a_file_has_the_oldest_format_of_its_opset(
+    lowering: str, opset: int, version: int, tmp_path: Path
+) -> None:
+    """onnxruntime 1.14 to 1.17 refuse the exporter's own, IR 10."""
+    path = tmp_path / "layer.onnx"
+    report = dwattn.export(layer("dw"), path, (3, 5), lowering=lowering, opset=opset, check=False)
+    assert (report.ir_version, onnx.load(path).ir_version) == (version, version)
 
 
 def test_static_batch_and_one_chosen_output(tmp_path: Path) -> None:

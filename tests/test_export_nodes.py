@@ -187,6 +187,13 @@ def test_both_files_hold_the_same_nodes_and_weights_and_one_holds_bodies(mixed: 
     assert list(function.graph.initializer) == list(plugin.graph.initializer)
 
 
+def test_only_overloads_need_a_newer_format_of_the_file(mixed: Any) -> None:
+    _, reports = mixed
+    for lowering, version in (("function", 10), ("plugin", 8)):
+        report = reports[lowering]
+        assert (report.ir_version, onnx.load(report.path).ir_version) == (version, version)
+
+
 def test_nodes_are_as_the_plugin_library_expects_them(mixed: Any) -> None:
     from dwattn.export.node import INPUTS, WEIGHTS
 

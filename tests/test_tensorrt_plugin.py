@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -184,6 +186,55 @@ def test_old_headers_are_refused(tmp_path: Path) -> None:
     done = configure(tmp_path / "build", f"-DTENSORRT_INCLUDE_DIR={header_folder(tmp_path, text)}")
     assert done.returncode != 0
     assert "TensorRT 8.6; the plugin needs 10.0 or later" in " ".join(done.stderr.split())
+
+
+def test_old_headers_do_not_stop_a_build_of_the_package(tmp_path: Path) -> None:
+    text = "#define NV_TENSORRT_MAJOR 8\n#define NV_TENSORRT_MINOR 6\n"
+    headers = f"-DTENSORRT_INCLUDE_DIR={header_folder(tmp_path, text)}"
+    found = ("-DDWATTN_TENSORRT=AUTO", "-DDWATTN_HAVE_CUDA=ON")
+    done = configure(tmp_path / "build", headers, *found)
+    assert done.returncode == 0, done.stderr
+    assert "no TensorRT plugin" in done.stdout
+    assert "TensorRT 8.6, and it needs 10.0 or later" in done.stdout
+
+
+def test_an_nvcc_that_is_too_old_is_refused_with_its_version(tmp_path: Path) -> None:
+    real = shutil.which("nvcc")
+    if real is None:
+        pytest.skip("nvcc is not installed")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(  # the program in which CMake looks for the version of its compiler says 11.8
+        f'#!/bin/sh\n{real} "$@" || exit\n'
+        "[ ! -e a.out ] || sed -i 's/_version\\[[0-9]*[.][0-9]*/_version[00000011.00000008/' a.out\n"
+    )
+    nvcc.chmod(0o755)
+    headers = header_folder(tmp_path, "#define NV_TENSORRT_MAJOR 10\n#define NV_TENSORRT_MINOR 3\n")
+    done = tensorrt_build.configure(
+        tmp_path / "build", f"-DTENSORRT_INCLUDE_DIR={headers}", f"-DCMAKE_CUDA_COMPILER={nvcc}"
+    )
+    assert done.returncode != 0
+    assert re.search(r"is of CUDA 11\.8.*needs 12\.0 or later", " ".join(done.stderr.split()))
+
+
+def test_kernels_are_compiled_in_a_folder_with_a_space(tmp_path: Path) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    headers = header_folder(tmp_path, "#define NV_TENSORRT_MAJOR 10\n#define NV_TENSORRT_MINOR 3\n")
+    (tmp_path / "a b").symlink_to(cuda_sources.ROOT)
+    build = tmp_path / "build"
+    done = tensorrt_build.cmake(
+        "-S", f"{tmp_path}/a b/plugins/tensorrt", "-B", str(build), "-G", "Ninja",
+        f"-DTENSORRT_INCLUDE_DIR={headers}", "-DDWATTN_CUDA_ARCHITECTURES=87-real",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    commands = subprocess.run(
+        ["ninja", "-C", str(build), "-t", "commands"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    (compile_one,) = [c for c in commands if "tensor_map.cu" in c and "nvcc" in c]
+    assert "a b/csrc" in compile_one
+    (target,) = [w for w in shlex.split(compile_one) if w.endswith("tensor_map.cu.o")][-1:]
+    done = tensorrt_build.cmake("--build", str(build), "--target", target)
+    assert done.returncode == 0, done.stdout
 
 
 def test_missing_headers_are_explained(tmp_path: Path) -> None:

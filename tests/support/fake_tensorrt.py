@@ -3,8 +3,9 @@ one: failures are null objects and log messages. tests/test_deploy_api.py checks
 NVIDIA's own Python packages.
 
 A "model" is a JSON file: ``inputs`` (shapes, -1 open), ``scale`` (every output is its input times
-this), ``half``, ``plugin`` (a name that must be registered), ``layers`` and ``memory`` (MiB that a
-build takes). An "engine" is the same with the profile and the version added.
+this), ``half``, ``fp32_io`` (of a half-precision model), ``plugin`` (a name that must be registered),
+``layers``, ``memory`` (MiB that a build takes) and ``says`` (pairs of severity and message; an ERROR
+ends the build). An "engine" is the same with the profile and the version added.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import json
+import re
 import types
 from pathlib import Path
 from typing import Any
@@ -43,11 +45,17 @@ class Registry:
     def __init__(self) -> None:
         self.names: set[str] = set()
 
+    @property
+    def all_creators(self) -> list[Any]:
+        return [types.SimpleNamespace(name=n, plugin_namespace="dwattn") for n in self.names]
+
     def load_library(self, path: str) -> Any:
-        text = Path(path).read_text()
-        if not text.startswith("plugins:"):
+        """A library names its plugins somewhere in the file; a second one with the same is refused."""
+        found = re.search(rb"plugins:([\w ]+)", Path(path).read_bytes())
+        names = set(found[1].decode().split()) if found else set()
+        if not names or names & self.names:
             return None
-        self.names |= set(text.removeprefix("plugins:").split())
+        self.names |= names
         return object()
 
 
@@ -173,7 +181,7 @@ class Engine:
         return self.model["profile"][name]
 
     def get_tensor_dtype(self, name: str) -> str:
-        return "half" if self.model.get("half") else "float"
+        return "half" if self.model.get("half") and not self.model.get("fp32_io") else "float"
 
     def create_engine_inspector(self) -> Any:
         layers = [{"Name": name, "LayerType": kind} for name, kind in self.model["layers"]]
@@ -220,6 +228,10 @@ def make(version: str = "10.3.0") -> types.ModuleType:
                 if not monitor.step_complete("Building Engine", step):
                     return None
             monitor.phase_finish("Building Engine")
+            for severity, message in network.model.get("says", []):
+                self.logger.log(ILogger.Severity[severity], message)
+            if any(severity == "ERROR" for severity, _ in network.model.get("says", [])):
+                return None
             if network.model.get("memory", 0) > AVAILABLE_MIB:
                 self.logger.log(ILogger.ERROR, "[virtualMemoryBuffer] CUDA error 2: out of memory")
                 return None

@@ -331,7 +331,8 @@ def export(
             latency=latency,
         )  # fmt: skip
     emit(report, as_json)
-    note(f"Wrote {out}.")
+    together = "" if report.data_path is None else ", which belong together"
+    note(f"Wrote {' and '.join(map(str, report.files))}{together}.")
 
 
 def _plan_table(plan: Any) -> Any:

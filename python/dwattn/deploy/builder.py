@@ -20,7 +20,7 @@ from dwattn.deploy.cuda import Cuda, Device
 from dwattn.deploy.options import BuildOptions, Range
 from dwattn.deploy.progress import make_monitor, progress
 from dwattn.deploy.runtime import Runtime, load_runtime
-from dwattn.deploy.sidecar import Sidecar, sha256
+from dwattn.deploy.sidecar import Sidecar, model_digests, sha256
 from dwattn.errors import DeployError
 from dwattn.files import write_atomically
 
@@ -63,7 +63,8 @@ def build_with(
     builder = _builder(runtime)
     strongly_typed = not options.fp16
     network, parser = _parse(runtime, builder, options, strongly_typed)
-    if options.fp16 and _is_half(runtime, network):
+    half = _is_half(runtime, network)
+    if options.fp16 and half:
         # The flag would let TensorRT choose other precisions than the file's.
         strongly_typed = True
         network, parser = _parse(runtime, builder, options, strongly_typed)
@@ -74,18 +75,15 @@ def build_with(
     engine = Path(options.engine)
     with write_atomically(engine, DeployError) as path:
         path.write_bytes(serialized)
-    if cache is not None and options.timing_cache:
-        with write_atomically(options.timing_cache, DeployError) as path:
-            path.write_bytes(bytes(config.get_timing_cache().serialize()))
     record = Sidecar(
         runtime=runtime.name,
         version=runtime.version,
         device=device.to_dict() if device else None,
-        onnx={"name": Path(options.onnx).name, "sha256": sha256(options.onnx)},
+        onnx={"name": Path(options.onnx).name, **model_digests(options.onnx)},
         plugin={"path": options.plugin, "sha256": sha256(options.plugin)}
         if options.plugin
         else None,
-        precision="strongly typed" if strongly_typed else "fp16 allowed",
+        precision=_precision(strongly_typed, half),
         profile=profile,
         options=asdict(options),
         engine={"bytes": engine.stat().st_size, "sha256": sha256(engine)},
@@ -94,6 +92,9 @@ def build_with(
         dwattn=dwattn.__version__,
     )
     record.save(engine)
+    if cache is not None and options.timing_cache:
+        with write_atomically(options.timing_cache, DeployError) as path:
+            path.write_bytes(bytes(config.get_timing_cache().serialize()))
     return record
 
 
@@ -123,7 +124,7 @@ def _parse(
     if not parser.parse_from_file(options.onnx):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         # In front: the parser's own words name the node, the log's only the line of its source.
-        runtime.log[:0] = [
+        runtime.errors[:0] = [
             f"node {e.node_name() or e.node()} ({e.node_operator()}): {e.desc()}" for e in errors
         ]
         raise runtime.failure(f"{options.onnx} cannot be read by {runtime.name} {runtime.version}")
@@ -138,6 +139,12 @@ def _is_half(runtime: Runtime, network: Any) -> bool:
         for layer in layers
         for index in range(layer.num_outputs)
     )
+
+
+def _precision(strongly_typed: bool, half: bool) -> str:
+    if not strongly_typed:
+        return "fp16 allowed"
+    return "strongly typed, fp16" if half else "strongly typed"
 
 
 def _configure(

@@ -170,7 +170,7 @@ def _build(parsed: argparse.Namespace) -> int:
     if record.runtime == "tensorrt":
         from dwattn.deploy.trtexec import build_command
 
-        typed = record.precision == "strongly typed"
+        typed = record.precision.startswith("strongly typed")
         text += "\nThe same with trtexec:\n  " + build_command(
             options, record.profile, strongly_typed=typed
         )

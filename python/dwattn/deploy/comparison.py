@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from dwattn.deploy.options import BuildOptions
 from dwattn.deploy.progress import progress
 from dwattn.deploy.protocol import ITERATIONS, WARMUP, Timing, measure, ratios
 from dwattn.deploy.session import LayerTime, Session, open_engine, random_inputs
+from dwattn.deploy.sidecar import Sidecar
 from dwattn.deploy.table import ms, table
 from dwattn.deploy.verification import Difference, default_tolerance, differences
 from dwattn.errors import DeployError
@@ -151,20 +153,25 @@ def compare(
     except OSError as error:
         raise DeployError(f"Cannot make the folder {root}: {error.strerror}.") from error
     engines = {name: root / f"{name}.engine" for name in _NAMES}
+    records = []
     for name, onnx in zip(_NAMES, (native, plugin_model), strict=True):
         wanted = replace(options, onnx=str(onnx), engine=str(engines[name]), detailed=True)
-        build(wanted, show_progress=show_progress)
+        records.append(build(wanted, show_progress=show_progress))
     with contextlib.ExitStack() as stack:
         sessions = {
             name: stack.enter_context(open_engine(engine, plugin=options.plugin)[0])
             for name, engine in engines.items()
         }
         report = stack.enter_context(progress("Measuring", show_progress))
-        return compare_sessions(sessions, iterations, warmup, report)
+        return compare_sessions(sessions, records, iterations, warmup, report)
 
 
 def compare_sessions(
-    sessions: dict[str, Session], iterations: int, warmup: int, report: Any
+    sessions: dict[str, Session],
+    records: Sequence[Sidecar],
+    iterations: int,
+    warmup: int,
+    report: Any,
 ) -> CompareResult:
     """:func:`compare` of engines that are loaded, by ``"native"`` and ``"plugin"``."""
     specs = {
@@ -185,7 +192,7 @@ def compare_sessions(
         timings,
         {name: tuple(session.layer_times()) for name, session in sessions.items()},
         tuple(differences(outputs["plugin"], outputs["native"])),
-        default_tolerance(outputs["native"]),
+        default_tolerance(outputs["native"], *records),
         machine.describe(),
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dwattn.deploy.sidecar import sha256
+from dwattn.deploy.sidecar import model_digests
 from dwattn.errors import DeployError
 from dwattn.files import write_atomically
 
@@ -124,7 +124,7 @@ def golden(
     result = Golden(
         runner.inputs,
         outputs,
-        {"onnx": Path(onnx).name, "sha256": sha256(onnx), "onnxruntime": runner.version},
+        {"onnx": Path(onnx).name, **model_digests(onnx), "onnxruntime": runner.version},
     )
     result.save(folder)
     return result

@@ -114,8 +114,11 @@ class BuildOptions:
                 f"There is no runtime {self.runtime!r}; choose one of {', '.join(RUNTIMES)}."
             )
         require_file(self.onnx, "model", "Write one with dwattn export.")
-        if not Path(self.engine).absolute().parent.is_dir():
-            raise DeployError(f"The folder of {self.engine} does not exist; make it first.")
+        for file in filter(None, (self.engine, self.timing_cache)):
+            if not Path(file).absolute().parent.is_dir():
+                raise DeployError(f"The folder of {file} does not exist; make it first.")
+            if Path(file).is_dir():
+                raise DeployError(f"{file} is a folder; give the name of a file in it.")
         if self.workspace is not None and self.workspace < 1:
             raise DeployError(f"--workspace {self.workspace} must be at least 1 MiB.")
         if self.batch is not None and len(Range.parse(self.batch, "--batch").usual) != 1:

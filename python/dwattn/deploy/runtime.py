@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import os
 import re
 import sys
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,10 @@ _INSTALL = {
     "tensorrt-rtx": "pip install tensorrt_rtx_cu13 (or _cu12).",
 }
 
+#: Plugin libraries that were loaded, by module of TensorRT: its registry lives as long as the process,
+#: and refuses a library the second time.
+_LOADED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+
 
 @dataclass
 class Runtime:
@@ -27,16 +33,17 @@ class Runtime:
     Args:
         name: ``"tensorrt"`` or ``"tensorrt-rtx"``.
         trt: the Python module.
-        log: what TensorRT complained about, in order.
+        errors, warnings: what TensorRT complained about, in order.
     """
 
     name: str
     trt: Any
-    log: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     verbose: bool = False
 
     def __post_init__(self) -> None:
-        self.logger = _make_logger(self.trt, self.log, self.verbose)
+        self.logger = _make_logger(self.trt, self.errors, self.warnings, self.verbose)
 
     @property
     def version(self) -> str:
@@ -48,27 +55,49 @@ class Runtime:
         return hasattr(self.trt.BuilderFlag, "FP16")
 
     def load_plugin(self, path: str) -> None:
-        """Register the creators of a plugin library.
+        """Register the creators of a plugin library, unless they are in this process already.
 
         Raises:
             DeployError: it cannot be loaded.
         """
+        loaded = _LOADED.setdefault(self.trt, set())
+        file = os.path.realpath(path)
+        if file in loaded:
+            return
         try:
             handle = self.trt.get_plugin_registry().load_library(path)
         except Exception as error:
             raise self.failure(f"The plugin library {path} cannot be loaded ({error})") from error
         if handle is None:
-            # TensorRT does not pass on why; the loader tells it again.
-            try:
-                ctypes.CDLL(path)
-                reason = "it exports no getCreators"
-            except OSError as error:
-                reason = str(error)
-            raise self.failure(f"The plugin library {path} cannot be loaded ({reason})")
+            raise DeployError(
+                f"The plugin library {path} cannot be loaded ({self._refusal(path, loaded)})."
+            )
+        loaded.add(file)
+
+    def _refusal(self, path: str, loaded: set[str]) -> str:
+        """Why the registry took no library: TensorRT does not pass it on, the loader tells it again."""
+        try:
+            library = ctypes.CDLL(path)
+        except OSError as error:
+            return str(error)
+        if not hasattr(library, "getCreators"):
+            return "it exports no getCreators"
+        creators = self.trt.get_plugin_registry().all_creators
+        taken = sorted(c.name for c in creators if c.plugin_namespace == "dwattn")
+        if not taken:
+            return str(self.failure("TensorRT refuses its plugins")).rstrip(".")
+        return (
+            f"{' and '.join(taken)} are registered already, by "
+            f"{' and '.join(sorted(loaded)) or 'a library that this process loaded itself'}; a process "
+            "takes one library of them, so use this one in another"
+        )
 
     def failure(self, what: str) -> DeployError:
-        """An error that says what failed, why (from TensorRT's log) and what helps."""
-        return DeployError(explain(what, self.log))
+        """An error that says what failed, why (from TensorRT's log) and what helps.
+
+        Warnings count only where there is no error: a tactic that was skipped is no reason.
+        """
+        return DeployError(explain(what, self.errors or self.warnings))
 
 
 def load_runtime(name: str, *, verbose: bool = False) -> Runtime:
@@ -93,7 +122,7 @@ def load_runtime(name: str, *, verbose: bool = False) -> Runtime:
     return Runtime(name, trt, verbose=verbose)
 
 
-def _make_logger(trt: Any, log: list[str], verbose: bool) -> Any:
+def _make_logger(trt: Any, errors: list[str], warnings: list[str], verbose: bool) -> Any:
     threshold = trt.ILogger.VERBOSE if verbose else trt.ILogger.ERROR
 
     class Logger(trt.ILogger):  # type: ignore[misc]
@@ -101,8 +130,10 @@ def _make_logger(trt: Any, log: list[str], verbose: bool) -> Any:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            if int(severity) <= int(trt.ILogger.WARNING):
-                log.append(message)
+            if int(severity) <= int(trt.ILogger.ERROR):
+                errors.append(message)
+            elif int(severity) == int(trt.ILogger.WARNING):
+                warnings.append(message)
             # Errors are not printed: they end up in the sentence that the user gets.
             if verbose and int(severity) <= int(threshold):
                 print(f"[{str(severity).rpartition('.')[2]}] {message}", file=sys.stderr)
@@ -153,6 +184,8 @@ _MEANINGS = (
 def explain(what: str, log: list[str]) -> str:
     """A sentence for a failure: what, TensorRT's own words, and what they mean."""
     errors = [re.sub(r"\s+", " ", line).strip() for line in log]
+    # What our plugins say is more exact than what TensorRT makes of it.
+    errors = [line for line in errors if line.startswith("[dwattn]")] or errors
     told = next(
         (
             (line, meaning)

@@ -26,9 +26,10 @@ class Sidecar:
     Args:
         runtime, version: which TensorRT built the engine.
         device: ``Device.to_dict()``; None where there was no GPU (TensorRT-RTX).
-        onnx: name and SHA-256 of the model.
+        onnx: name and SHA-256 of the model, and of a file with its weights (``data_sha256``).
         plugin: path and SHA-256 of the plugin library, None without.
-        precision: ``"strongly typed"`` (as the file says) or ``"fp16 allowed"``.
+        precision: ``"strongly typed"`` (as the file says), ``"strongly typed, fp16"`` where the file
+            computes in half precision, or ``"fp16 allowed"``.
         profile: smallest, usual and largest shape by input.
         options: what was asked for.
         engine: size in bytes and SHA-256.
@@ -49,6 +50,11 @@ class Sidecar:
     created: str
     dwattn: str
     schema: int = SCHEMA
+
+    @property
+    def half(self) -> bool:
+        """Whether the engine may compute in half precision, whatever its inputs and outputs are."""
+        return "fp16" in self.precision
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -120,6 +126,12 @@ class Sidecar:
 def record_of(engine: Path) -> Path:
     """Where the record of an engine is."""
     return engine.with_name(engine.name + ".json")
+
+
+def model_digests(path: str | Path) -> dict[str, str]:
+    """SHA-256 of a model, and of its weights where ``dwattn export`` put them into ``<model>.data``."""
+    data = Path(f"{path}.data")
+    return {"sha256": sha256(path)} | ({"data_sha256": sha256(data)} if data.is_file() else {})
 
 
 def sha256(path: str | Path) -> str:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dwattn.deploy.golden_outputs import Golden
 from dwattn.deploy.session import open_engine
+from dwattn.deploy.sidecar import Sidecar
 from dwattn.deploy.table import table
 from dwattn.errors import DeployError
 
@@ -95,7 +96,8 @@ def verify(
 
     Args:
         folder: written by :func:`dwattn.deploy.golden`.
-        tolerance: on the relative error; default :data:`TOLERANCE` of the coarsest output.
+        tolerance: on the relative error; default :data:`TOLERANCE` of the coarsest output, or of fp16
+            where the engine's record says that it may compute in that.
 
     Raises:
         DeployError: the engine or the folder cannot be used, or their inputs and outputs differ in
@@ -103,19 +105,22 @@ def verify(
     """
     expected = Golden.load(folder)
     shapes = {name: value.shape for name, value in expected.inputs.items()}
-    opened, _, _ = open_engine(engine, plugin=plugin, shapes=shapes, verbose=verbose)
+    opened, record, _ = open_engine(engine, plugin=plugin, shapes=shapes, verbose=verbose)
     with opened as session:
         found = session.run(expected.inputs)
     return VerifyResult(
         tuple(differences(found, expected.outputs)),
-        tolerance if tolerance is not None else default_tolerance(found),
+        tolerance if tolerance is not None else default_tolerance(found, record),
         expected.source,
     )
 
 
-def default_tolerance(outputs: Mapping[str, NDArray[Any]]) -> float:
-    """For the coarsest dtype among the outputs."""
-    return max(TOLERANCE.get(str(value.dtype), TOLERANCE["float32"]) for value in outputs.values())
+def default_tolerance(outputs: Mapping[str, NDArray[Any]], *records: Sidecar | None) -> float:
+    """For the coarsest dtype among the outputs and what the engines of these records compute in."""
+    dtypes = {str(value.dtype) for value in outputs.values()}
+    if any(record is not None and record.half for record in records):
+        dtypes.add("float16")
+    return max(TOLERANCE.get(dtype, TOLERANCE["float32"]) for dtype in dtypes)
 
 
 def differences(

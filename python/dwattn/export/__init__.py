@@ -26,7 +26,14 @@ from dwattn.export.folding import fold_constants
 from dwattn.export.forms import DEFAULT_OPSET, FORMS, Form
 from dwattn.export.function import attach_bodies, detach_bodies
 from dwattn.export.fusion import fuse_residuals
-from dwattn.export.graph import check_standard, float_types, name_sides, trace, trace_grid
+from dwattn.export.graph import (
+    check_standard,
+    float_types,
+    ir_version,
+    name_sides,
+    trace,
+    trace_grid,
+)
 from dwattn.export.node import layer_nodes, name_nodes
 from dwattn.export.parity import (
     Case,
@@ -339,6 +346,7 @@ def _write(graph: Any, path: Path) -> None:
 
     weights = (value.const_value for value in graph.graph.initializers.values())
     large = sum(int(tensor.nbytes) for tensor in weights if tensor is not None) > _INLINE_BYTES
+    graph.ir_version = ir_version(graph)
     ir.save(graph, path, external_data=path.name + ".data" if large else None)
     try:
         onnx.checker.check_model(str(path))

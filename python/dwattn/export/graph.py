@@ -207,3 +207,13 @@ def float_types(model: Any) -> Counter[str]:
         if tensor is not None and tensor.dtype.is_floating_point():
             sizes[tensor.dtype.name] += int(tensor.size)
     return sizes
+
+
+def ir_version(model: Any) -> int:
+    """The oldest of the file format that holds the model: older runtimes refuse a newer one unread."""
+    from onnx import helper
+
+    if any(overload for *_, overload in model.functions):
+        return 10  # which brought overloads
+    opsets = [helper.make_opsetid("", model.opset_imports[""])]
+    return int(helper.find_min_ir_version_for(opsets))

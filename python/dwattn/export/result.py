@@ -56,6 +56,11 @@ class ExportReport:
     latency_ms: float | None = None
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """What was written: the ONNX file, and the weights beside it, without which it is not read."""
+        return (self.path,) if self.data_path is None else (self.path, self.data_path)
+
+    @property
     def max_abs(self) -> float | None:
         """The largest absolute error, or None where the file was not checked."""
         return max((p.max_abs for p in self.parity), default=None)
@@ -80,7 +85,7 @@ class ExportReport:
             else f"onnxruntime agrees with PyTorch to {self.max_rel:.1e} of the output scale"
         )
         return (
-            f"{self.path}: {self.dtype}, opset {self.opset}, {sum(self.ops.values())} nodes, "
+            f"{' and '.join(map(str, self.files))}: {self.dtype}, opset {self.opset}, {sum(self.ops.values())} nodes, "
             f"{self.bytes / 1e6:.1f} MB, {self.replaced} replaced layers ({self.lowering}); {checked}."
         )
 
@@ -99,6 +104,8 @@ class ExportReport:
             table.add_row("layer node", f"{name}: {kind}")
         table.add_row("nodes", f"{sum(self.ops.values())} ({_top(self.ops)})")
         table.add_row("size", f"{self.bytes / 1e6:.1f} MB")
+        if self.data_path is not None:
+            table.add_row("weights", f"in {self.data_path.name}, which belongs beside the file")
         for p in self.parity:
             label = f"parity, batch {p.batch}, {p.size[0]} x {p.size[1]}"
             table.add_row(label, f"{p.output}: max {p.max_abs:.2e} abs, {p.max_rel:.2e} of scale")

@@ -70,7 +70,7 @@ def _some(names: list[str], count: int = 4) -> str:
 
 
 def to_opset(model: Any, opset: int) -> Any:
-    """An ``onnx_ir`` model of opset 18, which the exporter writes at least, in 17 or 18 and IR 8.
+    """An ``onnx_ir`` model of opset 18, which the exporter writes at least, in 17 or 18.
 
     Raises:
         ExportError: an operator has no form in that opset.
@@ -89,9 +89,7 @@ def to_opset(model: Any, opset: int) -> Any:
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ExportError(f"The graph cannot be written in opset {opset}: {reason}") from error
-    converted = ir.from_proto(proto)
-    converted.ir_version = 8  # of opset 17
-    return converted
+    return ir.from_proto(proto)
 
 
 def _slice_splits(graph: Any) -> None:
