@@ -35,6 +35,12 @@ def test_images_that_are_too_few() -> None:
     assert snapshot(model) == before
 
 
+def test_images_that_are_all_alike_are_told() -> None:
+    family = BY_NAME["timm"]
+    with pytest.warns(UserWarning, match=r"is the same for all 3 images \(each Sigma is 0\)"):
+        dwattn.score(family.build(), family.images(1).repeat(3, 1, 1, 1), 3, progress=False)
+
+
 def test_nan_activations_name_the_layer() -> None:
     family = BY_NAME["timm"]
     model, images = family.build(), family.images(4)

@@ -46,7 +46,8 @@ def score(
         Path, typer.Option(metavar="FILE", help="Scores to write (.safetensors).")
     ] = Path("scores.safetensors"),
     num_images: Annotated[
-        int, typer.Option(min=2, help="How many images to look at, at most.")
+        int,
+        typer.Option(min=2, help="How many images to look at, at most; evenly over the folder."),
     ] = 1000,
     size: SizeOption = None,
     weights: WeightsOption = None,
@@ -201,7 +202,9 @@ def replace(
             metavar="DIR", help="Folder of images to fit the new weights on (closed form)."
         ),
     ] = None,
-    num_images: Annotated[int, typer.Option(min=1, help="Calibration images, at most.")] = 120,
+    num_images: Annotated[
+        int, typer.Option(min=1, help="Calibration images, at most; evenly over the folder.")
+    ] = 120,
     size: SizeOption = None,
     weights: WeightsOption = None,
     batch_size: Annotated[

@@ -52,7 +52,9 @@ def refine(
         int, typer.Option(min=1, help="Blocks on either side of the border that are exchanged.")
     ] = 3,
     rounds: Annotated[int, typer.Option(min=1, help="Exchanges, at most.")] = 2,
-    num_images: Annotated[int, typer.Option(min=1, help="Calibration images, at most.")] = 80,
+    num_images: Annotated[
+        int, typer.Option(min=1, help="Calibration images, at most; evenly over the folder.")
+    ] = 80,
     trials: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Keep what was tried, to go on after a stop."),
