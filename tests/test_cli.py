@@ -217,6 +217,12 @@ def test_report_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["export", "{model}", "--fp32-io"], 2, "--fp16"),
         (["export", "{model}", "--lowering", "magic"], 1, "plugin"),
         (["export", "{model}", "--weights", "none.pth"], 1, "no weights file"),
+        (["score", "m:f", "--images", "images", "--out", "none/s"], 1, "'none/s'"),
+        (["refine", "m:f", "s", "--images", "i", "--blocks", "1", "--out", "."], 1, "directory"),
+        (["refine", "m:f", "s", "--images", "i", "--blocks", "1", "--trials", "."], 1, "directory"),
+        (["replace", "{model}", "none.json", "--out", "none/s"], 1, "'none/s'"),
+        (["replace", "{model}", "none.json", "--out", "/dev/null"], 1, "device"),
+        (["export", "{model}", "--out", "none/model.onnx"], 1, "'none/model.onnx'"),
         (["transmogrify"], 2, "transmogrify"),
     ],
 )

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -33,9 +33,8 @@ from dwattn.cli.common import (
     read_images,
     read_model,
 )
-
-if TYPE_CHECKING:
-    pass
+from dwattn.errors import DwattnError
+from dwattn.files import require_writable
 
 
 @command
@@ -72,6 +71,7 @@ def score(
     """Measure how much every head's attention map varies from image to image."""
     import dwattn
 
+    require_writable(out, DwattnError)
     loaded = read_model(model, weights, device)
     data = read_images(loaded, model, images, size, mean, std, batch_size, num_images)
     budget = None if memory_budget is None else int(memory_budget * 2**20)
@@ -131,6 +131,7 @@ def select(
         )
     if target_speedup is not None and model is None:
         raise typer.BadParameter("--target-speedup times the model; name it with --model.")
+    require_writable(out, DwattnError)
     timed = None
     if target_speedup is not None and model is not None:
         timed = read_model(model, None, "cpu", pretrained=False)
@@ -237,6 +238,8 @@ def replace(
         raise typer.BadParameter(
             "Say where the student goes with --out student.safetensors, or ask for --dry-run."
         )
+    if out is not None:
+        require_writable(out, DwattnError)
     wanted_rank = parse_rank(rank)
     chosen = Plan.load(plan)
     loaded = read_model(model, weights, device)
@@ -322,6 +325,7 @@ def export(
 
     if fp32_io and not fp16:
         raise typer.BadParameter("--fp32-io changes nothing without --fp16.")
+    require_writable(out, DwattnError)
     with busy("Loading the model"):
         loaded = read_model(model, weights, "cpu", pretrained=student is None)
         if student is not None:

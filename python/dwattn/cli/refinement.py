@@ -28,6 +28,8 @@ from dwattn.cli.common import (
     read_images,
     read_model,
 )
+from dwattn.errors import DwattnError
+from dwattn.files import require_writable
 
 
 @command
@@ -73,6 +75,9 @@ def refine(
     """Choose blocks by what their set loses together: sets are calibrated and compared in turn."""
     import dwattn
 
+    for file in (out, trials):
+        if file is not None:
+            require_writable(file, DwattnError)
     loaded = read_model(model, weights, device)
     options: dict[str, Any] = {"variant": variant, "amp": amp}
     if rank is not None:
