@@ -14,7 +14,7 @@ from dwattn.latency import LatencyTable, LayerLatency, measure_latency
 from dwattn.plan import ModelInfo, Plan
 from dwattn.scores import LayerScore, Scores
 from dwattn.selection import close_call
-from support.models import BY_NAME
+from support.models import BY_NAME, timm_vit
 
 MODEL = BY_NAME["timm"].build()
 SIGMA = [[5.0, 6.0, 4.0], [1.0, 9.0, 2.0], [2.0, 3.0, 1.0], [4.0, 4.0, 4.0]]  # blocks: 5, 4, 2, 4
@@ -243,6 +243,10 @@ def test_latency_is_measured_and_the_model_left_as_it_is(name: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with pytest.raises(DwattnError, match="rounds=0"):
         measure_latency(model, rounds=0)
+
+
+def test_latency_is_measured_with_as_many_channels_as_the_model_takes() -> None:
+    assert measure_latency(timm_vit(in_chans=1, depth=1), rounds=1).total > 0
 
 
 def test_target_speedup_measures_the_model_when_it_must() -> None:

@@ -63,19 +63,16 @@ class Batch:
         """The model's output: ``model(pixels)``, or ``model(**inputs)`` without label keys.
 
         Raises:
-            DataError: the model cannot be called with pixels alone.
+            DataError: the model takes no such arguments, or no images of this size.
         """
-        if isinstance(self.inputs, dict):
-            return model(**self.inputs)
         try:
-            return model(self.inputs)
-        except DwattnError:
+            return model(**self.inputs) if isinstance(self.inputs, dict) else model(self.inputs)
+        except (DwattnError, torch.OutOfMemoryError):
             raise
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
             raise DataError(
-                f"{type(model).__name__} could not be called with a tensor of pixels alone "
-                f"({type(error).__name__}: {error}). If it needs more than that, give batches that are "
-                "dictionaries of its arguments, or pass the part of it that sees images."
+                f"{type(model).__name__} could not be called with {_described(self.inputs)} "
+                f"({type(error).__name__}: {str(error).rstrip('.')}). {_remedy(self.inputs)}"
             ) from error
 
     def showing(self, pixels: Tensor) -> Batch:
@@ -86,6 +83,24 @@ class Batch:
             return Batch(pixels, self.size, pixels)
         inputs = {k: pixels if v is self.pixels else v for k, v in self.inputs.items()}
         return Batch(inputs, self.size, pixels)
+
+
+def _described(inputs: Tensor | dict[str, Any]) -> str:
+    """What a model was called with: sizes of tensors, names of arguments."""
+    if isinstance(inputs, Tensor):
+        return f"a tensor of pixels alone, of shape {tuple(inputs.shape)},"
+    sizes = (tuple(v.shape) if isinstance(v, Tensor) else "..." for v in inputs.values())
+    return ", ".join(f"{key}={size}" for key, size in zip(inputs, sizes, strict=True))
+
+
+def _remedy(inputs: Tensor | dict[str, Any]) -> str:
+    if isinstance(inputs, Tensor):
+        return (
+            "If it takes images of another size or other channels, give those (--size), or make the model for these; if "
+            "it needs more than pixels, give batches that are dictionaries of its arguments, or pass the part of it that "
+            "sees images."
+        )
+    return "Leave out keys that its forward does not take, and give images of a size that it takes."
 
 
 def iterate(
