@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 import dwattn
 from dwattn.cli import app
-from dwattn.cli.common import command, parse_size
+from dwattn.cli.common import command, image_size, parse_size
 from dwattn.errors import DwattnError
+from dwattn.models import load_model
 
 TESTS = Path(__file__).parent
 FACTORY = f"""
@@ -141,6 +143,27 @@ def test_the_whole_chain(place: Path, scored: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "model.onnx", "plan.json", "student.safetensors"
     ]  # fmt: skip
+
+
+def test_a_size_other_than_the_models_sets_the_grid(
+    place: Path, scored: Path, tmp_path: Path
+) -> None:
+    model, plan = f"{place / 'factory.py'}:make", tmp_path / "plan.json"
+    student = tmp_path / "student.safetensors"
+    invoke("select", scored, "--blocks", 1, "--out", plan)
+    calibrated = ("replace", model, plan, "--calibrate", place / "images", "--num-images", 4)
+    done = invoke_json(*calibrated, "--size", "56x84", "--out", student)
+    assert done["settings"]["grid"] == [4, 6]
+    loaded = dwattn.load(load_model(model), student)
+    assert image_size(loaded, None) == (56, 84)
+    assert loaded(torch.zeros(1, 3, 56, 84)).isfinite().all()
+    found = invoke_json(
+        "refine", model, scored, "--images", place / "images", "--blocks", 1, "--width", 1, "--rounds", 1,
+        "--num-images", 8, "--batch-size", 4, "--size", 84, "--out", plan,
+    )  # fmt: skip
+    assert len(found["trials"]) == 2
+    refused = invoke("refine", model, scored, "--images", place / "images", "--blocks", 1, code=1)
+    assert "smaller batches (--batch-size)" in refused.stderr
 
 
 def test_tables_for_people(place: Path, scored: Path, tmp_path: Path) -> None:

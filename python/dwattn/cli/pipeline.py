@@ -27,6 +27,7 @@ from dwattn.cli.common import (
     busy,
     command,
     emit,
+    grid_option,
     image_size,
     note,
     parse_rank,
@@ -246,7 +247,7 @@ def replace(
     data = None
     if calibrate is not None and not dry_run:
         data = read_images(loaded, model, calibrate, size, mean, std, batch_size or 16, num_images)
-    options: dict[str, Any] = {}
+    options = {} if dynamic_grid else grid_option(loaded, size)
     if data is not None:
         options.update(batch_size=batch_size, amp=amp)
     report = dwattn.replace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -23,6 +23,7 @@ from dwattn.cli.common import (
     WeightsOption,
     command,
     emit,
+    grid_option,
     note,
     parse_rank,
     read_images,
@@ -79,7 +80,7 @@ def refine(
         if file is not None:
             require_writable(file, DwattnError)
     loaded = read_model(model, weights, device)
-    options: dict[str, Any] = {"variant": variant, "amp": amp}
+    options = {"variant": variant, "amp": amp, **grid_option(loaded, size)}
     if rank is not None:
         options["rank"] = parse_rank(rank)
     if judge is not None:
