@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -19,7 +21,7 @@ from typer.testing import CliRunner
 
 import dwattn
 from dwattn.cli import app
-from dwattn.cli.common import command, image_size, parse_size
+from dwattn.cli.common import command, emit, image_size, parse_size
 from dwattn.errors import DwattnError
 from dwattn.models import load_model
 
@@ -176,6 +178,18 @@ def test_tables_for_people(place: Path, scored: Path, tmp_path: Path) -> None:
     assert invoke("doctor").stdout.startswith("dwattn ")
     assert "backends" in invoke_json("doctor")
     assert dwattn.__version__ in invoke("--version").stdout
+
+
+def test_tables_in_a_pipe_hold_whole_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.table import Table
+
+    monkeypatch.delenv("COLUMNS", raising=False)
+    name = "vision_model.encoder.layers.11.self_attn"
+    table = Table(*(["layer"] * 3))
+    table.add_row(name, name, name)
+    with io.StringIO() as pipe, contextlib.redirect_stdout(pipe):
+        emit(table, as_json=False)
+        assert pipe.getvalue().count(name) == 3
 
 
 def test_a_speedup_is_measured_on_the_model(place: Path, scored: Path, tmp_path: Path) -> None:

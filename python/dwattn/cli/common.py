@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import re
 import signal
 import sys
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+#: Columns of tables that go to no terminal.
+PIPED_WIDTH = 160
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
@@ -37,8 +40,11 @@ EXIT_TERMINATED = 143
 
 
 def out() -> Console:
-    """Results."""
-    return Console()
+    """Results; in a pipe or file, where no terminal has a width, tables are not cut."""
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPED_WIDTH
+    return console
 
 
 def err() -> Console:
