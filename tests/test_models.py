@@ -179,6 +179,9 @@ def test_a_classifier_of_transformers_keeps_its_head(tmp_path: Path) -> None:
         assert bare(x).pooler_output is None
         torch.testing.assert_close(model.classifier(bare(x).last_hidden_state[:, 0]), expected)
     assert fingerprint(bare) == fingerprint(loaded)
+    bare.save_pretrained(tmp_path / "bare")
+    with pytest.raises(CheckpointError, match=r"\?head=false makes it without its classifier"):
+        load_model(f"hf:{tmp_path}", tmp_path / "bare" / "model.safetensors")
 
 
 def test_a_pooler_that_a_checkpoint_lacks_is_not_random(tmp_path: Path) -> None:

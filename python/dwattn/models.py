@@ -280,7 +280,7 @@ def _settle(model: nn.Module, missing: Collection[str], spec: ModelSpec) -> None
     pooler = [key for key in lacking if key.startswith("pooler.")]
     others = [key for key in lacking if key not in pooler and "mask_token" not in key]
     if others:
-        raise CheckpointError(mismatch(f"hf:{spec.name} as {type(model).__name__}", others, []))
+        raise _unfitting(spec, type(model), others, [])
     if pooler:
         with torch.no_grad():
             for key in pooler:
@@ -290,6 +290,16 @@ def _settle(model: nn.Module, missing: Collection[str], spec: ModelSpec) -> None
             "leaves it out.",
             stacklevel=2,
         )
+
+
+def _unfitting(
+    spec: ModelSpec, cls: Any, missing: list[str], unexpected: list[str]
+) -> CheckpointError:
+    text = mismatch(f"hf:{spec.name} as {cls.__name__}", missing, unexpected)
+    classifies = "ForImageClassification" in cls.__name__
+    return CheckpointError(
+        text + (" ?head=false makes it without its classifier." if classifies else "")
+    )
 
 
 def _note_left_out(model: nn.Module, unexpected: Collection[str], spec: ModelSpec) -> None:
@@ -319,9 +329,7 @@ def _load_renamed(
     ]
     missing = sorted([*info.get("missing_keys", []), *mismatched])
     if missing:
-        raise CheckpointError(
-            mismatch(f"hf:{spec.name}", missing, sorted(info.get("unexpected_keys", [])))
-        )
+        raise _unfitting(spec, cls, missing, sorted(info.get("unexpected_keys", [])))
     loaded: nn.Module = model
     return loaded
 
