@@ -105,7 +105,7 @@ SAVED = {
     "DepthAnythingForDepthEstimation": depth,
     "DPTModel": lambda: dpt("DPTForDepthEstimation"),
     "IJepaModel": lambda: hf_model("IJepa"),
-    "ViTMSNModel": lambda: hf_model("ViTMSN", "ViTMSNForImageClassification"),
+    "ViTMSNForImageClassification": lambda: hf_model("ViTMSN", "ViTMSNForImageClassification"),
 }
 
 

@@ -131,6 +131,26 @@ def test_readers_of_the_old_file_keep_the_old_file(path: Path) -> None:
     assert path.read_bytes() != before
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_pipes_and_devices_are_left_alone(path: Path) -> None:
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="it is a device, pipe or socket"):
+        dwattn.save(convert(), path)
+    assert path.is_fifo()
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_link_stays_a_link_to_what_is_written(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    target = tmp_path / "disk" / "student.safetensors"
+    path.symlink_to(target)
+    for _ in range(2):  # the link leads nowhere, then to a file
+        dwattn.save(convert(), path)
+        assert path.is_symlink()
+        assert not target.is_symlink()
+        dwattn.load(fresh(), target)
+
+
 def test_permissions_are_those_of_any_new_file(path: Path) -> None:
     dwattn.save(convert(), path)
     mask = os.umask(0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import signal
@@ -14,13 +16,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 import dwattn
 from dwattn.cli import app
-from dwattn.cli.common import command, parse_size
+from dwattn.cli.common import command, emit, image_size, parse_size
 from dwattn.errors import DwattnError
+from dwattn.models import load_model
 
 TESTS = Path(__file__).parent
 FACTORY = f"""
@@ -154,6 +158,27 @@ def test_export_names_both_files_of_a_large_model(
     assert f"Wrote {out} and {out}.data, which belong together." in done.stderr
 
 
+def test_a_size_other_than_the_models_sets_the_grid(
+    place: Path, scored: Path, tmp_path: Path
+) -> None:
+    model, plan = f"{place / 'factory.py'}:make", tmp_path / "plan.json"
+    student = tmp_path / "student.safetensors"
+    invoke("select", scored, "--blocks", 1, "--out", plan)
+    calibrated = ("replace", model, plan, "--calibrate", place / "images", "--num-images", 4)
+    done = invoke_json(*calibrated, "--size", "56x84", "--out", student)
+    assert done["settings"]["grid"] == [4, 6]
+    loaded = dwattn.load(load_model(model), student)
+    assert image_size(loaded, None) == (56, 84)
+    assert loaded(torch.zeros(1, 3, 56, 84)).isfinite().all()
+    found = invoke_json(
+        "refine", model, scored, "--images", place / "images", "--blocks", 1, "--width", 1, "--rounds", 1,
+        "--num-images", 8, "--batch-size", 4, "--size", 84, "--out", plan,
+    )  # fmt: skip
+    assert len(found["trials"]) == 2
+    refused = invoke("refine", model, scored, "--images", place / "images", "--blocks", 1, code=1)
+    assert "smaller batches (--batch-size)" in refused.stderr
+
+
 def test_tables_for_people(place: Path, scored: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     result = invoke("select", scored, "--heads", 3, "--out", plan)
@@ -164,6 +189,18 @@ def test_tables_for_people(place: Path, scored: Path, tmp_path: Path) -> None:
     assert invoke("doctor").stdout.startswith("dwattn ")
     assert "backends" in invoke_json("doctor")
     assert dwattn.__version__ in invoke("--version").stdout
+
+
+def test_tables_in_a_pipe_hold_whole_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.table import Table
+
+    monkeypatch.delenv("COLUMNS", raising=False)
+    name = "vision_model.encoder.layers.11.self_attn"
+    table = Table(*(["layer"] * 3))
+    table.add_row(name, name, name)
+    with io.StringIO() as pipe, contextlib.redirect_stdout(pipe):
+        emit(table, as_json=False)
+        assert pipe.getvalue().count(name) == 3
 
 
 def test_a_speedup_is_measured_on_the_model(place: Path, scored: Path, tmp_path: Path) -> None:
@@ -228,6 +265,12 @@ def test_report_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["export", "{model}", "--fp32-io"], 2, "--fp16"),
         (["export", "{model}", "--lowering", "magic"], 1, "plugin"),
         (["export", "{model}", "--weights", "none.pth"], 1, "no weights file"),
+        (["score", "m:f", "--images", "images", "--out", "none/s"], 1, "'none/s'"),
+        (["refine", "m:f", "s", "--images", "i", "--blocks", "1", "--out", "."], 1, "directory"),
+        (["refine", "m:f", "s", "--images", "i", "--blocks", "1", "--trials", "."], 1, "directory"),
+        (["replace", "{model}", "none.json", "--out", "none/s"], 1, "'none/s'"),
+        (["replace", "{model}", "none.json", "--out", "/dev/null"], 1, "device"),
+        (["export", "{model}", "--out", "none/model.onnx"], 1, "'none/model.onnx'"),
         (["transmogrify"], 2, "transmogrify"),
     ],
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.ExifTags import Base
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -194,6 +197,58 @@ def test_pixels_are_resized_cropped_and_normalised(tmp_path: Path) -> None:
     pixels = next(iter(image_folder(tmp_path, 10, mean, std)))[0]
     expected = torch.tensor([1.0, -0.5, 0.5])[:, None, None].expand(3, 10, 10)
     torch.testing.assert_close(pixels, expected, rtol=0, atol=0.03)  # bicubic rounds to levels
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+def test_grey_values_of_16_bits_are_scaled(ending: str, tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 16, dtype=np.uint16).reshape(4, 4)
+    Image.fromarray(ramp).save(tmp_path / f"a.{ending}")
+    pixels = next(iter(image_folder(tmp_path, 4, (0, 0, 0), (1, 1, 1))))[0]
+    expected = torch.linspace(0, 1, 16).view(4, 4).expand(3, 4, 4)
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=1 / 255)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (np.full((4, 4), 0.5, np.float32), r"from 0\.5 to 0\.5 \(mode F\)"),
+        (np.full((4, 4), 70000, np.int32), r"from 70000 to 70000 \(mode I\)"),
+    ],
+)
+def test_grey_values_of_unknown_range_are_refused(values: Any, told: str, tmp_path: Path) -> None:
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    with pytest.raises(DataError, match=rf"a\.tiff has grey values {told}.*8 or 16 bits"):
+        list(image_folder(tmp_path, 4))
+
+
+def test_damaged_exif_leaves_the_image_readable(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[Base.Orientation], exif[Base.XResolution] = 6, 72.0
+    damaged = exif.tobytes().replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x01")  # bytes, no fraction
+    Image.new("RGB", (8, 4), (255, 0, 0)).save(tmp_path / "a.jpg", exif=damaged)
+    assert next(iter(image_folder(tmp_path, 4))).shape == (1, 3, 4, 4)
+
+
+def test_a_limit_takes_images_of_all_subfolders(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        for index in range(4):
+            Image.new("RGB", (4, 4)).save(tmp_path / name / f"{index}.png")
+    files = [str(f.relative_to(tmp_path)) for f in image_folder(tmp_path, 4, limit=6).files]
+    assert files == ["a/0.png", "a/2.png", "b/0.png", "b/2.png", "c/0.png", "c/2.png"]
+    assert len(image_folder(tmp_path, 4, limit=100).files) == 12
+
+
+def test_links_to_folders_are_followed_and_hidden_files_are_not_read(photos: Path) -> None:
+    images = photos / "linked"
+    images.mkdir()
+    (images / "there").symlink_to(photos / "more", target_is_directory=True)
+    (photos / "more" / "back").symlink_to(images, target_is_directory=True)
+    (photos / "more" / "self").symlink_to(photos / "more", target_is_directory=True)
+    (photos / "more" / "._c.png").write_bytes(b"what macOS keeps beside a file")
+    shutil.copytree(photos / "more", images / ".trash", symlinks=True)
+    files = [str(file.relative_to(images)) for file in image_folder(images, 8).files]
+    assert files == ["there/c.png", "there/d.png"]
 
 
 def test_folders_that_cannot_be_read(photos: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +375,21 @@ def test_bad_requests_are_refused_with_their_values(
         dwattn.export(tiny, path, **options)
     assert all(word in str(caught.value) for word in words), caught.value
     assert files(tmp_path) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_links_are_written_through_and_pipes_are_left_alone(tmp_path: Path) -> None:
+    link, pipe = tmp_path / "model.onnx", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "real.onnx")
+    bare = layer("dw")
+    report = dwattn.export(bare, link, (3, 5), check=False, fold=False)
+    assert link.is_symlink()
+    assert report.path == tmp_path / "real.onnx"
+    onnx.checker.check_model(str(link))
+    os.mkfifo(pipe)
+    with pytest.raises(ExportError, match="it is a device, pipe or socket"):
+        dwattn.export(bare, pipe, (3, 5), check=False, fold=False)
+    assert pipe.is_fifo()
 
 
 def test_models_of_one_size_refuse_others(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dwattn.errors import CheckpointError
+from dwattn.fingerprint import fingerprint
 from dwattn.models import (
     IMAGENET_MEAN,
     ModelError,
@@ -160,6 +161,73 @@ def test_transformers_from_a_directory(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     found = preprocessing(loaded, f"hf:{tmp_path}")
     assert (found.mean, found.source) == ((0.5, 0.5, 0.5), "preprocessor_config.json")
+
+
+def test_a_classifier_of_transformers_keeps_its_head(tmp_path: Path) -> None:
+    model: Any = hf_model("ViT", "ViTForImageClassification", num_hidden_layers=1, num_labels=5)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(1, 3, 32, 32)
+    loaded = load_model(f"hf:{tmp_path}")
+    again = load_model(f"hf:{tmp_path}", tmp_path / "model.safetensors")
+    untrained = load_model(f"hf:{tmp_path}", pretrained=False)
+    bare = load_model(f"hf:{tmp_path}?head=false")
+    with torch.no_grad():
+        expected = model(x).logits
+        torch.testing.assert_close(loaded(x).logits, expected)
+        torch.testing.assert_close(again(x).logits, expected)
+        assert untrained(x).logits.shape == expected.shape
+        assert bare(x).pooler_output is None
+        torch.testing.assert_close(model.classifier(bare(x).last_hidden_state[:, 0]), expected)
+    assert fingerprint(bare) == fingerprint(loaded)
+    bare.save_pretrained(tmp_path / "bare")
+    with pytest.raises(CheckpointError, match=r"\?head=false makes it without its classifier"):
+        load_model(f"hf:{tmp_path}", tmp_path / "bare" / "model.safetensors")
+
+
+def test_a_pooler_that_a_checkpoint_lacks_is_not_random(tmp_path: Path) -> None:
+    from transformers import ViTModel
+
+    model: Any = hf_model("ViT", num_hidden_layers=1)
+    ViTModel(model.config, add_pooling_layer=False).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="holds no pooler, so pooler_output is zero"):
+        loaded = load_model(f"hf:{tmp_path}")
+    assert not loaded(torch.randn(1, 3, 32, 32)).pooler_output.any()
+    assert (
+        loaded.state_dict().keys()
+        == load_model(f"hf:{tmp_path}", pretrained=False).state_dict().keys()
+    )
+
+
+def test_heads_that_are_left_out_are_told(tmp_path: Path) -> None:
+    model: Any = hf_model("ViT", "ViTForMaskedImageModeling", num_hidden_layers=1, encoder_stride=8)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="made as ViTModel, without these parts.*: decoder"):
+        loaded = load_model(f"hf:{tmp_path}")
+    assert loaded(torch.randn(1, 3, 32, 32)).pooler_output is None
+
+
+def test_transformers_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
+    model: Any = hf_model("Dinov2", num_hidden_layers=1)
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("layernorm")}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(
+        CheckpointError, match=r"2 weights of the model are not in the file \(layernorm"
+    ):
+        load_model(f"hf:{tmp_path}")
+
+
+def test_a_torchvision_that_breaks_transformers_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    def fail(*_: Any, **__: Any) -> None:
+        cause = RuntimeError("operator torchvision::nms does not exist")
+        raise ModuleNotFoundError("Could not import module 'ViTModel'.") from cause
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
+    with pytest.raises(ModelError, match=r"transformers cannot be imported.*torchvision.*CPU-only"):
+        load_model(f"hf:{tmp_path}")
 
 
 def test_transformers_weights_of_another_model(tmp_path: Path) -> None:

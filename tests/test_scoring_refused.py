@@ -35,6 +35,30 @@ def test_images_that_are_too_few() -> None:
     assert snapshot(model) == before
 
 
+def test_images_that_are_all_alike_are_told() -> None:
+    family = BY_NAME["timm"]
+    with pytest.warns(UserWarning, match=r"is the same for all 3 images \(each Sigma is 0\)"):
+        dwattn.score(family.build(), family.images(1).repeat(3, 1, 1, 1), 3, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (torch.zeros(2, 3, 48, 48), r"pixels alone, of shape \(2, 3, 48, 48\).*AssertionError.*--size"),
+        (torch.zeros(2, 4, 32, 24), "RuntimeError.*4 channels instead.*other channels"),
+        ([{"x": torch.zeros(2, 3, 32, 24), "path": ["a", "b"]}], r"x=\(2, 3, 32, 24\), path=.*Leave out"),
+        ([{"image": torch.zeros(2, 3, 32, 24)}], "unexpected keyword argument 'image'.*Leave out"),
+    ],
+    ids=["size", "channels", "another key", "another name"],
+)  # fmt: skip
+def test_images_that_the_model_does_not_take(data: Any, told: str) -> None:
+    model = BY_NAME["timm"].build()
+    before = snapshot(model)
+    with pytest.raises(DataError, match=rf"VisionTransformer could not be called with .*{told}"):
+        dwattn.score(model, data, 2, progress=False)
+    assert snapshot(model) == before
+
+
 def test_nan_activations_name_the_layer() -> None:
     family = BY_NAME["timm"]
     model, images = family.build(), family.images(4)

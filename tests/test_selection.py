@@ -14,7 +14,7 @@ from dwattn.latency import LatencyTable, LayerLatency, measure_latency
 from dwattn.plan import ModelInfo, Plan
 from dwattn.scores import LayerScore, Scores
 from dwattn.selection import close_call
-from support.models import BY_NAME
+from support.models import BY_NAME, timm_vit
 
 pytest.importorskip("timm")
 MODEL = BY_NAME["timm"].build()
@@ -244,6 +244,10 @@ def test_latency_is_measured_and_the_model_left_as_it_is(name: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with pytest.raises(DwattnError, match="rounds=0"):
         measure_latency(model, rounds=0)
+
+
+def test_latency_is_measured_with_as_many_channels_as_the_model_takes() -> None:
+    assert measure_latency(timm_vit(in_chans=1, depth=1), rounds=1).total > 0
 
 
 def test_target_speedup_measures_the_model_when_it_must() -> None:

@@ -14,16 +14,35 @@ from torch import Tensor, nn
 
 from dwattn.errors import DataError, DwattnError
 from dwattn.finite import all_finite
+from dwattn.image_files import (
+    IMAGE_SUFFIXES,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageFolder,
+    fit,
+    image_folder,
+    open_image,
+)
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "IMAGE_SUFFIXES",
+    "Batch",
+    "ImageFolder",
+    "count_images",
+    "fit",
+    "image_folder",
+    "is_reiterable",
+    "iterate",
+    "open_image",
+    "require_reiterable",
+]
 
 #: Keys of a batch dictionary that hold targets; a model is called without them.
 LABEL_KEYS = frozenset({"label", "labels", "label_ids", "target", "targets"})
 #: Keys under which a batch dictionary may hold its pixels, in this order.
 PIXEL_KEYS = ("pixel_values", "pixels", "images", "image", "x")
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
-)
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -44,19 +63,16 @@ class Batch:
         """The model's output: ``model(pixels)``, or ``model(**inputs)`` without label keys.
 
         Raises:
-            DataError: the model cannot be called with pixels alone.
+            DataError: the model takes no such arguments, or no images of this size.
         """
-        if isinstance(self.inputs, dict):
-            return model(**self.inputs)
         try:
-            return model(self.inputs)
-        except DwattnError:
+            return model(**self.inputs) if isinstance(self.inputs, dict) else model(self.inputs)
+        except (DwattnError, torch.OutOfMemoryError):
             raise
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
             raise DataError(
-                f"{type(model).__name__} could not be called with a tensor of pixels alone "
-                f"({type(error).__name__}: {error}). If it needs more than that, give batches that are "
-                "dictionaries of its arguments, or pass the part of it that sees images."
+                f"{type(model).__name__} could not be called with {_described(self.inputs)} "
+                f"({type(error).__name__}: {str(error).rstrip('.')}). {_remedy(self.inputs)}"
             ) from error
 
     def showing(self, pixels: Tensor) -> Batch:
@@ -67,6 +83,24 @@ class Batch:
             return Batch(pixels, self.size, pixels)
         inputs = {k: pixels if v is self.pixels else v for k, v in self.inputs.items()}
         return Batch(inputs, self.size, pixels)
+
+
+def _described(inputs: Tensor | dict[str, Any]) -> str:
+    """What a model was called with: sizes of tensors, names of arguments."""
+    if isinstance(inputs, Tensor):
+        return f"a tensor of pixels alone, of shape {tuple(inputs.shape)},"
+    sizes = (tuple(v.shape) if isinstance(v, Tensor) else "..." for v in inputs.values())
+    return ", ".join(f"{key}={size}" for key, size in zip(inputs, sizes, strict=True))
+
+
+def _remedy(inputs: Tensor | dict[str, Any]) -> str:
+    if isinstance(inputs, Tensor):
+        return (
+            "If it takes images of another size or other channels, give those (--size), or make the model for these; if "
+            "it needs more than pixels, give batches that are dictionaries of its arguments, or pass the part of it that "
+            "sees images."
+        )
+    return "Leave out keys that its forward does not take, and give images of a size that it takes."
 
 
 def iterate(
@@ -326,115 +360,3 @@ def _rebuilt(batch: Batch, inputs: dict[str, Any], size: int) -> Batch:
     assert isinstance(batch.inputs, dict)
     key = next((k for k, v in batch.inputs.items() if v is batch.pixels), None)
     return Batch(inputs, size, None if key is None else inputs[key])
-
-
-class ImageFolder:
-    """Batches ``(B, 3, H, W)`` of a folder's images, decoded as they are read; can be read again
-    and again.
-
-    Args:
-        files: image paths, in the order they are read.
-        size: ``(height, width)`` of the result: the image is resized to cover it and its centre is
-            cropped.
-        mean, std: per-channel normalisation of pixels in ``[0, 1]``.
-        batch_size: images per batch.
-    """
-
-    def __init__(
-        self,
-        files: Sequence[Path],
-        size: tuple[int, int],
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-        batch_size: int = 16,
-    ) -> None:
-        self.files, self.size, self.batch_size = list(files), size, batch_size
-        self.mean = torch.tensor(mean).view(3, 1, 1)
-        self.std = torch.tensor(std).view(3, 1, 1)
-
-    def __len__(self) -> int:
-        """Number of batches."""
-        return -(-len(self.files) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for start in range(0, len(self.files), self.batch_size):
-            yield torch.stack(
-                [self.read(path) for path in self.files[start : start + self.batch_size]]
-            )
-
-    def read(self, path: Path) -> Tensor:
-        """One image as a normalised ``(3, H, W)`` tensor.
-
-        Raises:
-            DataError: the file cannot be decoded; names it.
-        """
-        from PIL import Image  # imported here: `import dwattn` stays light
-
-        height, width = self.size
-        image = fit(open_image(path).convert("RGB"), self.size, Image.Resampling.BICUBIC)
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(
-            height, width, 3
-        )
-        return (pixels.permute(2, 0, 1).float() / 255 - self.mean) / self.std
-
-
-def open_image(path: Path) -> Any:
-    """The PIL image of a file, decoded and turned upright.
-
-    Raises:
-        DataError: the file cannot be decoded; names it.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            return ImageOps.exif_transpose(opened)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path} cannot be read as an image: {error}. Remove or replace the file."
-        ) from error
-
-
-def fit(image: Any, size: tuple[int, int], resample: Any) -> Any:
-    """A PIL image resized to cover ``size = (height, width)``, and its centre of that size."""
-    height, width = size
-    scale = max(height / image.height, width / image.width)
-    resized = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    image = image.resize(resized, resample)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def image_folder(
-    path: str | Path,
-    size: int | tuple[int, int],
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    *,
-    batch_size: int = 16,
-    limit: int | None = None,
-) -> ImageFolder:
-    """The images below ``path`` in the order of their names, or the single image at ``path``.
-
-    Args:
-        size: side of the square, or ``(height, width)``, in pixels.
-        limit: at most this many images.
-
-    Raises:
-        DataError: the folder does not exist or holds no images.
-    """
-    root = Path(path)
-    height, width = (size, size) if isinstance(size, int) else size
-    if height < 1 or width < 1:
-        raise DataError(f"size={size} must be positive numbers of pixels.")
-    if not root.exists():
-        raise DataError(f"There is no folder or image {root}.")
-    found = [root] if root.is_file() else sorted(root.rglob("*"))
-    files = [file for file in found if file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES]
-    if not files:
-        raise DataError(
-            f"{root} holds no images; files ending in {', '.join(sorted(IMAGE_SUFFIXES))} are "
-            "read, in subfolders too."
-        )
-    return ImageFolder(files[:limit], (height, width), mean, std, batch_size)

@@ -19,7 +19,7 @@ from dwattn.errors import DwattnError
 @contextlib.contextmanager
 def write_atomically(path: str | os.PathLike[str], error: type[DwattnError]) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` to write to; it takes its place when the block
-    succeeds.
+    succeeds. Of a link, the file that it points to is written.
 
     Whatever happens inside the block (also Ctrl-C), no partial file is left and an old file stays.
 
@@ -27,13 +27,9 @@ def write_atomically(path: str | os.PathLike[str], error: type[DwattnError]) -> 
         path: the file to write.
         error: class to raise for an operating system error, with path and reason.
     """
-    target = Path(path)
     temporary: Path | None = None
     try:
-        if target.is_dir():
-            raise error(
-                f"Cannot write {str(target)!r}: it is a directory. Give the name of a file in it."
-            )
+        target = target_file(path, error)
         descriptor, name = tempfile.mkstemp(
             prefix=f".{target.name}.", suffix=".tmp", dir=target.parent
         )
@@ -47,10 +43,46 @@ def write_atomically(path: str | os.PathLike[str], error: type[DwattnError]) -> 
         temporary.chmod(0o666 & ~mask)
         temporary.replace(target)
     except OSError as failure:
-        raise error(f"Cannot write {str(target)!r}: {failure.strerror or failure}.") from failure
+        raise _cannot_write(path, error, failure) from failure
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def target_file(path: str | os.PathLike[str], error: type[DwattnError]) -> Path:
+    """The file to write, behind links: a new one or an ordinary one, for a device or pipe would be replaced by a file.
+
+    Raises:
+        error: something else has that name.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise error(
+            f"Cannot write {str(target)!r}: it is a directory. Give the name of a file in it."
+        )
+    if target.exists() and not target.is_file():
+        raise error(
+            f"Cannot write {str(target)!r}: it is a device, pipe or socket. Give the name of a file."
+        )
+    return Path(os.path.realpath(target)) if target.is_symlink() else target
+
+
+def require_writable(path: str | os.PathLike[str], error: type[DwattnError]) -> None:
+    """Find out before long work whether :func:`write_atomically` could write there; nothing is left behind.
+
+    Raises:
+        error: the folder is missing or refuses files, or something that is no file has that name.
+    """
+    try:
+        tempfile.TemporaryFile(dir=target_file(path, error).parent).close()
+    except OSError as failure:
+        raise _cannot_write(path, error, failure) from failure
+
+
+def _cannot_write(
+    path: str | os.PathLike[str], error: type[DwattnError], failure: OSError
+) -> DwattnError:
+    return error(f"Cannot write {os.fspath(path)!r}: {failure.strerror or failure}.")
 
 
 @contextlib.contextmanager

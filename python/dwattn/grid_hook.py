@@ -41,11 +41,10 @@ class GridHook:
             grid = (height // rows, width // columns)
         if self.fixed is not None and grid != self.fixed:
             raise GeometryError(
-                f"Images of {height} x {width} pixels make a patch grid of {grid[0]} x {grid[1]}, "
-                f"but "
-                f"the model was converted for {self.fixed[0]} x {self.fixed[1]}. Restore it and "
-                f"replace again with grid={tuple(grid)}, or with dynamic_grid=True for images of "
-                f"varying size."
+                f"Images of {height} x {width} pixels make a patch grid of {grid[0]} x {grid[1]}, but the model is "
+                f"converted for {self.fixed[0]} x {self.fixed[1]}. Replace with grid={grid} (--size {height}x{width}), or "
+                "with dynamic_grid=True (--dynamic-grid) for images of varying size; a model that is converted already, "
+                "restore before."
             )
         self.source.grid = grid
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -141,7 +142,7 @@ def measure_latency(
         model: the model, left as it is. Its backbone is timed on random images unless ``inputs`` is
             given.
         grid: patch grid, default the configured one.
-        inputs: images ``(B, 3, H, W)`` with which the whole ``model`` is called instead.
+        inputs: images ``(B, C, H, W)`` with which the whole ``model`` is called instead.
         variant, options: of the replacement, see :func:`dwattn.variants.build_replacement`.
 
     Raises:
@@ -158,9 +159,8 @@ def measure_latency(
     if pixels is None:
         size = (grid[0] * layout.patch_size[0], grid[1] * layout.patch_size[1])
         # Not torch.rand: the global random state is left alone.
-        pixels = torch.linspace(-2, 2, batch_size * 3 * size[0] * size[1]).view(
-            batch_size, 3, *size
-        )
+        shape = (batch_size, _channels(layout), *size)
+        pixels = torch.linspace(-2, 2, math.prod(shape)).view(shape)
     pixels = pixels.to(like.device, like.dtype)
     whole = model if inputs is not None else layout.module
     batch = len(pixels)
@@ -196,6 +196,13 @@ def measure_latency(
         threads=torch.get_num_threads(),
         variant=variant,
     )
+
+
+def _channels(layout: BackboneLayout) -> int:
+    """Channels of the images that the patch embedding takes."""
+    modules = layout.patch_embed.modules()
+    convolution = next((module for module in modules if isinstance(module, nn.Conv2d)), None)
+    return 3 if convolution is None else convolution.in_channels
 
 
 def _shape(weights: AttentionWeights, attention: nn.Module) -> tuple[Any, ...]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dwattn.adapters import describe
 from dwattn.errors import CheckpointError, DwattnError
 from dwattn.files import parse_json
 from dwattn.weights import load_state, mismatch, read_weights
@@ -164,12 +165,16 @@ def import_timm() -> ModuleType:
     except (RuntimeError, AttributeError) as error:
         if "torchvision" not in str(error):
             raise ModelError(f"timm cannot be imported: {error}.") from error
-        raise ModelError(
-            "timm cannot be imported, because the installed torchvision is built for another "
-            f"torch than {torch.__version__} ({str(error).splitlines()[0]}). Install the "
-            "torchvision build that belongs to it: CPU-only for a CPU-only torch, and of the "
-            "release that goes with this torch."
-        ) from error
+        raise ModelError(_mismatched_torchvision("timm", error)) from error
+
+
+def _mismatched_torchvision(library: str, error: BaseException) -> str:
+    return (
+        f"{library} cannot be imported, because the installed torchvision is built for another "
+        f"torch than {torch.__version__} ({_first_line(error)}). Install the "
+        "torchvision build that belongs to it: CPU-only for a CPU-only torch, and of the "
+        "release that goes with this torch."
+    )
 
 
 def _parse_options(query: str, text: str) -> dict[str, Any]:
@@ -217,54 +222,104 @@ def _transformers(
         raise ModelError(
             f"transformers cannot be imported ({error}); install it with pip install 'dwattn[hf]'."
         ) from error
-    pretrained = options.pop("pretrained")
+    pretrained, head = options.pop("pretrained"), options.pop("head", True)
     try:
         config = transformers.AutoConfig.from_pretrained(spec.name, **options)
-        cls, config = _hf_class(transformers, config)
+        cls, config, arguments = _hf_class(transformers, config, head)
         if pretrained:
             # use_safetensors: the alternative on the hub is a pickle.
             model, info = cls.from_pretrained(
-                spec.name, config=config, use_safetensors=True, output_loading_info=True
+                spec.name,
+                config=config,
+                use_safetensors=True,
+                output_loading_info=True,
+                **arguments,
             )
-            _insist_on_blocks(model, info["missing_keys"], spec)
+            _settle(model, info["missing_keys"], spec)
+            if head and cls is transformers.AutoModel:
+                _note_left_out(model, info["unexpected_keys"], spec)
             return cast(nn.Module, model)
-        model = cls.from_config(config) if cls is transformers.AutoModel else cls(config)
+        make = cls.from_config if cls is transformers.AutoModel else cls
+        model = make(config, **arguments)
     except DwattnError:
         raise
     except Exception as error:
+        if "torchvision" in f"{error} {error.__cause__}":
+            raise ModelError(
+                _mismatched_torchvision("transformers", error.__cause__ or error)
+            ) from error
         raise ModelError(_library_failure("transformers", spec.name, error, pretrained)) from error
-    return model if state is None else _load_renamed(type(model), config, state, spec)
+    return model if state is None else _load_renamed(type(model), config, state, spec, arguments)
 
 
-def _hf_class(transformers: Any, config: Any) -> tuple[Any, Any]:
-    """The class to make and its configuration: of the vision tower, of the bare model (``AutoModel``), or of the model as
-    it was saved where transformers has no bare one (ViTPose, Depth Anything).
+def _hf_class(transformers: Any, config: Any, head: bool) -> tuple[Any, Any, dict[str, Any]]:
+    """The class to make, its configuration and further arguments: of the model as it was saved where that classifies (and
+    ``head``), of the vision tower, of the bare model (``AutoModel``), or of the model as it was saved where transformers has
+    no bare one (ViTPose, Depth Anything).
+
+    The configuration alone decides, for a student's file is read into a model that is made without its checkpoint.
     """
+    saved = config.architectures[0] if config.architectures else ""
+    if head and "ForImageClassification" in saved and hasattr(transformers, saved):
+        return getattr(transformers, saved), config, {}
     tower = _VISION_TOWERS.get(config.model_type.removesuffix("_vision_model"))
     if tower is not None:
-        return getattr(transformers, tower), getattr(config, "vision_config", config)
-    if type(config) in transformers.MODEL_MAPPING or not config.architectures:
-        return transformers.AutoModel, config
-    return getattr(transformers, config.architectures[0]), config
+        return getattr(transformers, tower), getattr(config, "vision_config", config), {}
+    if type(config) not in transformers.MODEL_MAPPING and saved:
+        return getattr(transformers, saved), config, {}
+    bare = transformers.MODEL_MAPPING.get(type(config), None)
+    # A model with a head holds the bare one without pooler; by itself that would be given a random one.
+    pooled = bare is not None and "add_pooling_layer" in inspect.signature(bare).parameters
+    without = pooled and saved not in ("", bare.__name__)
+    return transformers.AutoModel, config, {"add_pooling_layer": False} if without else {}
 
 
-def _insist_on_blocks(model: nn.Module, missing: Collection[str], spec: ModelSpec) -> None:
-    """transformers fills what a checkpoint lacks with random weights; a pooler may lack, a block may not."""
-    if not missing:
-        return
-    blocks = tuple(f"{block.name}." for block in describe(model).blocks)
-    lacking = sorted(key for key in missing if key.startswith(blocks))
-    if lacking:
-        raise CheckpointError(mismatch(f"hf:{spec.name} as {type(model).__name__}", lacking, []))
+def _settle(model: nn.Module, missing: Collection[str], spec: ModelSpec) -> None:
+    """transformers fills what a checkpoint lacks with random weights: those of a pooler become zero, others are refused."""
+    lacking = sorted(set(missing) & dict(model.named_parameters()).keys())
+    pooler = [key for key in lacking if key.startswith("pooler.")]
+    others = [key for key in lacking if key not in pooler and "mask_token" not in key]
+    if others:
+        raise _unfitting(spec, type(model), others, [])
+    if pooler:
+        with torch.no_grad():
+            for key in pooler:
+                model.get_parameter(key).zero_()
+        warnings.warn(
+            f"hf:{spec.name} holds no pooler, so pooler_output is zero; export with output='last_hidden_state' (--output) "
+            "leaves it out.",
+            stacklevel=2,
+        )
 
 
-def _load_renamed(cls: Any, config: Any, state: dict[str, Tensor], spec: ModelSpec) -> nn.Module:
+def _unfitting(
+    spec: ModelSpec, cls: Any, missing: list[str], unexpected: list[str]
+) -> CheckpointError:
+    text = mismatch(f"hf:{spec.name} as {cls.__name__}", missing, unexpected)
+    classifies = "ForImageClassification" in cls.__name__
+    return CheckpointError(
+        text + (" ?head=false makes it without its classifier." if classifies else "")
+    )
+
+
+def _note_left_out(model: nn.Module, unexpected: Collection[str], spec: ModelSpec) -> None:
+    parts = sorted({key.split(".")[0] for key in unexpected})
+    if parts:
+        warnings.warn(
+            f"hf:{spec.name} is made as {type(model).__name__}, without these parts of the checkpoint: {', '.join(parts)}.",
+            stacklevel=2,
+        )
+
+
+def _load_renamed(
+    cls: Any, config: Any, state: dict[str, Tensor], spec: ModelSpec, arguments: dict[str, Any]
+) -> nn.Module:
     """Load through ``from_pretrained``, which knows the key names of older releases, and insist on
     all of them.
     """
     try:
         model, info = cls.from_pretrained(
-            None, config=config, state_dict=state, output_loading_info=True
+            None, config=config, state_dict=state, output_loading_info=True, **arguments
         )
     except Exception as error:
         raise CheckpointError(f"The weights file does not fit hf:{spec.name}: {error}") from error
@@ -274,9 +329,7 @@ def _load_renamed(cls: Any, config: Any, state: dict[str, Tensor], spec: ModelSp
     ]
     missing = sorted([*info.get("missing_keys", []), *mismatched])
     if missing:
-        raise CheckpointError(
-            mismatch(f"hf:{spec.name}", missing, sorted(info.get("unexpected_keys", [])))
-        )
+        raise _unfitting(spec, cls, missing, sorted(info.get("unexpected_keys", [])))
     loaded: nn.Module = model
     return loaded
 

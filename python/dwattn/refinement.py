@@ -266,7 +266,7 @@ def _sides(
     if len(fitted) < 2:
         raise DataError(
             f"One batch of {fitted[0].size} images cannot be divided into images to calibrate on and images to compare "
-            f"on; give more images, or those to compare on as judge=."
+            f"on; give more images, smaller batches (--batch-size), or those to compare on as judge= (--judge)."
         )
     every = min(EVERY, len(fitted))
     rest = [batch for index, batch in enumerate(fitted) if index % every != every - 1]

@@ -112,6 +112,12 @@ def score(
             "scores are of these.",
             stacklevel=2,
         )
+    if not any(layer.sigma.any() for layer in run.results):
+        warnings.warn(
+            f"Every attention map is the same for all {run.total_images} images (each Sigma is 0), so that the scores "
+            "order nothing. Look whether the images differ from one another when they reach the model.",
+            stacklevel=2,
+        )
     return Scores(
         layers=sorted(run.results, key=lambda layer: layer.block),
         num_images=run.total_images,

@@ -47,8 +47,9 @@ def refuse_projections(*layers: object) -> str | None:
     """
     for layer in layers:
         if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+            kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
             return (
-                f"One of its projections is a {type(layer).__name__} instead of a plain nn.Linear; "
+                f"One of its projections is a {kind} instead of a plain nn.Linear; "
                 "merge adapters or dequantise it first."
             )
         if layer.weight.is_meta:

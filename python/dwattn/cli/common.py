@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import re
 import signal
 import sys
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+#: Columns of tables that go to no terminal.
+PIPED_WIDTH = 160
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
@@ -37,8 +40,11 @@ EXIT_TERMINATED = 143
 
 
 def out() -> Console:
-    """Results."""
-    return Console()
+    """Results; in a pipe or file, where no terminal has a width, tables are not cut."""
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPED_WIDTH
+    return console
 
 
 def err() -> Console:
@@ -166,14 +172,25 @@ def parse_triple(text: str) -> tuple[float, float, float]:
 
 
 def image_size(model: nn.Module, text: str | None) -> tuple[int, int]:
-    """The size that was asked for, or the one the model is configured for."""
+    """The size that was asked for, or the one the model is converted or configured for."""
     from dwattn.adapters import describe
+    from dwattn.conversion import conversion
 
     if text is not None:
         return parse_size(text)
-    layout = describe(model)
-    grid = layout.geometry().grid
+    layout, record = describe(model), conversion(model)
+    fixed = None if record is None or record.hook is None else record.hook[0].fixed
+    grid = fixed or layout.geometry().grid
     return grid[0] * layout.patch_size[0], grid[1] * layout.patch_size[1]
+
+
+def grid_option(model: nn.Module, size: str | None) -> dict[str, Any]:
+    """``grid=`` of :func:`dwattn.replace` where the size that was asked for is not the model's."""
+    from dwattn.adapters import describe
+
+    layout = describe(model)
+    grid = None if size is None else layout.grid_of(*parse_size(size))
+    return {} if grid in (None, layout.grid) else {"grid": grid}
 
 
 def normalisation(model: nn.Module, spec: str, mean: str | None, std: str | None) -> Preprocessing:

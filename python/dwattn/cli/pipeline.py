@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -27,15 +27,15 @@ from dwattn.cli.common import (
     busy,
     command,
     emit,
+    grid_option,
     image_size,
     note,
     parse_rank,
     read_images,
     read_model,
 )
-
-if TYPE_CHECKING:
-    pass
+from dwattn.errors import DwattnError
+from dwattn.files import require_writable
 
 
 @command
@@ -46,7 +46,8 @@ def score(
         Path, typer.Option(metavar="FILE", help="Scores to write (.safetensors).")
     ] = Path("scores.safetensors"),
     num_images: Annotated[
-        int, typer.Option(min=2, help="How many images to look at, at most.")
+        int,
+        typer.Option(min=2, help="How many images to look at, at most; evenly over the folder."),
     ] = 1000,
     size: SizeOption = None,
     weights: WeightsOption = None,
@@ -71,6 +72,7 @@ def score(
     """Measure how much every head's attention map varies from image to image."""
     import dwattn
 
+    require_writable(out, DwattnError)
     loaded = read_model(model, weights, device)
     data = read_images(loaded, model, images, size, mean, std, batch_size, num_images)
     budget = None if memory_budget is None else int(memory_budget * 2**20)
@@ -130,6 +132,7 @@ def select(
         )
     if target_speedup is not None and model is None:
         raise typer.BadParameter("--target-speedup times the model; name it with --model.")
+    require_writable(out, DwattnError)
     timed = None
     if target_speedup is not None and model is not None:
         timed = read_model(model, None, "cpu", pretrained=False)
@@ -201,7 +204,9 @@ def replace(
             metavar="DIR", help="Folder of images to fit the new weights on (closed form)."
         ),
     ] = None,
-    num_images: Annotated[int, typer.Option(min=1, help="Calibration images, at most.")] = 120,
+    num_images: Annotated[
+        int, typer.Option(min=1, help="Calibration images, at most; evenly over the folder.")
+    ] = 120,
     size: SizeOption = None,
     weights: WeightsOption = None,
     batch_size: Annotated[
@@ -234,13 +239,15 @@ def replace(
         raise typer.BadParameter(
             "Say where the student goes with --out student.safetensors, or ask for --dry-run."
         )
+    if out is not None:
+        require_writable(out, DwattnError)
     wanted_rank = parse_rank(rank)
     chosen = Plan.load(plan)
     loaded = read_model(model, weights, device)
     data = None
     if calibrate is not None and not dry_run:
         data = read_images(loaded, model, calibrate, size, mean, std, batch_size or 16, num_images)
-    options: dict[str, Any] = {}
+    options = {} if dynamic_grid else grid_option(loaded, size)
     if data is not None:
         options.update(batch_size=batch_size, amp=amp)
     report = dwattn.replace(
@@ -319,6 +326,7 @@ def export(
 
     if fp32_io and not fp16:
         raise typer.BadParameter("--fp32-io changes nothing without --fp16.")
+    require_writable(out, DwattnError)
     with busy("Loading the model"):
         loaded = read_model(model, weights, "cpu", pretrained=student is None)
         if student is not None:

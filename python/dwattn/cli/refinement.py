@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -23,11 +23,14 @@ from dwattn.cli.common import (
     WeightsOption,
     command,
     emit,
+    grid_option,
     note,
     parse_rank,
     read_images,
     read_model,
 )
+from dwattn.errors import DwattnError
+from dwattn.files import require_writable
 
 
 @command
@@ -52,7 +55,9 @@ def refine(
         int, typer.Option(min=1, help="Blocks on either side of the border that are exchanged.")
     ] = 3,
     rounds: Annotated[int, typer.Option(min=1, help="Exchanges, at most.")] = 2,
-    num_images: Annotated[int, typer.Option(min=1, help="Calibration images, at most.")] = 80,
+    num_images: Annotated[
+        int, typer.Option(min=1, help="Calibration images, at most; evenly over the folder.")
+    ] = 80,
     trials: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Keep what was tried, to go on after a stop."),
@@ -71,8 +76,11 @@ def refine(
     """Choose blocks by what their set loses together: sets are calibrated and compared in turn."""
     import dwattn
 
+    for file in (out, trials):
+        if file is not None:
+            require_writable(file, DwattnError)
     loaded = read_model(model, weights, device)
-    options: dict[str, Any] = {"variant": variant, "amp": amp}
+    options = {"variant": variant, "amp": amp, **grid_option(loaded, size)}
     if rank is not None:
         options["rank"] = parse_rank(rank)
     if judge is not None:

@@ -46,6 +46,7 @@ from dwattn.export.parity import (
 from dwattn.export.result import ExportReport
 from dwattn.export.static import check_static, to_opset
 from dwattn.export.target import Target, flatten_outputs, make_target, replaced_layers
+from dwattn.files import target_file
 from dwattn.projections import require_linear
 
 __all__ = ["DEFAULT_OPSET", "ExportReport", "Parity", "export"]
@@ -246,7 +247,7 @@ def _check_path(path: Path) -> Path:
         )
     if not path.parent.is_dir():
         raise ExportError(f"The directory {path.parent} does not exist; create it first.")
-    return path
+    return target_file(path, ExportError)
 
 
 def _cases(
