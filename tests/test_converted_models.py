@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import dwattn
 from dwattn.conversion import conversion
-from dwattn.errors import PlanError
+from dwattn.errors import GeometryError, PlanError
 from support.models import hf_model, hub_vit, timm_vit
 from support.surgery import Snapshot, plan_for, shims
 
@@ -36,6 +39,72 @@ def test_copies_are_independent() -> None:
     assert torch.equal(model(images), original)
     assert not model.patch_embed._forward_pre_hooks
     assert not twin.patch_embed._forward_pre_hooks
+
+
+def test_a_pickled_model_knows_the_grid_it_was_called_with() -> None:
+    model = timm_vit(dynamic_img_size=True)
+    dwattn.replace(model, plan_for(model), dynamic_grid=True)
+    model(torch.randn(1, 3, 24, 32))
+    source = pickle.loads(pickle.dumps(shims(model)["blocks.0.attn"].layer.grid_source))
+    assert source.grid == (3, 4)
+
+
+@torch.no_grad()
+def test_threads_that_share_a_model_keep_their_grids_apart() -> None:
+    model = timm_vit(dynamic_img_size=True)
+    dwattn.replace(model, plan_for(model), dynamic_grid=True)
+    upright = torch.randn(1, 3, 32, 24)
+    expected = [model(upright), model(upright.mT)]
+    both_embedded = threading.Barrier(2, timeout=60)
+
+    def meet(*_: object) -> None:
+        both_embedded.wait()
+
+    model.blocks[0].register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(model, [upright, upright.mT]))
+    torch.testing.assert_close(found, expected)
+
+
+def _gradient(model: nn.Module, *batches: Tensor, checkpointing: bool = True) -> Tensor:
+    """By backward in another thread, as of tensors on a GPU."""
+    model.set_grad_checkpointing(checkpointing)
+    model.zero_grad()
+    loss = sum(model(images).square().sum() for images in batches)
+    with torch.no_grad():
+        model(torch.randn(1, 3, 24, 40))  # evaluation in between
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(loss.backward).result()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_gradient_checkpointing_with_one_size_at_a_time() -> None:
+    model = timm_vit(dynamic_img_size=True).train()
+    dwattn.replace(model, plan_for(model), dynamic_grid=True)
+    upright = torch.randn(2, 3, 32, 24)
+    for images in (upright, upright.mT, upright):
+        expected = _gradient(model, images, checkpointing=False)
+        torch.testing.assert_close(_gradient(model, images), expected)
+
+
+def test_gradient_checkpointing_over_several_sizes_is_refused() -> None:
+    model = timm_vit(dynamic_img_size=True).train()
+    dwattn.replace(model, plan_for(model), dynamic_grid=True)
+    upright = torch.randn(2, 3, 32, 24)
+    message = r"checkpointing.*grids of 4 x 3 and 3 x 4 have passed.*switch checkpointing off"
+    with pytest.raises(GeometryError, match=message):
+        _gradient(model, upright, upright.mT)
+    assert torch.isfinite(_gradient(model, upright)).all()
+    # Where the patch embedding runs again, too, the images are known.
+    model.set_grad_checkpointing(False)
+    checkpoint = torch.utils.checkpoint.checkpoint
+    sizes = (upright, upright.mT)
+    outputs = [checkpoint(model, images, use_reentrant=False) for images in sizes]
+    model.zero_grad()
+    sum(out.square().sum() for out in outputs).backward()
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    expected = _gradient(model, *sizes, checkpointing=False)
+    torch.testing.assert_close(found, expected)
 
 
 def test_originals_follow_a_change_of_dtype() -> None:
