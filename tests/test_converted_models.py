@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 
 import dwattn
 from dwattn.conversion import conversion
-from dwattn.errors import GeometryError, PlanError
+from dwattn.errors import CheckpointError, GeometryError, PlanError
 from support.models import hf_model, hub_vit, timm_vit
 from support.surgery import Snapshot, plan_for, shims
 
@@ -187,7 +190,7 @@ def test_a_second_plan_cannot_replace_a_replaced_layer_or_change_the_grid() -> N
     assert list(shims(model)) == ["blocks.0.attn"]
 
 
-def test_parts_and_wrappers_of_a_converted_model() -> None:
+def test_parts_and_wrappers_of_a_converted_model(tmp_path: Path) -> None:
     model = hf_model("ViT", "ViTForImageClassification")
     plan = plan_for(model)
     dwattn.replace(model.vit, plan)
@@ -196,8 +199,37 @@ def test_parts_and_wrappers_of_a_converted_model() -> None:
         dwattn.replace(model, plan_for(model, [1]))
     dwattn.restore(model)
     dwattn.replace(model, plan)
-    with pytest.raises(PlanError, match="has no layers replaced by dwattn"):
+    message = "ViTModel has layers that dwattn replaced through a model that contains this one"
+    with pytest.raises(PlanError, match=message):
+        dwattn.replace(model.vit, plan_for(model.vit, [1]))
+    with pytest.raises(PlanError, match=message):
         dwattn.restore(model.vit)
+    with pytest.raises(CheckpointError, match=message):
+        dwattn.save(model.vit, tmp_path / "part.safetensors")
+    assert list(shims(model)) == [layer.name for layer in plan.layers]
+
+
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), nn.DataParallel])
+@torch.no_grad()
+def test_compiled_and_data_parallel_models(wrap: Callable[..., nn.Module], tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    model, images = timm_vit(depth=3), torch.randn(1, 3, 32, 24)
+    original, wrapped = model(images), wrap(model)
+    torch.testing.assert_close(wrapped(images), original)
+    dwattn.replace(wrapped, plan_for(wrapped, [0]))
+    dwattn.replace(model, plan_for(model, [2]))
+    assert (wrapped(images) - original).abs().max() > 0.01
+    torch.testing.assert_close(wrapped(images), model(images))
+    dwattn.save(wrapped, tmp_path / "model.safetensors")
+    plain = dwattn.load(timm_vit(depth=3), tmp_path / "model.safetensors")
+    torch.testing.assert_close(plain(images), model(images))
+    loaded = wrap(timm_vit(depth=3))
+    assert dwattn.load(loaded, tmp_path / "model.safetensors") is loaded
+    torch.testing.assert_close(loaded(images), model(images))
+    assert dwattn.restore(wrapped) is wrapped
+    assert not shims(model)
+    assert conversion(model) is None
+    torch.testing.assert_close(wrapped(images), original)
 
 
 def test_restoring_what_was_not_converted_or_was_tampered_with() -> None:

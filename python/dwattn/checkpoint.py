@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 import dwattn
 from dwattn.adapters import BackboneLayout, BlockSite, ConvertedAttention, describe
-from dwattn.conversion import Conversion, Transaction, find_conversion
+from dwattn.conversion import (
+    Conversion,
+    Transaction,
+    find_conversion,
+    of_another_record,
+    recorded_elsewhere,
+)
 from dwattn.errors import CheckpointError, DwattnError
 from dwattn.files import parse_json, write_atomically
 from dwattn.fingerprint import Fingerprint, fingerprint, relative_name
@@ -28,6 +34,7 @@ from dwattn.projections import require_linear
 from dwattn.shims import build_shim, finish
 from dwattn.surgery import install
 from dwattn.token_grid import Grid, GridSource
+from dwattn.untouched import unwrap
 
 METADATA_KEY = "dwattn"
 _LISTED = 8
@@ -68,9 +75,12 @@ def record_of(model: nn.Module) -> Record:
     """What :func:`save` writes beside the tensors.
 
     Raises:
-        CheckpointError: the model has no replaced layers.
+        CheckpointError: the model has no replaced layers, or they were replaced through a model
+            that contains it.
     """
     found = find_conversion(model)
+    if found is None and of_another_record(model.modules(), None):
+        raise CheckpointError(recorded_elsewhere(model))
     if found is None:
         raise CheckpointError(
             f"{type(model).__name__} has no layers replaced by dwattn; call dwattn.replace(model, "
@@ -79,6 +89,8 @@ def record_of(model: nn.Module) -> Record:
         )
     _, _, conversion = found
     layout = describe(model)
+    if of_another_record((site.attention for site in layout.blocks), conversion):
+        raise CheckpointError(recorded_elsewhere(model))
     for layer in conversion.layers.values():
         require_linear(layer.converted, f"Saving {layer.name}")
     replaced = {id(layer.converted) for layer in conversion.layers.values()}
@@ -116,6 +128,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         CheckpointError: nothing is converted, the state is not only tensors, or the file cannot be
             written.
     """
+    model = unwrap(model)
     record = record_of(model)
     tensors, record.aliases = _distinct(model.state_dict())
     # One key only: safetensors writes several in random order, and equal models should give equal
@@ -182,7 +195,8 @@ def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str
     name = os.fspath(path)
     with _opened(path) as file:
         record = _parse(file.metadata(), name)
-    model = _fresh(model)
+    made = _fresh(model)
+    model = unwrap(made)
     layout = describe(model)
     shims, hook = _rebuild(layout, record, name)
     with _opened(path) as file:
@@ -194,7 +208,7 @@ def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str
         for name, tensor in targets.items():
             change.copy(tensor, weights[name])
         install(model, layout, shims, {}, conversion, hook, keep_originals=False)
-    return model
+    return made
 
 
 @contextmanager

@@ -4,7 +4,7 @@ not at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,7 @@ from dwattn.adapters import ConvertedAttention
 from dwattn.errors import PlanError
 from dwattn.grid_hook import GridHook
 from dwattn.plan import Plan
+from dwattn.untouched import unwrap
 
 ATTRIBUTE = "_dwattn"
 
@@ -139,6 +140,20 @@ def conversion(model: nn.Module) -> Conversion | None:
     return None if found is None else found[2]
 
 
+def of_another_record(modules: Iterable[nn.Module], record: Conversion | None) -> bool:
+    """Whether a replaced layer among ``modules`` is not in the record (None: of nothing)."""
+    known = {id(layer.converted) for layer in record.layers.values()} if record else set()
+    return any(isinstance(m, ConvertedAttention) and id(m) not in known for m in modules)
+
+
+def recorded_elsewhere(model: nn.Module) -> str:
+    """The sentence on a model of which :func:`of_another_record` is true."""
+    return (
+        f"{type(model).__name__} has layers that dwattn replaced through a model that contains "
+        f"this one; pass that model instead."
+    )
+
+
 def placement(layer: ConvertedAttention) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a replaced layer."""
     weight = layer.layer.value.weight
@@ -160,7 +175,9 @@ def restore(model: nn.Module) -> nn.Module:
             originals), or its replaced layers were exchanged by somebody else. The model is
             unchanged then.
     """
-    found = find_conversion(model)
+    found = find_conversion(unwrap(model))
+    if found is None and of_another_record(model.modules(), None):
+        raise PlanError(recorded_elsewhere(model))
     if found is None:
         raise PlanError(
             f"{type(model).__name__} has no layers replaced by dwattn; pass the model that "

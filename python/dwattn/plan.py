@@ -15,6 +15,7 @@ from dwattn.adapters import BackboneLayout, describe
 from dwattn.errors import PlanError
 from dwattn.files import parse_json, write_atomically
 from dwattn.fingerprint import WEIGHT_TOLERANCE, Fingerprint, fingerprint, relative_name
+from dwattn.untouched import unwrap
 
 __all__ = ["KernelInit", "LayerPlan", "ModelInfo", "Plan", "fingerprint"]
 
@@ -131,7 +132,7 @@ class Plan(BaseModel):
         Raises:
             PlanError: a block that does not exist, or lists of different lengths.
         """
-        layout = describe(model)
+        layout = describe(unwrap(model))
         if heads is not None and len(heads) != len(layers):
             raise PlanError(
                 f"heads lists {len(heads)} entries for {len(layers)} layers; give one per layer."
