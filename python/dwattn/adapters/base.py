@@ -71,6 +71,8 @@ class CallConvention:
     )
     #: Keyword arguments that carry a rotary embedding which this convention cannot read.
     foreign_rotary: tuple[str, ...] = ("position_embeddings", "rope")
+    #: Of models whose configuration may ask for attention weights in place of the call.
+    config: Any = None
 
     def rotary(self, kwargs: dict[str, Any]) -> Rotary | None:
         """The rotary position embedding of a call, or None."""
@@ -163,6 +165,9 @@ class ConvertedAttention(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tokens, rotary = self.convention.tokens(args, kwargs), self.convention.rotary(kwargs)
+        configured = getattr(self.convention.config, "output_attentions", False)
+        if kwargs.get("output_attentions", configured):
+            raise cannot("with config.output_attentions=True", "forms no attention weights")
         turned = {} if rotary is None else {"rotary": rotary}
         return self.convention.pack(self.layer(tokens, **turned))
 

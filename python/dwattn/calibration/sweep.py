@@ -15,7 +15,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor, nn
 
 from dwattn import data as image_data
-from dwattn.adapters import BackboneLayout, BlockSite, ConvertedAttention, adapter_for
+from dwattn.adapters import (
+    BackboneLayout,
+    BlockSite,
+    CallConvention,
+    ConvertedAttention,
+    adapter_for,
+)
 from dwattn.amp import autocast
 from dwattn.attention import EnsembleDWAttention, LowRankDWAttention, ReplacementAttention
 from dwattn.calibration.journal import CalibrationResult, LayerNote
@@ -402,7 +408,9 @@ def _weights(runner: BlockRunner) -> AttentionWeights:
     return adapter.weights(runner.attention)
 
 
-def _convention(site: BlockSite) -> Any:
+def _convention(site: BlockSite) -> CallConvention:
+    if isinstance(site.attention, ConvertedAttention):
+        return site.attention.convention
     adapter = adapter_for(site.attention)
     if adapter is None:
         raise CalibrationError(
