@@ -241,6 +241,9 @@ def test_restoring_what_was_not_converted_or_was_tampered_with() -> None:
     with pytest.raises(PlanError, match=r"blocks.2.attn is no longer.*but a Identity"):
         dwattn.restore(model)
     assert list(shims(model)) == ["blocks.0.attn"]
+    model.prune_intermediate_layers([1])
+    with pytest.raises(PlanError, match=r"blocks.2.attn is no longer.*but no module at all"):
+        dwattn.restore(model)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -30,7 +30,7 @@ from dwattn.files import parse_json, write_atomically
 from dwattn.fingerprint import Fingerprint, fingerprint, relative_name
 from dwattn.grid_hook import GridHook
 from dwattn.plan import Plan, problems
-from dwattn.projections import require_linear
+from dwattn.projections import is_wrapped, require_linear
 from dwattn.shims import build_shim, finish
 from dwattn.surgery import install
 from dwattn.token_grid import Grid, GridSource
@@ -148,10 +148,10 @@ def _distinct(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
     seen: dict[tuple[Any, ...], str] = {}
     storages: set[int] = set()
     for name, value in state.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or is_wrapped(value):
             raise CheckpointError(
-                f"The model's state {name!r} is a {type(value).__name__}; only tensors can be "
-                f"saved without pickle."
+                f"The model's state {name!r} is a {type(value).__name__}; only plain tensors can "
+                f"be saved without pickle."
             )
         if value.is_meta:
             raise CheckpointError(f"{name} is on the meta device and has no values to save.")

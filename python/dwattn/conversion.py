@@ -16,6 +16,7 @@ from dwattn.adapters import ConvertedAttention
 from dwattn.errors import PlanError
 from dwattn.grid_hook import GridHook
 from dwattn.plan import Plan
+from dwattn.projections import is_wrapped
 from dwattn.untouched import unwrap
 
 ATTRIBUTE = "_dwattn"
@@ -155,9 +156,9 @@ def recorded_elsewhere(model: nn.Module) -> str:
 
 
 def placement(layer: ConvertedAttention) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of a replaced layer."""
-    weight = layer.layer.value.weight
-    return weight.device, weight.dtype
+    """Device and dtype of a replaced layer: of its kernel, since its projections may be quantised."""
+    own = next(layer.layer.parameters(recurse=False))
+    return own.device, own.dtype
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -190,15 +191,31 @@ def restore(model: nn.Module) -> nn.Module:
             f"attention "
             f"weights; build the original model anew instead."
         )
-    for layer in record.layers.values():
-        if holder.get_submodule(layer.name) is not layer.converted:
-            raise PlanError(
-                f"{layer.name} is no longer the layer that dwattn put there but a "
-                f"{type(holder.get_submodule(layer.name)).__name__}; put that back before "
-                f"restoring."
-            )
+    _check_places(holder, record)
     _restore(holder, record)
     return model
+
+
+def _check_places(holder: nn.Module, record: Conversion) -> None:
+    """Refuse to restore unless replaced layers and corrected weights are where they were."""
+    modules = dict(holder.named_modules(remove_duplicate=False))
+    for layer in record.layers.values():
+        found = modules.get(layer.name)
+        if found is not layer.converted:
+            now = "no module at all" if found is None else f"a {type(found).__name__}"
+            raise PlanError(
+                f"{layer.name} is no longer the layer that dwattn put there but {now}; put that "
+                f"back before restoring."
+            )
+    tensors = dict([*holder.named_parameters(), *holder.named_buffers()])
+    for name, value in record.updates.items():
+        tensor = tensors.get(name)
+        if tensor is None or is_wrapped(tensor) or tensor.shape != value.shape:
+            now = "gone" if tensor is None else f"a {type(tensor).__name__} {tuple(tensor.shape)}"
+            raise PlanError(
+                f"Calibration changed {name}, which is {now} now and cannot be set back; undo what "
+                f"was done to it (quantising, pruning) before restoring."
+            )
 
 
 def _restore(holder: nn.Module, record: Conversion) -> None:

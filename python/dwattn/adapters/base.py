@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dwattn.errors import DataError, UnsupportedAttentionError
 from dwattn.geometry import Geometry
-from dwattn.projections import AttentionWeights
+from dwattn.projections import AttentionWeights, is_wrapped
 from dwattn.rotary import Rotary
 from dwattn.token_grid import Grid
 from dwattn.variants import Replacement
@@ -50,6 +50,11 @@ def refuse_projections(*layers: object) -> str | None:
             return (
                 f"One of its projections is a {type(layer).__name__} instead of a plain nn.Linear; "
                 "merge adapters or dequantise it first."
+            )
+        if is_wrapped(layer.weight):
+            return (
+                f"The weight of one of its projections is a {type(layer.weight).__name__} instead of plain "
+                "numbers; replace its layers first and quantise then, or dequantise it."
             )
         if layer.weight.is_meta:
             return "Its weights are on the meta device; load the model's weights first."

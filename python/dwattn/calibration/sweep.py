@@ -33,7 +33,7 @@ from dwattn.calibration.views import Views
 from dwattn.errors import CalibrationError
 from dwattn.fidelity import drift
 from dwattn.geometry import Geometry
-from dwattn.projections import AttentionWeights
+from dwattn.projections import AttentionWeights, is_correctable
 from dwattn.rotary import Rotary
 from dwattn.scattered import ScatteredDWAttention
 from dwattn.untouched import untouched
@@ -206,7 +206,7 @@ class _Sweep:
                 attention = self._correct_attention(site, runner, middle)
         del middle
         wanted = self.refits or (corrects and self.options.refit == "replaced" and shim is not None)
-        if wanted and site.mlp_out is not None:
+        if wanted and site.mlp_out is not None and is_correctable(site.mlp_out):
             attention = self._attention(site, runner) if attention is None else attention
             self._correct_mlp(site, runner, site.mlp_out, attention)
         if shim is None and self.refits:
