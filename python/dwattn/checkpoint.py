@@ -123,10 +123,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write all parameters and buffers, the plan and the conversion to one file.
 
     The file appears under its name only when it is complete; an older one stays if writing fails.
+    A bare ``state_dict()`` does not say how the layers were converted, and fits only a model whose
+    layers have the same weights: calibrated ones have ``prefix_proj``, which others lack.
 
     Raises:
-        CheckpointError: nothing is converted, the state is not only tensors, or the file cannot be
-            written.
+        CheckpointError: nothing is converted, the layers were replaced through a model that contains
+            this one, the state is not only plain tensors, or the file cannot be written.
+        UnsupportedAttentionError: a projection of a replaced layer is an adapter or quantised.
     """
     model = unwrap(model)
     record = record_of(model)
@@ -260,10 +263,11 @@ def _parse(metadata: dict[str, str] | None, path: str) -> Record:
 
 
 def _fresh(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
-    made = model if isinstance(model, nn.Module) else model()
+    made = model if isinstance(model, nn.Module) or not callable(model) else model()
     if not isinstance(made, nn.Module):
         raise CheckpointError(
-            f"load() needs a model or a function that makes one, got a {type(made).__name__}."
+            f"load() needs a model or a function that makes one, got a {type(made).__name__}; "
+            f"dwattn.models.load_model() makes one of a name."
         )
     if find_conversion(made) is not None:
         raise CheckpointError(

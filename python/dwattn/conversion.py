@@ -166,15 +166,16 @@ def restore(model: nn.Module) -> nn.Module:
 
     The originals come back as they were, with their hooks and flags. What was done to the whole
     model meanwhile is done to them now: a device or dtype other than at the conversion, and train()
-    or eval().
+    or eval(). Weights that calibration changed get their old values; all others keep those they
+    have now, so a model that was trained after the conversion does not become the one before it.
 
     Returns:
         ``model``.
 
     Raises:
         PlanError: the model is not converted, was loaded from a file (which does not hold the
-            originals), or its replaced layers were exchanged by somebody else. The model is
-            unchanged then.
+            originals), is a part of the one that was converted, or its replaced layers or corrected
+            weights were exchanged by somebody else. The model is unchanged then.
     """
     found = find_conversion(unwrap(model))
     if found is None and of_another_record(model.modules(), None):
