@@ -90,14 +90,17 @@ def test_gradient_checkpointing_with_one_size_at_a_time() -> None:
         torch.testing.assert_close(_gradient(model, images), expected)
 
 
-def test_gradient_checkpointing_over_several_sizes_is_refused() -> None:
+def test_gradient_checkpointing_over_sizes_of_as_many_patches_is_refused() -> None:
     model = timm_vit(dynamic_img_size=True).train()
     dwattn.replace(model, plan_for(model), dynamic_grid=True)
     upright = torch.randn(2, 3, 32, 24)
-    message = r"checkpointing.*grids of 4 x 3 and 3 x 4 have passed.*switch checkpointing off"
+    message = r"12 patches.*grids of 4 x 3 and 3 x 4 have passed.*switch checkpointing off"
     with pytest.raises(GeometryError, match=message):
         _gradient(model, upright, upright.mT)
-    assert torch.isfinite(_gradient(model, upright)).all()
+    # Sizes of which each has its own number of patches are told apart.
+    sizes = (upright, torch.randn(2, 3, 40, 24), torch.randn(2, 3, 24, 24))
+    expected = _gradient(model, *sizes, checkpointing=False)
+    torch.testing.assert_close(_gradient(model, *sizes), expected)
     # Where the patch embedding runs again, too, the images are known.
     model.set_grad_checkpointing(False)
     checkpoint = torch.utils.checkpoint.checkpoint

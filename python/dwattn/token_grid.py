@@ -21,8 +21,8 @@ class GridSource:
     embedding writes the grid here. Not a buffer: it never enters a state dict.
 
     Each thread has a grid of its own, so that several may call one model. Gradient checkpointing calls layers
-    again during backward, perhaps in a thread of autograd's and without the patch embedding: they get the grid
-    of the forward passes with gradients since the backward before, if these agree.
+    again during backward, perhaps in a thread of autograd's and without the patch embedding: of the grids that
+    passed with gradients since the backward before, they get the one that has as many patches.
     """
 
     def __init__(self, grid: Grid | None = None) -> None:
@@ -34,16 +34,7 @@ class GridSource:
 
     @property
     def grid(self) -> Grid | None:
-        """The grid for a layer that is called now; None if no images have passed.
-
-        Raises:
-            GeometryError: called again during backward, and images of several grids passed before.
-        """
-        task = _backward()
-        if task is not None:
-            self._asked = True
-            if self._passed and getattr(self._thread, "task", None) != task:
-                return self._recomputed()
+        """The grid of the last images of this thread, or of any; None if none have passed."""
         grid: Grid | None = getattr(self._thread, "grid", self._last)
         return grid
 
@@ -61,15 +52,27 @@ class GridSource:
             self._passed = passed if grid in passed else (*passed, grid)
             self._asked = False
 
-    def _recomputed(self) -> Grid:
-        if len(self._passed) > 1:
+    def of(self, patches: int) -> Grid | None:
+        """The grid for a layer that is called now with so many patches.
+
+        Raises:
+            GeometryError: called again during backward, and not just one grid that passed has so many.
+        """
+        task = _backward()
+        if task is None:
+            return self.grid
+        self._asked = True
+        if not self._passed or getattr(self._thread, "task", None) == task:
+            return self.grid
+        fitting = [grid for grid in self._passed if grid[0] * grid[1] == patches]
+        if len(fitting) != 1:
             grids = " and ".join(f"{height} x {width}" for height, width in self._passed)
             raise GeometryError(
-                f"Gradient checkpointing calls this layer again during backward, and images with patch grids of {grids} "
-                f"have passed since the last backward: it cannot tell whose tokens these are. Call backward after each "
-                f"size (and evaluate under torch.no_grad()), or switch checkpointing off."
+                f"Gradient checkpointing calls this layer again during backward with {patches} patches, and images with "
+                f"patch grids of {grids} have passed since the backward before: it cannot tell whose they are. Call "
+                f"backward after each size (and evaluate under torch.no_grad()), or switch checkpointing off."
             )
-        return self._passed[0]
+        return fitting[0]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, also in another process, knows the grid of this thread alone."""
@@ -135,7 +138,7 @@ class TokenGridModule(nn.Module):
             )
         chosen = grid or self.grid
         if chosen is None and self.grid_source is not None:
-            chosen = self.grid_source.grid
+            chosen = self.grid_source.of(x.shape[1] - self.num_prefix)
         if chosen is None:
             raise GeometryError(
                 f"This layer has no fixed grid and the call gave none; N={x.shape[1]} tokens alone do not say "
