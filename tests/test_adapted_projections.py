@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import dwattn
+from dwattn.adapters import ConvertedAttention
 from dwattn.attention import (
     ConvAttention,
     EnsembleDWAttention,
@@ -24,7 +25,7 @@ from dwattn.attention import (
     LowRankDWAttention,
     SPViTAttention,
 )
-from dwattn.errors import UnsupportedAttentionError
+from dwattn.errors import CalibrationError, CheckpointError, PlanError, UnsupportedAttentionError
 from dwattn.scattered import ScatteredDWAttention
 from support.models import timm_vit
 
@@ -172,3 +173,113 @@ def test_saving_and_exporting_an_adapter_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedAttentionError, match=r"value.*LoRA.*merge"):
             call()
     assert not list(tmp_path.iterdir())
+
+
+class Quantised(Tensor):
+    """A weight of 8-bit integers and a scale, as quantisation tools make them; few operators take it."""
+
+    values: Tensor
+    step: float
+
+    @staticmethod
+    def __new__(cls, values: Tensor, step: float) -> Quantised:
+        made = Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+        made.values, made.step = values, step
+        return made
+
+    @classmethod
+    def of(cls, weight: Tensor) -> nn.Parameter:
+        step = float(weight.abs().max()) / 127
+        return nn.Parameter(cls((weight / step).round().to(torch.int8), step), requires_grad=False)
+
+    def __tensor_flatten__(self) -> tuple[list[str], float]:
+        return ["values"], self.step
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("detach", "clone", "_to_copy", "alias"):
+            return cls(args[0].values, args[0].step)
+        if name in ("t", "addmm", "mm", "linear"):
+            plain = [a.values * a.step if isinstance(a, cls) else a for a in args]
+            return func(*plain)
+        raise NotImplementedError(f"{name} of quantised weights")
+
+
+def quantise(model: nn.Module, part: str) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and part in name:
+            module.weight = Quantised.of(module.weight.detach())
+
+
+def test_a_model_that_is_quantised_already_is_refused_by_name() -> None:
+    model, plan = timm_vit(), dwattn.Plan.for_layers(timm_vit(), [0])
+    quantise(model, "attn")
+    images = torch.randn(4, 3, 32, 24)
+    with pytest.raises(UnsupportedAttentionError, match=r"blocks.0.attn: .*is a Quantised.*first"):
+        dwattn.score(model, images, num_images=4, progress=False)
+    report = dwattn.replace(model, plan, dry_run=True, allow_stale=True)
+    assert "Quantised" in str(report)
+
+
+@torch.no_grad()
+def test_a_converted_model_that_is_quantised_afterwards(tmp_path: Path) -> None:
+    model, images = timm_vit(), torch.randn(2, 3, 32, 24)
+    expected = model(images)
+    dwattn.replace(model, dwattn.Plan.for_layers(model, [0]))
+    quantise(model, "attn")
+    assert torch.isfinite(model(images)).all()
+    for call in (
+        lambda: dwattn.save(model, tmp_path / "model.safetensors"),
+        lambda: dwattn.export(model, tmp_path / "model.onnx", size=model.patch_embed.img_size),
+    ):
+        with pytest.raises(UnsupportedAttentionError, match=r"value needs.*but Quantised was put"):
+            call()
+    dwattn.restore(model)
+    torch.testing.assert_close(model(images), expected, rtol=0.1, atol=0.1)
+
+
+def test_restoring_after_dynamic_quantisation() -> None:
+    model, images = timm_vit(), torch.randn(2, 3, 32, 24)
+    dwattn.replace(model, dwattn.Plan.for_layers(model, [0, 2]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    attention = dwattn.restore(small).blocks[0].attn
+    assert torch.equal(attention.qkv.weight, dwattn.restore(model).blocks[0].attn.qkv.weight)
+    assert torch.isfinite(small(images)).all()
+
+
+def test_multilayer_perceptrons_whose_weights_are_computed_are_left_as_they_are(
+    tmp_path: Path,
+) -> None:
+    model, images = timm_vit(depth=2), torch.randn(12, 3, 32, 24)
+    plan = dwattn.Plan.for_layers(model, [0])
+    parametrize.register_parametrization(model.blocks[0].mlp.fc2, "weight", nn.Identity())
+    model.blocks[1].mlp.fc2.weight = Quantised.of(model.blocks[1].mlp.fc2.weight.detach())
+    report = dwattn.replace(model, plan, calibrate=images, refit="all", progress=False)
+    corrected = {note.name for note in report.calibration.notes if note.kind == "mlp output"}
+    assert corrected.isdisjoint({"blocks.0.mlp.fc2", "blocks.1.mlp.fc2"})
+    assert torch.isfinite(model(images)).all()
+    with pytest.raises(CheckpointError, match=r"blocks.1.mlp.fc2.weight' is a Quantised"):
+        dwattn.save(model, tmp_path / "model.safetensors")
+
+
+def test_pruned_layers_must_be_made_permanent_before_calibration() -> None:
+    model, images = timm_vit(depth=2), torch.randn(12, 3, 32, 24)
+    prune.l1_unstructured(model.blocks[0].mlp.fc2, "weight", amount=0.3)
+    plan = dwattn.Plan.for_layers(model, [0])
+    with pytest.raises(CalibrationError, match=r"blocks.0 could not be copied.*prune.remove"):
+        dwattn.replace(model, plan, calibrate=images, progress=False)
+    prune.remove(model.blocks[0].mlp.fc2, "weight")
+    dwattn.replace(model, plan, calibrate=images, progress=False)
+
+
+@torch.no_grad()
+def test_what_calibration_corrected_must_be_there_to_be_restored() -> None:
+    model, images = timm_vit(depth=2), torch.randn(12, 3, 32, 24)
+    dwattn.replace(model, dwattn.Plan.for_layers(model, [0]), calibrate=images, progress=False)
+    quantise(model, "mlp")
+    with pytest.raises(PlanError, match=r"changed blocks.0.mlp.fc2.weight, which is a Quantised"):
+        dwattn.restore(model)
+    assert isinstance(model.blocks[0].attn, ConvertedAttention)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -258,6 +259,20 @@ def test_attention_weights_of_a_converted_model_are_refused(family: Family) -> N
     part = getattr(model, "vision_model", model)
     with pytest.raises(UnsupportedAttentionError, match="output_attentions=True"):
         part(family.images(), output_attentions=True)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2", "CLIPVision"])
+@torch.no_grad()
+def test_attention_weights_that_the_configuration_asks_for_are_refused(kind: str) -> None:
+    model, images = hf_model(kind), torch.randn(2, 3, 32, 32)
+    model.set_attn_implementation("eager")
+    dwattn.replace(model, dwattn.Plan.for_layers(model, [0]))
+    model.config.output_attentions = True
+    with pytest.raises(UnsupportedAttentionError, match=r"config.output_attentions=True.*without"):
+        model(images)
+    twin = copy.deepcopy(model)
+    twin.config.output_attentions = False
+    assert torch.isfinite(twin(images)[0]).all()
 
 
 @pytest.mark.parametrize("family", [f for f in HF if "both" not in f.name], ids=str)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 import dwattn
 from dwattn.adapters import adapter_for, describe
+from dwattn.calibration.journal import CalibrationResult, LayerNote
 from dwattn.calibration.layer_fit import true_rows
 from dwattn.calibration.streams import BlockRunner, embed
 from dwattn.calibration.views import Views
@@ -219,6 +222,21 @@ def test_restore_undoes_the_refit_of_other_layers() -> None:
     assert not same(state(model), before)
     dwattn.restore(model)
     assert same(state(model), before)
+
+
+def test_diagnostics_are_json_also_where_nothing_was_corrected() -> None:
+    result = CalibrationResult()
+    result.notes = [LayerNote("blocks.0.mlp.fc2", "mlp output", math.nan, strength=math.inf)]
+    (layer,) = json.loads(json.dumps(result.to_dict(), allow_nan=False))["layers"]
+    assert (layer["residual"], layer["strength"]) == (None, None)
+
+
+def test_a_second_calibration_may_start_in_front_of_the_first_and_end_behind_it() -> None:
+    model, original = tiny_vit(), tiny_vit()
+    replace(model, [1])
+    report = replace(model, [0, 2])
+    assert report.replaced == ["blocks.0.attn", "blocks.2.attn"]
+    assert drift(model, original) < 1
 
 
 def test_half_precision_models_are_fitted_in_fp32() -> None:

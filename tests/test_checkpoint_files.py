@@ -282,6 +282,8 @@ def test_models_that_cannot_be_loaded_into(saved: Path) -> None:
     assert torch.equal(model(IMAGES), before)
     with pytest.raises(CheckpointError, match="a function that makes one, got a dict"):
         dwattn.load(dict, saved)
+    with pytest.raises(CheckpointError, match=r"got a str; dwattn.models.load_model\(\) makes one"):
+        dwattn.load("timm:vit_tiny_patch16_224", saved)
     with pytest.raises(ValueError, match="Sequential is not a Vision Transformer"):
         dwattn.load(nn.Sequential(), saved)
 

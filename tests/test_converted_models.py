@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import dwattn
 from dwattn.conversion import conversion
-from dwattn.errors import PlanError
+from dwattn.errors import CheckpointError, GeometryError, PlanError
 from support.models import hf_model, hub_vit, timm_vit
 from support.surgery import Snapshot, plan_for, shims
 
@@ -36,6 +42,75 @@ def test_copies_are_independent() -> None:
     assert torch.equal(model(images), original)
     assert not model.patch_embed._forward_pre_hooks
     assert not twin.patch_embed._forward_pre_hooks
+
+
+def test_a_pickled_model_knows_the_grid_it_was_called_with() -> None:
+    model = timm_vit(dynamic_img_size=True)
+    dwattn.replace(model, plan_for(model), dynamic_grid=True)
+    model(torch.randn(1, 3, 24, 32))
+    source = pickle.loads(pickle.dumps(shims(model)["blocks.0.attn"].layer.grid_source))
+    assert source.grid == (3, 4)
+
+
+@torch.no_grad()
+def test_threads_that_share_a_model_keep_their_grids_apart() -> None:
+    model = timm_vit(dynamic_img_size=True)
+    dwattn.replace(model, plan_for(model), dynamic_grid=True)
+    upright = torch.randn(1, 3, 32, 24)
+    expected = [model(upright), model(upright.mT)]
+    both_embedded = threading.Barrier(2, timeout=60)
+
+    def meet(*_: object) -> None:
+        both_embedded.wait()
+
+    model.blocks[0].register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(model, [upright, upright.mT]))
+    torch.testing.assert_close(found, expected)
+
+
+def _gradient(model: nn.Module, *batches: Tensor, checkpointing: bool = True) -> Tensor:
+    """By backward in another thread, as of tensors on a GPU."""
+    model.set_grad_checkpointing(checkpointing)
+    model.zero_grad()
+    loss = sum(model(images).square().sum() for images in batches)
+    with torch.no_grad():
+        model(torch.randn(1, 3, 24, 40))  # evaluation in between
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(loss.backward).result()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_gradient_checkpointing_with_one_size_at_a_time() -> None:
+    model = timm_vit(dynamic_img_size=True).train()
+    dwattn.replace(model, plan_for(model), dynamic_grid=True)
+    upright = torch.randn(2, 3, 32, 24)
+    for images in (upright, upright.mT, upright):
+        expected = _gradient(model, images, checkpointing=False)
+        torch.testing.assert_close(_gradient(model, images), expected)
+
+
+def test_gradient_checkpointing_over_sizes_of_as_many_patches_is_refused() -> None:
+    model = timm_vit(dynamic_img_size=True).train()
+    dwattn.replace(model, plan_for(model), dynamic_grid=True)
+    upright = torch.randn(2, 3, 32, 24)
+    message = r"12 patches.*grids of 4 x 3 and 3 x 4 have passed.*switch checkpointing off"
+    with pytest.raises(GeometryError, match=message):
+        _gradient(model, upright, upright.mT)
+    # Sizes of which each has its own number of patches are told apart.
+    sizes = (upright, torch.randn(2, 3, 40, 24), torch.randn(2, 3, 24, 24))
+    expected = _gradient(model, *sizes, checkpointing=False)
+    torch.testing.assert_close(_gradient(model, *sizes), expected)
+    # Where the patch embedding runs again, too, the images are known.
+    model.set_grad_checkpointing(False)
+    checkpoint = torch.utils.checkpoint.checkpoint
+    sizes = (upright, upright.mT)
+    outputs = [checkpoint(model, images, use_reentrant=False) for images in sizes]
+    model.zero_grad()
+    sum(out.square().sum() for out in outputs).backward()
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    expected = _gradient(model, *sizes, checkpointing=False)
+    torch.testing.assert_close(found, expected)
 
 
 def test_originals_follow_a_change_of_dtype() -> None:
@@ -118,7 +193,7 @@ def test_a_second_plan_cannot_replace_a_replaced_layer_or_change_the_grid() -> N
     assert list(shims(model)) == ["blocks.0.attn"]
 
 
-def test_parts_and_wrappers_of_a_converted_model() -> None:
+def test_parts_and_wrappers_of_a_converted_model(tmp_path: Path) -> None:
     model = hf_model("ViT", "ViTForImageClassification")
     plan = plan_for(model)
     dwattn.replace(model.vit, plan)
@@ -127,8 +202,37 @@ def test_parts_and_wrappers_of_a_converted_model() -> None:
         dwattn.replace(model, plan_for(model, [1]))
     dwattn.restore(model)
     dwattn.replace(model, plan)
-    with pytest.raises(PlanError, match="has no layers replaced by dwattn"):
+    message = "ViTModel has layers that dwattn replaced through a model that contains this one"
+    with pytest.raises(PlanError, match=message):
+        dwattn.replace(model.vit, plan_for(model.vit, [1]))
+    with pytest.raises(PlanError, match=message):
         dwattn.restore(model.vit)
+    with pytest.raises(CheckpointError, match=message):
+        dwattn.save(model.vit, tmp_path / "part.safetensors")
+    assert list(shims(model)) == [layer.name for layer in plan.layers]
+
+
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), nn.DataParallel])
+@torch.no_grad()
+def test_compiled_and_data_parallel_models(wrap: Callable[..., nn.Module], tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    model, images = timm_vit(depth=3), torch.randn(1, 3, 32, 24)
+    original, wrapped = model(images), wrap(model)
+    torch.testing.assert_close(wrapped(images), original)
+    dwattn.replace(wrapped, plan_for(wrapped, [0]))
+    dwattn.replace(model, plan_for(model, [2]))
+    assert (wrapped(images) - original).abs().max() > 0.01
+    torch.testing.assert_close(wrapped(images), model(images))
+    dwattn.save(wrapped, tmp_path / "model.safetensors")
+    plain = dwattn.load(timm_vit(depth=3), tmp_path / "model.safetensors")
+    torch.testing.assert_close(plain(images), model(images))
+    loaded = wrap(timm_vit(depth=3))
+    assert dwattn.load(loaded, tmp_path / "model.safetensors") is loaded
+    torch.testing.assert_close(loaded(images), model(images))
+    assert dwattn.restore(wrapped) is wrapped
+    assert not shims(model)
+    assert conversion(model) is None
+    torch.testing.assert_close(wrapped(images), original)
 
 
 def test_restoring_what_was_not_converted_or_was_tampered_with() -> None:
@@ -140,6 +244,9 @@ def test_restoring_what_was_not_converted_or_was_tampered_with() -> None:
     with pytest.raises(PlanError, match=r"blocks.2.attn is no longer.*but a Identity"):
         dwattn.restore(model)
     assert list(shims(model)) == ["blocks.0.attn"]
+    model.prune_intermediate_layers([1])
+    with pytest.raises(PlanError, match=r"blocks.2.attn is no longer.*but no module at all"):
+        dwattn.restore(model)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import dwattn
 from dwattn.adapters import describe
 from dwattn.errors import ExportError, UnsupportedAttentionError
+from dwattn.export.target import make_target
 from dwattn.plan import Plan
 from dwattn.surgery import replace
 from support import exports
@@ -248,7 +249,9 @@ def test_the_file_says_what_it_is_and_the_model_is_untouched(
     tiny.train()
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
     modules, grads = dict(tiny.named_modules()), [p.requires_grad for p in tiny.parameters()]
+    random = torch.get_rng_state()
     report = dwattn.export(tiny, tmp_path / "model.onnx", (32, 24), latency=True)
+    assert torch.equal(torch.get_rng_state(), random)
     assert tiny.training  # and everything else about the model is as it was
     assert dict(tiny.named_modules()) == modules
     assert [p.requires_grad for p in tiny.parameters()] == grads
@@ -268,6 +271,11 @@ def test_the_file_says_what_it_is_and_the_model_is_untouched(
     assert json.loads(json.dumps(report.to_dict()))["opset"] == 18
     assert "onnxruntime agrees" in str(report)
     assert files(tmp_path) == ["model.onnx"]
+
+
+def test_a_size_may_be_a_number_of_numpy() -> None:
+    target = make_target(timm_vit(img_size=32), np.int64(32), dynamic=False, method="forward")
+    assert target.size == (32, 32)
 
 
 @pytest.mark.parametrize("lowering", ["native", "plugin"])

@@ -147,6 +147,12 @@ def test_files_that_are_no_plans(content: bytes, message: str, tmp_path: Path) -
         Plan.load(path)
 
 
+@pytest.mark.parametrize("other", [{"layers": [0]}, 3, None], ids=repr)
+def test_what_is_neither_a_plan_nor_a_path(other: Any) -> None:
+    with pytest.raises(PlanError, match=f"plan or the path of one, got a {type(other).__name__}"):
+        dwattn.replace(timm_vit(), other)
+
+
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"nothing.json.*No such file"):
         Plan.load(tmp_path / "nothing.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,6 +126,14 @@ def test_the_users_own_order() -> None:
     assert chosen(dwattn.select(scores, heads=1, order=[(0, 2), (0, 1)])) == [(0, [2])]
 
 
+def test_numbers_of_numpy() -> None:
+    scores = make_scores()
+    assert blocks(dwattn.select(scores, order=np.array([3, 0]))) == [0, 3]
+    assert blocks(dwattn.select(scores, order=list(np.array([3, 0])))) == [0, 3]
+    assert len(blocks(dwattn.select(scores, blocks=np.int64(2)))) == 2
+    assert chosen(dwattn.select(scores, order=np.array([[0, 2], [0, 1]]))) == [(0, [1, 2])]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -136,7 +145,10 @@ def test_the_users_own_order() -> None:
         ({"blocks": -1}, "blocks=-1 must be"),
         ({"blocks": 1.5}, r"blocks=1\.5 must be a whole number"),
         ({"blocks": True}, "blocks=True must be"),
-        ({"order": [7]}, r"order names 7, which is not a scored layer.*blocks\.3\.attn"),
+        (
+            {"order": [7]},
+            r"order names 7, which is not a scored layer\. Scored are .*blocks\.3\.attn",
+        ),
         ({"order": [-1]}, "order names -1"),
         ({"order": [1, "blocks.1.attn"]}, r"order names 'blocks\.1\.attn' twice"),
         ({"order": []}, "order is empty"),

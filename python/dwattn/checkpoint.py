@@ -18,16 +18,23 @@ from torch import Tensor, nn
 
 import dwattn
 from dwattn.adapters import BackboneLayout, BlockSite, ConvertedAttention, describe
-from dwattn.conversion import Conversion, Transaction, find_conversion
+from dwattn.conversion import (
+    Conversion,
+    Transaction,
+    find_conversion,
+    of_another_record,
+    recorded_elsewhere,
+)
 from dwattn.errors import CheckpointError, DwattnError
 from dwattn.files import parse_json, write_atomically
 from dwattn.fingerprint import Fingerprint, fingerprint, relative_name
 from dwattn.grid_hook import GridHook
 from dwattn.plan import Plan, problems
-from dwattn.projections import require_linear
+from dwattn.projections import is_wrapped, require_linear
 from dwattn.shims import build_shim, finish
 from dwattn.surgery import install
 from dwattn.token_grid import Grid, GridSource
+from dwattn.untouched import unwrap
 
 METADATA_KEY = "dwattn"
 _LISTED = 8
@@ -68,9 +75,12 @@ def record_of(model: nn.Module) -> Record:
     """What :func:`save` writes beside the tensors.
 
     Raises:
-        CheckpointError: the model has no replaced layers.
+        CheckpointError: the model has no replaced layers, or they were replaced through a model
+            that contains it.
     """
     found = find_conversion(model)
+    if found is None and of_another_record(model.modules(), None):
+        raise CheckpointError(recorded_elsewhere(model))
     if found is None:
         raise CheckpointError(
             f"{type(model).__name__} has no layers replaced by dwattn; call dwattn.replace(model, "
@@ -79,6 +89,8 @@ def record_of(model: nn.Module) -> Record:
         )
     _, _, conversion = found
     layout = describe(model)
+    if of_another_record((site.attention for site in layout.blocks), conversion):
+        raise CheckpointError(recorded_elsewhere(model))
     for layer in conversion.layers.values():
         require_linear(layer.converted, f"Saving {layer.name}")
     replaced = {id(layer.converted) for layer in conversion.layers.values()}
@@ -111,11 +123,15 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write all parameters and buffers, the plan and the conversion to one file.
 
     The file appears under its name only when it is complete; an older one stays if writing fails.
+    A bare ``state_dict()`` does not say how the layers were converted, and fits only a model whose
+    layers have the same weights: calibrated ones have ``prefix_proj``, which others lack.
 
     Raises:
-        CheckpointError: nothing is converted, the state is not only tensors, or the file cannot be
-            written.
+        CheckpointError: nothing is converted, the layers were replaced through a model that contains
+            this one, the state is not only plain tensors, or the file cannot be written.
+        UnsupportedAttentionError: a projection of a replaced layer is an adapter or quantised.
     """
+    model = unwrap(model)
     record = record_of(model)
     tensors, record.aliases = _distinct(model.state_dict())
     # One key only: safetensors writes several in random order, and equal models should give equal
@@ -135,10 +151,10 @@ def _distinct(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
     seen: dict[tuple[Any, ...], str] = {}
     storages: set[int] = set()
     for name, value in state.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or is_wrapped(value):
             raise CheckpointError(
-                f"The model's state {name!r} is a {type(value).__name__}; only tensors can be "
-                f"saved without pickle."
+                f"The model's state {name!r} is a {type(value).__name__}; only plain tensors can "
+                f"be saved without pickle."
             )
         if value.is_meta:
             raise CheckpointError(f"{name} is on the meta device and has no values to save.")
@@ -182,7 +198,8 @@ def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str
     name = os.fspath(path)
     with _opened(path) as file:
         record = _parse(file.metadata(), name)
-    model = _fresh(model)
+    made = _fresh(model)
+    model = unwrap(made)
     layout = describe(model)
     shims, hook = _rebuild(layout, record, name)
     with _opened(path) as file:
@@ -194,7 +211,7 @@ def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str
         for name, tensor in targets.items():
             change.copy(tensor, weights[name])
         install(model, layout, shims, {}, conversion, hook, keep_originals=False)
-    return model
+    return made
 
 
 @contextmanager
@@ -246,10 +263,11 @@ def _parse(metadata: dict[str, str] | None, path: str) -> Record:
 
 
 def _fresh(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
-    made = model if isinstance(model, nn.Module) else model()
+    made = model if isinstance(model, nn.Module) or not callable(model) else model()
     if not isinstance(made, nn.Module):
         raise CheckpointError(
-            f"load() needs a model or a function that makes one, got a {type(made).__name__}."
+            f"load() needs a model or a function that makes one, got a {type(made).__name__}; "
+            f"dwattn.models.load_model() makes one of a name."
         )
     if find_conversion(made) is not None:
         raise CheckpointError(

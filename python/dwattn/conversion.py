@@ -4,7 +4,7 @@ not at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,8 @@ from dwattn.adapters import ConvertedAttention
 from dwattn.errors import PlanError
 from dwattn.grid_hook import GridHook
 from dwattn.plan import Plan
+from dwattn.projections import is_wrapped
+from dwattn.untouched import unwrap
 
 ATTRIBUTE = "_dwattn"
 
@@ -139,10 +141,24 @@ def conversion(model: nn.Module) -> Conversion | None:
     return None if found is None else found[2]
 
 
+def of_another_record(modules: Iterable[nn.Module], record: Conversion | None) -> bool:
+    """Whether a replaced layer among ``modules`` is not in the record (None: of nothing)."""
+    known = {id(layer.converted) for layer in record.layers.values()} if record else set()
+    return any(isinstance(m, ConvertedAttention) and id(m) not in known for m in modules)
+
+
+def recorded_elsewhere(model: nn.Module) -> str:
+    """The sentence on a model of which :func:`of_another_record` is true."""
+    return (
+        f"{type(model).__name__} has layers that dwattn replaced through a model that contains "
+        f"this one; pass that model instead."
+    )
+
+
 def placement(layer: ConvertedAttention) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of a replaced layer."""
-    weight = layer.layer.value.weight
-    return weight.device, weight.dtype
+    """Device and dtype of a replaced layer: of its kernel, since its projections may be quantised."""
+    own = next(layer.layer.parameters(recurse=False))
+    return own.device, own.dtype
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -150,17 +166,20 @@ def restore(model: nn.Module) -> nn.Module:
 
     The originals come back as they were, with their hooks and flags. What was done to the whole
     model meanwhile is done to them now: a device or dtype other than at the conversion, and train()
-    or eval().
+    or eval(). Weights that calibration changed get their old values; all others keep those they
+    have now, so a model that was trained after the conversion does not become the one before it.
 
     Returns:
         ``model``.
 
     Raises:
         PlanError: the model is not converted, was loaded from a file (which does not hold the
-            originals), or its replaced layers were exchanged by somebody else. The model is
-            unchanged then.
+            originals), is a part of the one that was converted, or its replaced layers or corrected
+            weights were exchanged by somebody else. The model is unchanged then.
     """
-    found = find_conversion(model)
+    found = find_conversion(unwrap(model))
+    if found is None and of_another_record(model.modules(), None):
+        raise PlanError(recorded_elsewhere(model))
     if found is None:
         raise PlanError(
             f"{type(model).__name__} has no layers replaced by dwattn; pass the model that "
@@ -173,15 +192,31 @@ def restore(model: nn.Module) -> nn.Module:
             f"attention "
             f"weights; build the original model anew instead."
         )
-    for layer in record.layers.values():
-        if holder.get_submodule(layer.name) is not layer.converted:
-            raise PlanError(
-                f"{layer.name} is no longer the layer that dwattn put there but a "
-                f"{type(holder.get_submodule(layer.name)).__name__}; put that back before "
-                f"restoring."
-            )
+    _check_places(holder, record)
     _restore(holder, record)
     return model
+
+
+def _check_places(holder: nn.Module, record: Conversion) -> None:
+    """Refuse to restore unless replaced layers and corrected weights are where they were."""
+    modules = dict(holder.named_modules(remove_duplicate=False))
+    for layer in record.layers.values():
+        found = modules.get(layer.name)
+        if found is not layer.converted:
+            now = "no module at all" if found is None else f"a {type(found).__name__}"
+            raise PlanError(
+                f"{layer.name} is no longer the layer that dwattn put there but {now}; put that "
+                f"back before restoring."
+            )
+    tensors = dict([*holder.named_parameters(), *holder.named_buffers()])
+    for name, value in record.updates.items():
+        tensor = tensors.get(name)
+        if tensor is None or is_wrapped(tensor) or tensor.shape != value.shape:
+            now = "gone" if tensor is None else f"a {type(tensor).__name__} {tuple(tensor.shape)}"
+            raise PlanError(
+                f"Calibration changed {name}, which is {now} now and cannot be set back; undo what "
+                f"was done to it (quantising, pruning) before restoring."
+            )
 
 
 def _restore(holder: nn.Module, record: Conversion) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from dwattn.adapters import BackboneLayout, describe
 from dwattn.errors import PlanError
 from dwattn.files import parse_json, write_atomically
 from dwattn.fingerprint import WEIGHT_TOLERANCE, Fingerprint, fingerprint, relative_name
+from dwattn.untouched import unwrap
 
 __all__ = ["KernelInit", "LayerPlan", "ModelInfo", "Plan", "fingerprint"]
 
@@ -131,7 +133,7 @@ class Plan(BaseModel):
         Raises:
             PlanError: a block that does not exist, or lists of different lengths.
         """
-        layout = describe(model)
+        layout = describe(unwrap(model))
         if heads is not None and len(heads) != len(layers):
             raise PlanError(
                 f"heads lists {len(heads)} entries for {len(layers)} layers; give one per layer."
@@ -187,8 +189,13 @@ class Plan(BaseModel):
         """Read a plan file.
 
         Raises:
-            PlanError: missing, unreadable or malformed, with the path and the reason.
+            PlanError: missing, unreadable or malformed, with the path and the reason; or no path.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise PlanError(
+                f"Expected a plan or the path of one, got a {type(path).__name__}. Make a plan with "
+                "dwattn.select() or Plan.for_layers(), or read one with Plan.from_json()."
+            )
         try:
             text = Path(path).read_bytes()
         except OSError as error:
@@ -243,16 +250,17 @@ class Plan(BaseModel):
         return [layer.name.removeprefix(prefix) for layer in self.layers]
 
 
-def _site_name(layout: BackboneLayout, layer: int | str) -> str:
+def _site_name(layout: BackboneLayout, layer: Any) -> str:
     names = [site.attention_name for site in layout.blocks]
-    if isinstance(layer, bool) or not isinstance(layer, (int, str)):
+    if isinstance(layer, bool) or not isinstance(layer, (Integral, str)):
         raise PlanError(f"Layers are block indices or names, got {layer!r}.")
-    if isinstance(layer, int):
-        if not -len(names) <= layer < len(names):
+    if isinstance(layer, Integral):
+        index = int(layer)
+        if not -len(names) <= index < len(names):
             raise PlanError(
                 f"There is no block {layer}: {layout.family} has blocks 0 to {len(names) - 1}."
             )
-        return names[layer]
+        return names[index]
     for site in layout.blocks:
         known = (site.attention_name, site.name)
         if layer in known or layer in (relative_name(layout, name) for name in known):

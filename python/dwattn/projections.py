@@ -11,12 +11,23 @@ from torch import Tensor, nn
 from dwattn.errors import UnsupportedAttentionError
 
 
+def is_wrapped(weight: object) -> bool:
+    """Whether a tensor only stands for its numbers: quantised weights, and other subclasses that hold tensors."""
+    return hasattr(type(weight), "__tensor_flatten__")
+
+
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether only the weights matter: an adapter (LoRA), a quantised layer or weight, or a hook must be called."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     if type(module) is not nn.Linear or hooks:
         return False
-    return not hasattr(type(module.weight), "__tensor_flatten__")
+    return not is_wrapped(module.weight)
+
+
+def is_correctable(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether something can be added to the weight: a parameter of numbers, not computed by a parametrisation or pruned."""
+    weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+    return weight is not None and weight.is_floating_point() and not is_wrapped(weight)
 
 
 def linear_weights(module: nn.Module, use: str) -> tuple[Tensor, Tensor | None]:
@@ -25,9 +36,10 @@ def linear_weights(module: nn.Module, use: str) -> tuple[Tensor, Tensor | None]:
     Raises:
         UnsupportedAttentionError: something else was put in its place; ``use`` says what needs the weights.
     """
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Linear) or is_wrapped(module.weight):
+        found = type(module.weight if isinstance(module, nn.Linear) else module).__name__
         raise UnsupportedAttentionError(
-            f"{use} needs the weights of a linear layer, but {type(module).__name__} was put in its place: merge "
+            f"{use} needs the weights of a linear layer, but {found} was put in its place: merge "
             f"the adapter into the weights first (peft: merge_and_unload()), or quantise after this step."
         )
     return module.weight, module.bias

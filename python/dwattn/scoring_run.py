@@ -17,7 +17,7 @@ from dwattn.adapters import BackboneLayout, BlockSite, CallConvention, adapter_f
 from dwattn.errors import DataError, DwattnError, ScoreError, UnsupportedAttentionError
 from dwattn.finite import all_finite
 from dwattn.geometry import Geometry
-from dwattn.projections import AttentionWeights
+from dwattn.projections import AttentionWeights, is_wrapped
 from dwattn.ranks import Ranks
 from dwattn.reference import merge_heads, split_heads
 from dwattn.residual import (
@@ -191,7 +191,7 @@ def scoreable(layout: BackboneLayout, entries: str) -> tuple[list[LayerRun], dic
 
 def _require_finite(site: BlockSite) -> None:
     for name, parameter in site.attention.named_parameters():
-        if not all_finite(parameter):
+        if not is_wrapped(parameter) and not all_finite(parameter):
             raise ScoreError(
                 f"{site.attention_name}: its weight {name} holds NaN or infinite values. Load "
                 "intact weights first."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -24,7 +25,7 @@ def select(
     heads: int | None = None,
     target_speedup: float | None = None,
     criterion: str = "variance",
-    order: Sequence[int | str] | Sequence[Head] | None = None,
+    order: Iterable[int | str] | Iterable[Head] | None = None,
     latency: LatencyTable | None = None,
     model: nn.Module | None = None,
 ) -> Plan:
@@ -61,13 +62,12 @@ def select(
         )
     check_criterion(criterion)
     label = criterion if order is None else "manual"
-    if heads is not None or _is_pairs(order):
-        ranked_heads = (
-            _rank_heads(scores, criterion) if order is None else _check_pairs(scores, order)
-        )
+    own = None if order is None else list(order)
+    if heads is not None or (own and _is_pair(own[0])):
+        ranked_heads = _rank_heads(scores, criterion) if own is None else _check_pairs(scores, own)
         count = _count(heads, len(ranked_heads), "heads", scores)
         return _heads_plan(scores, ranked_heads[:count], criterion, label)
-    ranked = rank_blocks(scores, criterion) if order is None else _check_order(scores, order)
+    ranked = rank_blocks(scores, criterion) if own is None else _check_order(scores, own)
     if target_speedup is not None:
         count = _blocks_for(target_speedup, ranked, latency, model, scores)
     else:
@@ -110,7 +110,7 @@ def _rank_heads(scores: Scores, criterion: str) -> list[Head]:
 def _count(count: int | None, available: int, what: str, scores: Scores) -> int:
     if count is None:
         return available
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    if not _is_whole(count) or count < 1:
         raise PlanError(f"{what}={count!r} must be a whole number of at least 1.")
     if count > available:
         refused = (
@@ -121,32 +121,37 @@ def _count(count: int | None, available: int, what: str, scores: Scores) -> int:
         raise PlanError(
             f"{what}={count} were asked for, but only {available} can be replaced{refused}."
         )
-    return count
+    return int(count)
+
+
+def _is_whole(value: object) -> bool:
+    """Also a whole number of numpy's."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _refusals(scores: Scores) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in scores.refused.items())
 
 
-def _is_pairs(order: Sequence[object] | None) -> bool:
-    return bool(order) and isinstance(order[0], (tuple, list))  # type: ignore[index]
+def _is_pair(entry: Any) -> bool:
+    """A tuple, a list or a row of an array, not a name."""
+    return hasattr(entry, "__len__") and not isinstance(entry, str)
 
 
-def _check_order(scores: Scores, order: Sequence[object]) -> list[LayerScore]:
+def _check_order(scores: Scores, order: list[Any]) -> list[LayerScore]:
     chosen: list[LayerScore] = []
     for entry in order:
         found = [
             layer
             for layer in scores.layers
-            if entry == layer.name
-            or (isinstance(entry, int) and not isinstance(entry, bool) and entry == layer.block)
+            if entry == layer.name or (_is_whole(entry) and entry == layer.block)
         ]
         if not found:
             reason = scores.refused.get(str(entry))
             known = ", ".join(f"{layer.block} ({layer.name})" for layer in scores.layers)
             raise PlanError(
                 f"order names {entry!r}, which "
-                f"{f'was refused: {reason}' if reason else 'is not a scored layer'} Scored are "
+                f"{f'was refused: {reason}' if reason else 'is not a scored layer.'} Scored are "
                 f"{known}."
             )
         if found[0] in chosen:
@@ -157,14 +162,14 @@ def _check_order(scores: Scores, order: Sequence[object]) -> list[LayerScore]:
     return chosen
 
 
-def _check_pairs(scores: Scores, order: Sequence[object]) -> list[Head]:
+def _check_pairs(scores: Scores, order: list[Any]) -> list[Head]:
     sizes = {layer.block: layer.num_heads for layer in scores.layers}
     pairs: list[Head] = []
     for entry in order:
-        pair = tuple(entry) if isinstance(entry, (tuple, list)) else ()
+        pair = tuple(entry) if _is_pair(entry) else ()
         if (
             len(pair) != 2
-            or not all(isinstance(x, int) for x in pair)
+            or not all(_is_whole(x) for x in pair)
             or not 0 <= pair[1] < sizes.get(pair[0], 0)
         ):
             raise PlanError(
@@ -173,7 +178,7 @@ def _check_pairs(scores: Scores, order: Sequence[object]) -> list[Head]:
             )
         if pair in pairs:
             raise PlanError(f"order names {entry!r} twice.")
-        pairs.append((pair[0], pair[1]))
+        pairs.append((int(pair[0]), int(pair[1])))
     return pairs
 
 

@@ -18,7 +18,9 @@ from dwattn.conversion import (
     Transaction,
     conversion,
     find_conversion,
+    of_another_record,
     placement,
+    recorded_elsewhere,
     restore,
 )
 from dwattn.errors import CalibrationError, DwattnError, PlanError
@@ -38,6 +40,7 @@ from dwattn.shims import (
 )
 from dwattn.surgery_report import ReplacementReport, ReplacementRow
 from dwattn.token_grid import Grid, GridSource
+from dwattn.untouched import unwrap
 
 __all__ = ["ReplacementReport", "conversion", "replace", "restore"]
 
@@ -93,6 +96,7 @@ def replace(
         DwattnError: options that do not fit together. In every case, also on Ctrl-C, the model is
             as before.
     """
+    model = unwrap(model)
     layout = describe(model)
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     printed = plan.check_model(layout, allow_stale=allow_stale)
@@ -110,7 +114,7 @@ def replace(
         kernel_init=check_kernel_init(kernel_init, plan),
         seed=seed,
     )
-    previous = _previous(model, options.grid)
+    previous = _previous(model, layout, options.grid)
     targets, refused = find_targets(layout, plan)
     if refused and not dry_run:
         listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
@@ -187,9 +191,12 @@ def install(
         change.set(model, ATTRIBUTE, record)
 
 
-def _previous(model: nn.Module, grid: Grid | None) -> Conversion | None:
+def _previous(model: nn.Module, layout: BackboneLayout, grid: Grid | None) -> Conversion | None:
     """The record of an earlier replacement that this one adds to."""
     found = find_conversion(model)
+    layers = (site.attention for site in layout.blocks)
+    if of_another_record(layers, None if found is None else found[2]):
+        raise PlanError(recorded_elsewhere(model))
     if found is None:
         return None
     holder, _, record = found

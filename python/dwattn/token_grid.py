@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from dwattn.errors import DwattnError, GeometryError
@@ -11,14 +15,76 @@ Grid = tuple[int, int]
 
 
 class GridSource:
-    """The patch grid of the input that is passing through the model, shared by its replaced layers.
+    """The patch grid of the images that are passing through the model, shared by its replaced layers.
 
     Models call their attention layers with tokens alone; when the resolution varies, a hook at the patch
     embedding writes the grid here. Not a buffer: it never enters a state dict.
+
+    Each thread has a grid of its own, so that several may call one model. Gradient checkpointing calls layers
+    again during backward, perhaps in a thread of autograd's and without the patch embedding: of the grids that
+    passed with gradients since the backward before, they get the one that has as many patches.
     """
 
-    def __init__(self) -> None:
-        self.grid: Grid | None = None
+    def __init__(self, grid: Grid | None = None) -> None:
+        self._thread = threading.local()
+        self._last = grid
+        #: Grids of forward passes that backward may ask for, and whether it has asked since.
+        self._passed: tuple[Grid, ...] = ()
+        self._asked = False
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid of the last images of this thread, or of any; None if none have passed."""
+        grid: Grid | None = getattr(self._thread, "grid", self._last)
+        return grid
+
+    @grid.setter
+    def grid(self, grid: Grid) -> None:
+        self._thread.grid = self._last = grid
+        if torch.compiler.is_compiling():
+            self._passed = ()
+            return
+        self._thread.task = task = _backward()
+        if task is not None:
+            self._asked = True
+        elif torch.is_grad_enabled():
+            passed = () if self._asked else self._passed
+            self._passed = passed if grid in passed else (*passed, grid)
+            self._asked = False
+
+    def of(self, patches: int) -> Grid | None:
+        """The grid for a layer that is called now with so many patches.
+
+        Raises:
+            GeometryError: called again during backward, and not just one grid that passed has so many.
+        """
+        task = _backward()
+        if task is None:
+            return self.grid
+        self._asked = True
+        if not self._passed or getattr(self._thread, "task", None) == task:
+            return self.grid
+        fitting = [grid for grid in self._passed if grid[0] * grid[1] == patches]
+        if len(fitting) != 1:
+            grids = " and ".join(f"{height} x {width}" for height, width in self._passed)
+            raise GeometryError(
+                f"Gradient checkpointing calls this layer again during backward with {patches} patches, and images with "
+                f"patch grids of {grids} have passed since the backward before: it cannot tell whose they are. Call "
+                f"backward after each size (and evaluate under torch.no_grad()), or switch checkpointing off."
+            )
+        return fitting[0]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, also in another process, knows the grid of this thread alone."""
+        return GridSource, (getattr(self._thread, "grid", self._last),)
+
+
+def _backward() -> int | None:
+    """Number of the backward pass that is running in this thread, or None; compiled code has none."""
+    if torch.compiler.is_compiling():
+        return None
+    task: int = torch._C._current_graph_task_id()
+    return None if task == -1 else task
 
 
 class TokenGridModule(nn.Module):
@@ -70,8 +136,9 @@ class TokenGridModule(nn.Module):
             raise GeometryError(
                 f"Expected tokens of shape (batch, N, {self.dim}), got {tuple(x.shape)}."
             )
-        source = self.grid_source.grid if self.grid_source is not None else None
-        chosen = grid or self.grid or source
+        chosen = grid or self.grid
+        if chosen is None and self.grid_source is not None:
+            chosen = self.grid_source.of(x.shape[1] - self.num_prefix)
         if chosen is None:
             raise GeometryError(
                 f"This layer has no fixed grid and the call gave none; N={x.shape[1]} tokens alone do not say "

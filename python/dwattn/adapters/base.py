@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dwattn.errors import DataError, UnsupportedAttentionError
 from dwattn.geometry import Geometry
-from dwattn.projections import AttentionWeights
+from dwattn.projections import AttentionWeights, is_wrapped
 from dwattn.rotary import Rotary
 from dwattn.token_grid import Grid
 from dwattn.variants import Replacement
@@ -52,6 +52,11 @@ def refuse_projections(*layers: object) -> str | None:
                 f"One of its projections is a {kind} instead of a plain nn.Linear; "
                 "merge adapters or dequantise it first."
             )
+        if is_wrapped(layer.weight):
+            return (
+                f"The weight of one of its projections is a {type(layer.weight).__name__} instead of plain "
+                "numbers; replace its layers first and quantise then, or dequantise it."
+            )
         if layer.weight.is_meta:
             return "Its weights are on the meta device; load the model's weights first."
     return None
@@ -72,6 +77,8 @@ class CallConvention:
     )
     #: Keyword arguments that carry a rotary embedding which this convention cannot read.
     foreign_rotary: tuple[str, ...] = ("position_embeddings", "rope")
+    #: Of models whose configuration may ask for attention weights in place of the call.
+    config: Any = None
 
     def rotary(self, kwargs: dict[str, Any]) -> Rotary | None:
         """The rotary position embedding of a call, or None."""
@@ -164,6 +171,9 @@ class ConvertedAttention(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tokens, rotary = self.convention.tokens(args, kwargs), self.convention.rotary(kwargs)
+        configured = getattr(self.convention.config, "output_attentions", False)
+        if kwargs.get("output_attentions", configured):
+            raise cannot("with config.output_attentions=True", "forms no attention weights")
         turned = {} if rotary is None else {"rotary": rotary}
         return self.convention.pack(self.layer(tokens, **turned))
 

@@ -146,12 +146,18 @@ class TransformersAttentionAdapter(AttentionAdapter):
         )
 
     def convention(self, module: nn.Module) -> CallConvention:
-        if _is_rotary(module):
-            return RotaryTupleConvention()
-        if hasattr(module, "q_proj"):
-            return TupleConvention()
-        old = "output_attentions" in inspect.signature(module.forward).parameters
-        return SingleTupleConvention() if old else CallConvention()
+        convention = _convention(module)
+        convention.config = getattr(_projections(module), "config", None)
+        return convention
+
+
+def _convention(module: nn.Module) -> CallConvention:
+    if _is_rotary(module):
+        return RotaryTupleConvention()
+    if hasattr(module, "q_proj"):
+        return TupleConvention()
+    old = "output_attentions" in inspect.signature(module.forward).parameters
+    return SingleTupleConvention() if old else CallConvention()
 
 
 def _is_rotary(module: nn.Module) -> bool:

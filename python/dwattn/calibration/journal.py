@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,13 +52,19 @@ class CalibrationResult:
         self.notes.append(LayerNote(name, kind, correction.held_out, correction.strength))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able diagnostics, without the tensors."""
+        """JSON-able diagnostics, without the tensors; None for what is not finite (the strength of no correction)."""
         return {
             "photos": self.photos,
             "seconds": round(self.seconds, 1),
             "drift": {name: round(value, 6) for name, value in self.drift.items()},
             "layers": [
-                {k: v for k, v in vars(note).items() if v is not None} for note in self.notes
+                {key: _finite(value) for key, value in vars(note).items() if value is not None}
+                for note in self.notes
             ],
             "updated_parameters": sorted(self.updates),
         }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

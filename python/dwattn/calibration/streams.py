@@ -122,7 +122,7 @@ class BlockRunner:
         amp: Amp = "no",
     ) -> None:
         self.call, self.amp = call, amp
-        self.block = copy.deepcopy(site.module).float().eval()
+        self.block = _private_copy(site).float().eval()
         self.path = site.attention_name.removeprefix(site.name + ".")
         if attention is not None:
             self._attend_by(attention)
@@ -217,6 +217,16 @@ class BlockRunner:
     def _attend_by(self, layer: nn.Module) -> None:
         parent, _, leaf = self.path.rpartition(".")
         setattr(self.block.get_submodule(parent), leaf, layer)
+
+
+def _private_copy(site: BlockSite) -> nn.Module:
+    try:
+        return copy.deepcopy(site.module)
+    except Exception as error:
+        raise CalibrationError(
+            f"{site.name} could not be copied for calibration ({error}). Make what was pruned permanent with "
+            "torch.nn.utils.prune.remove(), and take other tensors that were computed off its layers."
+        ) from error
 
 
 class _Given(nn.Module):

@@ -16,7 +16,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor, nn
 
 from dwattn import data as image_data
-from dwattn.adapters import BackboneLayout, BlockSite, ConvertedAttention, adapter_for
+from dwattn.adapters import (
+    BackboneLayout,
+    BlockSite,
+    CallConvention,
+    ConvertedAttention,
+    adapter_for,
+)
 from dwattn.amp import autocast
 from dwattn.attention import EnsembleDWAttention, LowRankDWAttention, ReplacementAttention
 from dwattn.calibration.journal import CalibrationResult, LayerNote
@@ -28,7 +34,7 @@ from dwattn.calibration.views import Views
 from dwattn.errors import CalibrationError
 from dwattn.fidelity import drift
 from dwattn.geometry import Geometry
-from dwattn.projections import AttentionWeights
+from dwattn.projections import AttentionWeights, is_correctable
 from dwattn.rotary import Rotary
 from dwattn.scattered import ScatteredDWAttention
 from dwattn.untouched import untouched
@@ -202,7 +208,7 @@ class _Sweep:
                 attention = self._correct_attention(site, runner, middle)
         del middle
         wanted = self.refits or (corrects and self.options.refit == "replaced" and shim is not None)
-        if wanted and site.mlp_out is not None and not self._shared(site.mlp_out):
+        if wanted and site.mlp_out is not None and self._may_correct(site.mlp_out):
             attention = self._attention(site, runner) if attention is None else attention
             self._correct_mlp(site, runner, site.mlp_out, attention)
         if shim is None and self.refits:
@@ -214,9 +220,10 @@ class _Sweep:
             self.converted = self._move_on(site, runner, attention)
         self._check(site)
 
-    def _shared(self, linear: nn.Linear) -> bool:
-        """Whether several blocks hold its weights: what helps one of them would change the others."""
-        return any(self.holders[id(parameter)] > 1 for parameter in linear.parameters())
+    def _may_correct(self, linear: nn.Linear) -> bool:
+        """Not where weights are computed, nor where several blocks hold them: what helps one would change the others."""
+        shared = any(self.holders[id(parameter)] > 1 for parameter in linear.parameters())
+        return is_correctable(linear) and not shared
 
     def _attention(self, site: BlockSite, runner: BlockRunner) -> Tensor:
         """What the attention layer of the converted block returns, ``(M, N, D)``."""
@@ -327,7 +334,7 @@ class _Sweep:
     ) -> Tensor | None:
         """Correct Wo of an attention layer that stays; what the layer returns then, None if no Wo can be corrected."""
         own = _output_projection(site.attention)
-        if own is None or self._shared(own):
+        if own is None or not self._may_correct(own):
             return None
         proj = runner.counterpart(own)
         assert isinstance(proj, nn.Linear)
@@ -410,7 +417,9 @@ def _weights(runner: BlockRunner) -> AttentionWeights:
     return adapter.weights(runner.attention)
 
 
-def _convention(site: BlockSite) -> Any:
+def _convention(site: BlockSite) -> CallConvention:
+    if isinstance(site.attention, ConvertedAttention):
+        return site.attention.convention
     adapter = adapter_for(site.attention)
     if adapter is None:
         raise CalibrationError(

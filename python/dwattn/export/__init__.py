@@ -57,6 +57,7 @@ _DTYPES = {"float32": "fp32", "fp32": "fp32", "float16": "fp16", "half": "fp16",
 _INLINE_BYTES = 1_900_000_000
 
 
+@torch.random.fork_rng(devices=())  # modules that are made on the way draw weights
 def export(
     model: nn.Module,
     path: str | os.PathLike[str],

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,8 @@ def make_target(model: nn.Module, size: int | Size, *, dynamic: bool, method: st
         ExportError: a size that does not fit the model or its replaced layers, a model that cannot
             vary its size, or a method it does not have; the message holds the numbers.
     """
-    size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    sides = size if isinstance(size, Sized) else (size, size)
+    size = (int(sides[0]), int(sides[1]))
     if not callable(getattr(model, method, None)):
         raise ExportError(
             f"{type(model).__name__} has no method {method!r}; use 'forward' or a method it has."
