@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -201,6 +202,13 @@ def test_tables_in_a_pipe_hold_whole_names(monkeypatch: pytest.MonkeyPatch) -> N
     with io.StringIO() as pipe, contextlib.redirect_stdout(pipe):
         emit(table, as_json=False)
         assert pipe.getvalue().count(name) == 3
+
+
+def test_json_has_null_for_what_is_not_finite() -> None:
+    with io.StringIO() as pipe, contextlib.redirect_stdout(pipe):
+        emit({"strength": math.inf, "layers": [{"held_out": math.nan, "drift": 0.5}]}, as_json=True)
+        found = json.loads(pipe.getvalue(), parse_constant=pytest.fail)
+    assert found == {"strength": None, "layers": [{"held_out": None, "drift": 0.5}]}
 
 
 def test_a_speedup_is_measured_on_the_model(place: Path, scored: Path, tmp_path: Path) -> None:

@@ -373,8 +373,10 @@ def test_faults_of_labels_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="dog holds no images"):
         labelled_folder(tmp_path / "train", (8, 8))
     save_image(tmp_path / "train" / "dog" / "1.png")
+    for hidden in (".cache/0.png", "dog/.1.png"):  # of file managers and notebooks
+        save_image(tmp_path / "train" / hidden)
     data, names = labelled_folder(tmp_path / "train", (8, 8))
-    assert names == ["cat", "dog"]
+    assert (names, len(data)) == (["cat", "dog"], 2)
     assert [int(data[i, 0]["label"]) for i in range(2)] == [0, 1]
     save_image(tmp_path / "test" / "cow" / "0.jpg")
     with pytest.raises(DataError, match="no class of the training images: cow"):

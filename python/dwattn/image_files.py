@@ -146,7 +146,7 @@ def image_folder(
         raise DataError(f"size={size} must be positive numbers of pixels.")
     if not root.exists():
         raise DataError(f"There is no folder or image {root}.")
-    found = [root] if root.is_file() else sorted(_files_below(root))
+    found = [root] if root.is_file() else sorted(files_below(root))
     files = [file for file in found if file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         raise DataError(
@@ -158,7 +158,7 @@ def image_folder(
     return ImageFolder(files, (height, width), mean, std, batch_size)
 
 
-def _files_below(root: Path) -> Iterator[Path]:
+def files_below(root: Path) -> Iterator[Path]:
     """Files below a folder, hidden ones (such as macOS's ``._a.jpg``) left out."""
     for name, folders, files in os.walk(root, followlinks=True):
         folder = Path(name)

@@ -113,10 +113,12 @@ def _escape(text: str) -> str:
 
 
 def emit(result: Any, as_json: bool) -> None:
-    """Print a result: its table, or with ``--json`` its ``to_dict()`` alone."""
+    """Print a result: its table, or with ``--json`` its ``to_dict()`` alone, null for numbers that are not finite."""
     if as_json:
         plain = result.to_dict() if hasattr(result, "to_dict") else result
-        sys.stdout.write(json.dumps(plain, indent=2, default=_plain) + "\n")
+        text = json.dumps(plain, default=_plain)
+        finite = json.loads(text, parse_constant=lambda _: None)
+        sys.stdout.write(json.dumps(finite, indent=2) + "\n")
         sys.stdout.flush()
     elif isinstance(result, str):
         out().print(result, markup=False, highlight=False, soft_wrap=True)

@@ -21,6 +21,7 @@ from dwattn.data import (
 )
 from dwattn.errors import DataError
 from dwattn.finetune.views import Augment, Item, Key, Views, resized_mask
+from dwattn.image_files import files_below
 
 #: Pixels of this class count neither in the loss nor in mIoU.
 IGNORE = 255
@@ -165,7 +166,7 @@ def labelled_folder(
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"There is no folder {root}.")
-    found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    found = sorted(e.name for e in root.iterdir() if e.is_dir() and not e.name.startswith("."))
     names = list(classes) if classes is not None else found
     unknown = sorted(set(found) - set(names))
     if unknown:
@@ -181,7 +182,7 @@ def labelled_folder(
     for label, name in enumerate(names):
         if name not in found:
             continue
-        images = [f for f in sorted((root / name).rglob("*")) if f.suffix.lower() in IMAGE_SUFFIXES]
+        images = [f for f in sorted(files_below(root / name)) if f.suffix.lower() in IMAGE_SUFFIXES]
         if not images:
             raise DataError(f"The class folder {root / name} holds no images. Fill or remove it.")
         files += images
