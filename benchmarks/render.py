@@ -307,6 +307,8 @@ def vit_l() -> str:
 
 #: The study of how many blocks can go, with a recipe chosen on images held back from the training side.
 LIMITS = "-limits"
+#: How blocks are chosen, with gates that learn at a rate of their own.
+SELECTION = "-selection"
 
 
 def studies(kind: str = "") -> dict[str, Any]:
@@ -413,6 +415,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "limits_setting": lambda: study_setting(LIMITS),
     "limits_classify": lambda: _study("classify", LIMITS),
     "limits_segment": lambda: _study("segment", LIMITS),
+    "selection_setting": lambda: study_setting(SELECTION),
+    "selection_classify": lambda: _study("classify", SELECTION),
     "peers": peers,
     "peers_all": peers_all,
     "models": models,
