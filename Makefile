@@ -127,21 +127,22 @@ bench-study: $(VENV)/.installed $(VENV)/.demo-data
 # GPU_BENCH="--part values layers", or --hopper once gpu-hopper has passed.
 GPU_PYTHON ?= python3
 GPU_CARRIED := build/gpu
-GPU_PYTEST = DWATTN_TENSORRT_INCLUDE=$${DWATTN_TENSORRT_INCLUDE:-$(CURDIR)/$(GPU_CARRIED)/include} $(GPU_PYTHON) -m pytest -q
+GPU_NEEDS := "pydantic>=2.5" "typer>=0.12" "rich>=13" "jinja2>=3" "safetensors>=0.4.3" pytest pytest-timeout hypothesis ninja
+GPU_PYTEST = env DWATTN_TENSORRT_INCLUDE=$${DWATTN_TENSORRT_INCLUDE:-$(CURDIR)/$(GPU_CARRIED)/include} $(GPU_PYTHON) -m pytest -q
 gpu-check: gpu-build
-	$(MAKE) --keep-going gpu-hopper gpu-test-kernels gpu-test-operators gpu-test-triton gpu-bench gpu-sanitize
+	$(MAKE) --keep-going gpu-hopper gpu-test gpu-bench gpu-sanitize
 
 # Where there is a network: what such a machine may lack, to be taken there with the checkout. TensorRT's headers are for
 # the plugin's layers, whose prefix rows only they run on a device.
 GPU_PYTHON_VERSION ?= 3.12
 gpu-carried: $(VENV)/.torch
 	$(PIP) download --quiet --dest $(GPU_CARRIED)/wheels --python-version $(GPU_PYTHON_VERSION) --only-binary=:all: \
-	  "pydantic>=2.5" "typer>=0.12" "rich>=13" "jinja2>=3" "safetensors>=0.4.3" pytest pytest-timeout hypothesis ninja
+	  $(GPU_NEEDS)
 	$(PIP) install --quiet --no-deps --upgrade --target $(GPU_CARRIED)/include kernel-lens==2.0.1
 
 gpu-build:
 	test ! -d $(GPU_CARRIED)/wheels || $(GPU_PYTHON) -m pip install --no-index --find-links $(GPU_CARRIED)/wheels \
-	  "pydantic>=2.5" "typer>=0.12" "rich>=13" "jinja2>=3" "safetensors>=0.4.3" pytest pytest-timeout hypothesis ninja
+	  $(GPU_NEEDS)
 	$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps --no-index \
 	  --config-settings cmake.define.DWATTN_CUDA=ON --config-settings cmake.define.DWATTN_CUDA_ARCHITECTURES=native .
 	-$(GPU_PYTHON) -m dwattn.cli doctor
@@ -160,9 +161,9 @@ gpu-test-kernels:
 gpu-test-operators:
 	$(GPU_PYTEST) tests/test_ops.py tests/test_tf32.py tests/test_layer_op.py tests/test_backends.py
 
-# Every kernel is compiled anew for each kind of input.
+# Every kernel is compiled anew for each kind of input. The interpreter is for machines without a GPU.
 gpu-test-triton:
-	timeout -k 10 180 $(GPU_PYTEST) -x tests/test_triton.py tests/test_triton_gradients.py tests/test_triton_lowrank.py tests/test_triton_statistics.py
+	timeout -k 10 180 $(GPU_PYTEST) -k "not under_the_interpreter" tests/test_triton.py tests/test_triton_gradients.py tests/test_triton_lowrank.py tests/test_triton_statistics.py
 
 SANITIZED = $(GPU_PYTHON) -m pytest -q -m gpu tests/test_cuda_ops.py tests/test_gradients.py -k "same_bits or slices"
 gpu-sanitize:

@@ -97,7 +97,7 @@ def cases(distill: Document) -> list[list[str]]:
 
 
 def on_fitted_photos(found: list[Document]) -> str:
-    """What the first of these files, by draw, says of the photos that were fitted."""
+    """What is kept of the photos that were fitted, by draw, where a file says it."""
     known = [
         (d["options"]["seed"], d["cases"][0]["on_fitted_photos"])
         for d in found

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from dwattn.data import image_folder
 from dwattn.demo.photos import Photo
 from dwattn.demo.pretrained import IMAGE_SIZE
 from dwattn.errors import DataError
+from dwattn.image_files import image_folder
 
 PACKAGE = "gcompris-qt-data"
 BUNDLES = "usr/share/gcompris-qt/rcc"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -263,3 +266,15 @@ def test_a_missing_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit, match="no CUDA device"):
         bench_gpu.main()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", ["gpu-hopper", "gpu-test-triton"])
+def test_parts_of_the_check_start_pytest(target: str) -> None:
+    """Also without a GPU, where their tests are skipped."""
+    done = subprocess.run(
+        ["make", target, f"GPU_PYTHON={sys.executable}"],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\d+ (skipped|passed)", done.stdout), done.stdout + done.stderr

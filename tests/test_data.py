@@ -14,8 +14,9 @@ from PIL.ExifTags import Base
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dwattn.data import count_images, image_folder, is_reiterable, iterate, require_reiterable
+from dwattn.data import count_images, is_reiterable, iterate, require_reiterable
 from dwattn.errors import DataError
+from dwattn.image_files import image_folder
 
 IMAGES = torch.arange(10 * 3 * 4 * 6, dtype=torch.float32).view(10, 3, 4, 6)
 LABELS = torch.arange(10)
@@ -119,7 +120,7 @@ def with_bad_pixel(value: float) -> Tensor:
         ([()], "starts with nothing"),
         ([{"labels": LABELS}], r"no tensors; its keys are \['labels'\]"),
         ([{"pixel_values": IMAGES[0]}], r"shape \(3, 4, 6\)"),
-        ("photos", r"got str \('photos'\); read a folder with dwattn\.data\.image_folder"),
+        ("photos", r"got str \('photos'\); read a folder with dwattn\.image_files\.image_folder"),
         (Path("photos"), "image_folder"),
         ({"pixel_values": IMAGES}, r"put one dictionary .* into a list"),
         (7, "got int"),

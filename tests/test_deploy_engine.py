@@ -212,7 +212,7 @@ def test_an_engine_has_its_record_where_the_timing_cache_cannot_be_written(
 ) -> None:
     model, folder = write(), tmp_path / "times"
     folder.mkdir()
-    runtime.at_step = lambda step: folder.rmdir() if step == 2 else None  # type: ignore[attr-defined]
+    runtime.at_step = lambda step: folder.rmdir() if step == 2 else None
     with pytest.raises(deploy.DeployError, match="times/cache"):
         build(model, timing_cache=str(folder / "cache"))
     assert deploy.Sidecar.load(model.with_suffix(".engine")) is not None

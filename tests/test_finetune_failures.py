@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dwattn.data import image_folder
 from dwattn.errors import CheckpointError, DataError, DwattnError, TrainingError
 from dwattn.files import sole_writer
 from dwattn.finetune import Callback, Order, Trainer, Views
@@ -24,6 +23,7 @@ from dwattn.finetune import state as state_file
 from dwattn.finetune import trainer as trainer_module
 from dwattn.finetune.batches import in_step
 from dwattn.finetune.log import CsvLog
+from dwattn.image_files import image_folder
 from dwattn.ranks import Ranks
 from test_finetune_runs import RECIPE, StopAfter, Two, same, student, trainer, views, weights
 

@@ -366,7 +366,7 @@ def share(rank: int, folder: str, port: int) -> None:
                 raise DataError("An image cannot be read")
             return read(index)
 
-        data.load = load  # type: ignore[method-assign]
+        data.load = load
     module = student()
     module.cache.limit = 0
     stopping = trainer(module, Path(folder) / "unreadable", data=data)

@@ -14,30 +14,7 @@ from torch import Tensor, nn
 
 from dwattn.errors import DataError, DwattnError
 from dwattn.finite import all_finite
-from dwattn.image_files import (
-    IMAGE_SUFFIXES,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ImageFolder,
-    fit,
-    image_folder,
-    open_image,
-)
-
-__all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "IMAGE_SUFFIXES",
-    "Batch",
-    "ImageFolder",
-    "count_images",
-    "fit",
-    "image_folder",
-    "is_reiterable",
-    "iterate",
-    "open_image",
-    "require_reiterable",
-]
+from dwattn.image_files import ImageFolder
 
 #: Keys of a batch dictionary that hold targets; a model is called without them.
 LABEL_KEYS = frozenset({"label", "labels", "label_ids", "target", "targets"})
@@ -231,7 +208,7 @@ def _indexed(data: Any) -> Iterator[Any]:
 
 def _advice(data: Any) -> str:
     if isinstance(data, (str, Path)):
-        return f" ({str(data)!r}); read a folder with dwattn.data.image_folder(path, size)."
+        return f" ({str(data)!r}); read a folder with dwattn.image_files.image_folder(path, size)."
     if isinstance(data, Mapping):
         return "; put one dictionary of a model's inputs into a list: [inputs]."
     return "."

@@ -234,7 +234,7 @@ def read_images(
     num_images: int,
 ) -> Any:
     """The images of a folder, in the size and normalisation that the model wants."""
-    from dwattn.data import image_folder
+    from dwattn.image_files import image_folder
 
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder} to read images from.")

@@ -240,9 +240,9 @@ class Folders:
         self.names: list[str] | None = None
 
     def read(self, images: Path, masks: Path | None, augment: Any) -> Views:
-        from dwattn.data import image_folder
         from dwattn.finetune import Views
         from dwattn.finetune.labelled import MaskFolder, labelled_folder
+        from dwattn.image_files import image_folder
 
         common: dict[str, Any] = {"augment": augment, "seed": self.seed}
         if self.task == "distill":

@@ -10,18 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dwattn.data import (
+from dwattn.errors import DataError
+from dwattn.finetune.views import Augment, Item, Key, Views, resized_mask
+from dwattn.image_files import (
     IMAGE_SUFFIXES,
     IMAGENET_MEAN,
     IMAGENET_STD,
     ImageFolder,
+    files_below,
     fit,
     image_folder,
     open_image,
 )
-from dwattn.errors import DataError
-from dwattn.finetune.views import Augment, Item, Key, Views, resized_mask
-from dwattn.image_files import files_below
 
 #: Pixels of this class count neither in the loss nor in mIoU.
 IGNORE = 255

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dwattn.data import ImageFolder
 from dwattn.errors import DataError
+from dwattn.image_files import ImageFolder
 
 Key = tuple[int, int]
 Item = dict[str, Any]
@@ -112,7 +112,7 @@ class Views(Dataset[Item]):
     """Images under ``(image, view)`` keys: ``views[3, 1] -> {"pixels": (3, H, W), "key": (3, 1)}``.
 
     Args:
-        images: a tensor ``(M, 3, H, W)`` of normalised pixels, or an :class:`dwattn.data.ImageFolder`, whose files
+        images: a tensor ``(M, 3, H, W)`` of normalised pixels, or an :class:`dwattn.image_files.ImageFolder`, whose files
             are decoded when they are needed.
         augment: how views differ; None repeats the images.
         seed: of the views.
