@@ -95,6 +95,36 @@ def test_ctrl_c_leaves_a_whole_state(
     assert same(weights(whole), weights(parts))
 
 
+def test_ctrl_c_amid_an_exchange_with_the_averages(tmp_path: Path) -> None:
+    """A module that holds some weights and some averages is not written."""
+
+    class Interrupting(dict[str, Tensor]):
+        def __setitem__(self, name: str, value: Tensor) -> None:
+            if name == "second":
+                raise KeyboardInterrupt
+            super().__setitem__(name, value)
+
+    class Look(Callback):
+        def on_step(self, trainer: Trainer, step: int, losses: dict[str, float]) -> None:
+            if step == 2:
+                trainer._save()
+            if step == 3:
+                assert trainer.average is not None
+                trainer.average.values = Interrupting(trainer.average.values)
+                with trainer.averaged():
+                    raise AssertionError("the exchange is interrupted before")
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(Two(), tmp_path, callbacks=[Look()]).fit()
+    found = state_file.read_progress(tmp_path)
+    assert found is not None
+    assert found.step == 2
+    whole, parts = Two(), Two()
+    trainer(whole, None).fit()
+    trainer(parts, tmp_path).fit(resume=True)
+    assert same(weights(whole), weights(parts))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_read_costs_nothing(tmp_path: Path, workers: int) -> None:
     folder = tmp_path / "images"

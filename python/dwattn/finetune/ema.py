@@ -15,10 +15,13 @@ class Average:
     Args:
         module: whose parameters are averaged.
         decay: of the average; in the first steps less, ``(1 + n) / (10 + n)``, so that the start is forgotten.
+
+    Attributes:
+        whole: False where an exchange of weights and averages was interrupted: the module then holds some of each.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
+        self.decay, self.whole = decay, True
         self._live = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.values: dict[str, Tensor] = {n: p.detach().clone() for n, p in self._live.items()}
 
@@ -32,10 +35,12 @@ class Average:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the weights with their averages."""
+        self.whole = False
         for name, parameter in self._live.items():
             kept = parameter.detach().clone()
             parameter.copy_(self.values[name])
             self.values[name] = kept
+        self.whole = True
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -206,7 +206,7 @@ class Trainer:
                 self._loop(distributed)
             except BaseException:
                 # Ctrl-C, SIGTERM or an image that cannot be read should not cost what was trained before.
-                if not self._updating:
+                if not self._updating and (self.average is None or self.average.whole):
                     self._try(self._save)
                 raise
         self._save()
