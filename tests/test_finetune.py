@@ -138,6 +138,18 @@ def test_a_loss_without_a_term_is_refused() -> None:
         distill_loss(Features(tokens), Features(tokens), Targets(cosine=0.0, prefix=1.0))
 
 
+def test_logits_of_pixels_are_a_mean_over_pixels() -> None:
+    tokens = torch.randn(2, 3, 4)
+    mine, theirs = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        pair = Features(tokens, (), a), Features(tokens, (), b)
+        return distill_loss(*pair, Targets(output=1, output_loss="kl"))["output"]
+
+    rows = [t.movedim(1, -1).reshape(-1, 5) for t in (mine, theirs)]
+    torch.testing.assert_close(loss(mine, theirs), loss(*rows))
+
+
 def test_maps_in_the_unit_interval() -> None:
     teacher_map = torch.rand(2, 1, 4, 4)
     tokens = torch.randn(2, 3, 4)

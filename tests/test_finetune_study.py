@@ -33,6 +33,7 @@ from dwattn.finetune import (
 )
 from dwattn.finetune import study as study_module
 from dwattn.finetune import study_latency as latency_module
+from dwattn.finetune.study_results import interval
 from dwattn.report.study import StudyReport
 from dwattn.report.study_figures import aligned
 from support.models import BY_NAME
@@ -339,6 +340,29 @@ def test_the_summary_is_paired_by_seed() -> None:
     assert dw["difference"] == pytest.approx(-0.05 / 3)
     deviation = torch.tensor([-0.01, -0.02, -0.02]).std().item()
     assert dw["difference_interval"] == pytest.approx(4.303 * deviation / 3**0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(10, 2.2281), (30, 2.0423), (31, 2.0395), (60, 2.0003)]
+)
+def test_intervals_of_many_seeds(freedom: int, quantile: float) -> None:
+    values = [float(seed) for seed in range(freedom + 1)]
+    _, half = interval(values)
+    assert half == pytest.approx(
+        quantile * torch.tensor(values).std().item() / len(values) ** 0.5, rel=2e-3
+    )
+
+
+def test_the_patch_grid_of_replace_is_an_option_of_a_study(tmp_path: Path) -> None:
+    def collect(size: tuple[int, int]) -> None:
+        views = [LabelledViews(*coloured(count), 3) for count in (12, 9)]
+        run_study(
+            GRID, lambda seed: classifier(FAMILY.build(), 3, seed=seed), *views, tmp_path, only=[], grid=size
+        )  # fmt: skip
+
+    collect((4, 4))
+    with pytest.raises(TrainingError, match="study with another"):
+        collect((4, 3))
 
 
 def test_a_grid_file_is_checked(tmp_path: Path) -> None:

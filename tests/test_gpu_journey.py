@@ -100,7 +100,12 @@ def test_from_scores_to_a_student(name: str, conversion: dict[str, Any], tmp_pat
 
 @pytest.mark.parametrize(
     ("variant", "init"),
-    [("dw", "mean"), ("conv", "mean"), ("ens_dw", "gaussian"), ("spvit", "mean")],
+    [
+        ("dw", "mean-attention"),
+        ("conv", "mean-attention"),
+        ("ens_dw", "gaussian"),
+        ("spvit", "mean-attention"),
+    ],
 )
 def test_starts_without_calibration(variant: str, init: str) -> None:
     family = BY_NAME["timm"]

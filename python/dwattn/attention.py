@@ -293,7 +293,8 @@ class LowRankDWAttention(FusedDWAttention):
 
     ``value.weight`` is the factor ``A (r, D)``, ``proj.weight`` the factor ``B (D, r)``. From pretrained
     weights it starts as the averaged ensemble of Eq. 12 extended to ``r`` channels; calibration replaces the
-    factors by their closed form.
+    factors by their closed form. Exact prefix rows have projections of their own at any rank: also at ``r = C`` the rows of
+    the factors are not the channels of heads.
     """
 
     variant = "lowrank_dw"
@@ -301,7 +302,8 @@ class LowRankDWAttention(FusedDWAttention):
     def __init__(self, dim: int, num_heads: int, *, rank: int, **options: Any) -> None:
         if rank < 1:
             raise DwattnError(f"rank={rank} must be at least 1; a multiple of 8 suits the kernels.")
-        super().__init__(dim, num_heads, inner_dim=rank, **options)
+        own = {"own_prefix_value": True, "own_prefix_proj": True}
+        super().__init__(dim, num_heads, inner_dim=rank, **{**options, **own})
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "rank": self.inner_dim}

@@ -14,7 +14,7 @@ from dwattn.attention import (
 from dwattn.plan import KernelInit
 from dwattn.variants import Replacement
 
-KERNEL_INITS = ("mean", "gaussian")
+KERNEL_INITS = ("mean-attention", "gaussian")
 
 
 @torch.no_grad()

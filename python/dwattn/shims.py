@@ -121,12 +121,12 @@ def check_kernel_init(kernel_init: str | None, plan: Plan) -> str:
     """The initialisation that is wanted and that the plan can give."""
     lacking = [layer.name for layer in plan.layers if layer.kernel_init is None]
     if kernel_init is None:
-        return "gaussian" if lacking else "mean"
+        return "gaussian" if lacking else "mean-attention"
     if kernel_init not in KERNEL_INITS:
         raise DwattnError(f"kernel_init={kernel_init!r} must be one of {', '.join(KERNEL_INITS)}.")
-    if kernel_init == "mean" and lacking:
+    if kernel_init == "mean-attention" and lacking:
         raise PlanError(
-            f"kernel_init='mean' needs the mean attention maps, which the plan lacks for "
+            f"kernel_init='mean-attention' needs the mean attention maps, which the plan lacks for "
             f"{', '.join(lacking)}: make it with dwattn.select(), or use kernel_init='gaussian'."
         )
     return kernel_init
@@ -196,7 +196,7 @@ def build_target(
         target.heads,
         _choices(target, options),
     )
-    if options.kernel_init == "mean" and target.entry.kernel_init is not None:
+    if options.kernel_init == "mean-attention" and target.entry.kernel_init is not None:
         mean_init(shim.layer, target.entry.kernel_init, target.entry.heads)
     else:
         gaussian_init(shim.layer, options.seed * len(layout.blocks) + block)

@@ -81,8 +81,8 @@ def replace(
         dynamic_grid: take the patch grid from the images at run time instead of fixing it.
         grid: the patch grid ``(H, W)`` to fix, where it is not that of the model's configured image
             size.
-        kernel_init: ``mean`` (from the plan's mean attention maps) or ``gaussian`` (the paper's);
-            by default ``mean`` where the plan has maps. Calibration overrides either.
+        kernel_init: ``mean-attention`` (from the plan's mean attention maps) or ``gaussian`` (the
+            paper's); by default the former where the plan has maps. Calibration overrides either.
         allow_stale: accept a plan made for other weights of the same architecture.
         seed: of the Gaussian initialisation and of calibration.
         progress: show a progress bar while calibrating.

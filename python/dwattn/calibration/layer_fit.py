@@ -93,17 +93,21 @@ def choose_rank(
     multiple: int = 8,
 ) -> int:
     """The least inner width, a multiple of 8, that keeps a share ``fidelity`` of the layer's output energy."""
-    needed = _directions(weights, samples, geometry)[1].rank_for(fidelity)
+    needed = _directions(weights, samples, geometry)[2].rank_for(fidelity)
     return min(-(-needed // multiple) * multiple, weights.channels)
 
 
 def _directions(
     weights: AttentionWeights, samples: Samples, geometry: Geometry
-) -> tuple[OutputCovariance, Directions]:
-    covariance = OutputCovariance(weights.channels, weights.wv.device)
+) -> tuple[OutputCovariance, Tensor, Directions]:
+    """The moments of ``Y``, its covariance with a floor, and the directions."""
+    covariance = OutputCovariance(
+        weights.channels, weights.wv.device, centred=weights.bo is not None
+    )
     for _, rows in samples():
         covariance.add(rows[:, geometry.num_prefix :])
-    return covariance, output_directions(covariance.covariance(), weights.wo, weights.num_heads)
+    cov = covariance.covariance()
+    return covariance, cov, output_directions(cov, weights.wo, weights.num_heads)
 
 
 def _share(fitted: StencilWeights) -> float:
@@ -114,7 +118,7 @@ def _low_rank_mix(
     layer: LowRankDWAttention, weights: AttentionWeights, samples: Samples, geometry: Geometry
 ) -> Tensor:
     """Choose the kept directions, set ``A`` and a first ``B``; returns the mix ``M (r, C)``."""
-    covariance, directions = _directions(weights, samples, geometry)
+    covariance, cov, directions = _directions(weights, samples, geometry)
     mix = directions.mix[: layer.inner_dim]
     layer.value.weight.copy_(mix @ weights.wv.double())
     if layer.value.bias is not None:
@@ -122,7 +126,6 @@ def _low_rank_mix(
             torch.zeros_like(mix[:, 0]) if weights.bv is None else mix @ weights.bv.double()
         )
     # Y ~ Y M^T pinv(M)^T in the metric of cov(Y), so B starts as the best decoder of the kept channels.
-    cov = covariance.covariance()
     decoder = weights.wo.double() @ cov @ mix.T @ torch.linalg.inv(mix @ cov @ mix.T)
     layer.proj.weight.copy_(decoder)
     if layer.proj.bias is not None:

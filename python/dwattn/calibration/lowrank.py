@@ -16,10 +16,13 @@ from torch import Tensor
 
 
 class OutputCovariance:
-    """Accumulates ``cov(Y)`` of ``(..., C)`` attention outputs in fp64."""
+    """Accumulates ``cov(Y)`` of ``(..., C)`` attention outputs in fp64; second moments if not ``centred``.
 
-    def __init__(self, channels: int, device: torch.device) -> None:
-        self.count = 0
+    They are centred where a bias behind Wo takes the mean, which the kept directions need not keep then.
+    """
+
+    def __init__(self, channels: int, device: torch.device, *, centred: bool = True) -> None:
+        self.count, self.centred = 0, centred
         self.sum = torch.zeros(channels, dtype=torch.float64, device=device)
         self.outer = torch.zeros(channels, channels, dtype=torch.float64, device=device)
 
@@ -30,11 +33,17 @@ class OutputCovariance:
         self.outer += y.T @ y
 
     def covariance(self) -> Tensor:
-        """``(C, C)``, with a floor on the spectrum so that its inverse root exists."""
-        mean = self.sum / self.count
-        cov = self.outer / self.count - torch.outer(mean, mean)
+        """``(C, C)``, with a floor on the spectrum so that its inverse root exists.
+
+        Sums of fp32 products leave small eigenvalues negative where some channels follow from others.
+        """
+        cov = self.outer / self.count
+        if self.centred:
+            mean = self.sum / self.count
+            cov = cov - torch.outer(mean, mean)
         floor = 1e-6 * cov.diagonal().mean().clamp(min=1e-30)
-        return cov + floor * torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
+        values, vectors = torch.linalg.eigh(cov)
+        return (vectors * (values.clamp(min=0) + floor)) @ vectors.T
 
 
 @dataclass(frozen=True)
@@ -43,16 +52,18 @@ class Directions:
 
     Args:
         mix: ``(C, C)``; row ``k`` mixes the C channels into kept channel ``k``.
-        strength: ``(C,)`` singular values, descending: what each adds to ``|Y Wo^T|^2`` is its square.
+        strength: ``(C,)`` singular values, descending: what each adds to ``|Y Wo^T|^2`` of its head alone is its square.
+        kept: ``(C,)``; entry ``k`` is the share of ``|Y Wo^T|^2``, of all heads together, that the best decoder finds in
+            the first ``k + 1`` directions.
     """
 
     mix: Tensor
     strength: Tensor
+    kept: Tensor
 
     def rank_for(self, fidelity: float) -> int:
         """The fewest directions that keep a share ``fidelity`` of the output energy."""
-        energy = self.strength.square().cumsum(0) / self.strength.square().sum()
-        return int((energy < fidelity).sum()) + 1
+        return min(int((self.kept < fidelity).sum()) + 1, len(self.kept))
 
 
 def output_directions(covariance: Tensor, wo: Tensor, num_heads: int) -> Directions:
@@ -72,4 +83,16 @@ def output_directions(covariance: Tensor, wo: Tensor, num_heads: int) -> Directi
         strengths.append(singular)
     mix, strength = torch.cat(rows), torch.cat(strengths)
     order = strength.argsort(descending=True, stable=True)
-    return Directions(mix[order], strength[order])
+    return Directions(
+        mix[order], strength[order], _kept_energy(mix[order], covariance, wo.double())
+    )
+
+
+def _kept_energy(mix: Tensor, covariance: Tensor, wo: Tensor) -> Tensor:
+    """What regression on the first channels of ``Z = Y mix^T`` explains of ``Y Wo^T``: channels are made uncorrelated one
+    after the other (Cholesky), so that each adds a square of its own.
+    """
+    lower = torch.linalg.cholesky(mix @ covariance @ mix.T)
+    found = torch.linalg.solve_triangular(lower, mix @ covariance @ wo.T, upper=False)
+    total = (wo @ covariance * wo).sum()
+    return found.square().sum(1).cumsum(0) / total.clamp(min=1e-300)

@@ -173,7 +173,7 @@ def carry_out(
     elif spec.method == "gaussian":
         options |= {"kernel_init": "gaussian", "context": False}
     else:
-        options["kernel_init"] = "mean"
+        options["kernel_init"] = "mean-attention"
     start = time.perf_counter()
     report = dwattn.replace(student, plan, **options)
     seconds = time.perf_counter() - start

@@ -32,7 +32,7 @@ class Targets:
         blocks: squared error behind chosen blocks as a share of their variance, mean over the blocks.
         block_indices: the blocks; None takes those with replaced layers.
         output: of the model's output.
-        output_loss: ``kl`` of logits ``(B, classes)``, ``mse`` as a share of the mean square of the
+        output_loss: ``kl`` of logits ``(B, classes, ...)``, a mean over images and positions, ``mse`` as a share of the mean square of the
             teacher's output for the image, ``binary`` cross-entropy above its minimum for maps in [0, 1]; ``auto``
             takes ``kl`` for two dimensions and ``mse`` otherwise.
         temperature: of ``kl``.
@@ -140,7 +140,8 @@ def output_loss(student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
     if kind == "kl":
         t = targets.temperature
         ours, theirs = (F.log_softmax(logits / t, dim=1) for logits in (student, teacher))
-        return F.kl_div(ours, theirs, log_target=True, reduction="batchmean") * t * t
+        places = ours[:, 0].numel()  # images, or the positions of all images
+        return F.kl_div(ours, theirs, log_target=True, reduction="sum") / places * t * t
     low, high = (bound for bound in teacher.detach().aminmax())
     if low < 0 or high > 1:
         raise TrainingError(

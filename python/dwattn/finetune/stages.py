@@ -15,6 +15,7 @@ from dwattn.finetune.recipe import Recipe
 from dwattn.finetune.tasks import Task
 from dwattn.finetune.trainer import Trainer, TrainingResult
 from dwattn.finetune.views import Views
+from dwattn.initial import KERNEL_INITS
 from dwattn.plan import Plan
 from dwattn.surgery import replace
 from dwattn.surgery_report import ReplacementReport
@@ -127,10 +128,8 @@ def _init_options(kernel_init: str, calibrate: Any) -> dict[str, Any]:
         if calibrate is None:
             raise TrainingError("kernel_init='calibrated' needs images: pass calibrate=images.")
         return {"calibrate": calibrate}
-    if kernel_init == "mean-attention":
-        return {"kernel_init": "mean"}
-    if kernel_init == "gaussian":
-        return {"kernel_init": "gaussian"}
+    if kernel_init in KERNEL_INITS:
+        return {"kernel_init": kernel_init}
     raise TrainingError(
         f"kernel_init={kernel_init!r} must be calibrated, mean-attention or gaussian."
     )

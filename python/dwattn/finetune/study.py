@@ -50,6 +50,7 @@ def run_study(
     data: Views,
     test: Views,
     folder: str | Path,
+    /,  # ``grid=`` by name is the patch grid of :func:`dwattn.replace`
     *,
     only: Sequence[str] | None = None,
     trainer_options: dict[str, Any] | None = None,

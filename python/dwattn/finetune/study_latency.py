@@ -23,7 +23,7 @@ from dwattn.surgery import replace
 
 
 def study_latency(
-    grid: Grid, backbone: nn.Module, pixels: Tensor, folder: str | Path, **options: Any
+    grid: Grid, backbone: nn.Module, pixels: Tensor, folder: str | Path, /, **options: Any
 ) -> list[dict[str, Any]]:
     """:func:`measure_cells` of all cells of a study's folder that are done; measured once for each size of images, kept in
     ``latency.json``.

@@ -13,8 +13,11 @@ from rich.table import Table
 from dwattn.finetune.study_grid import BASELINE, SETTINGS
 from dwattn.printed import Printed
 
-#: Two-sided 95% quantiles of Student's t by degrees of freedom.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+#: Two-sided 95% quantiles of Student's t by degrees of freedom, from 1 on.
+_T95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,12 @@ def interval(values: list[float]) -> tuple[float | None, float | None]:
     if len(values) < 2:
         return mean, None
     variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    quantile = _T95[len(values) - 2] if len(values) - 2 < len(_T95) else 1.96
-    return mean, quantile * math.sqrt(variance / len(values))
+    return mean, _quantile(len(values) - 1) * math.sqrt(variance / len(values))
+
+
+def _quantile(freedom: int) -> float:
+    """Beyond the table the normal one with the first term of its expansion: right to 0.001."""
+    return _T95[freedom - 1] if freedom <= len(_T95) else 1.96 + 2.4 / freedom
 
 
 def points(value: float | None, half: float | None, *, sign: bool = False) -> str:
