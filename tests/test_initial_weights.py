@@ -107,9 +107,13 @@ def test_spvit_starts_from_the_share_of_each_head() -> None:
 def test_maps_that_are_missing_or_do_not_fit() -> None:
     model = timm_vit()
     plan = plan_for(model, [1])
-    with pytest.raises(PlanError, match=r"kernel_init='mean-attention'.*lacks for blocks.1.attn.*gaussian"):
+    with pytest.raises(
+        PlanError, match=r"kernel_init='mean-attention'.*lacks for blocks.1.attn.*gaussian"
+    ):
         dwattn.replace(model, plan, kernel_init="mean-attention")
-    with pytest.raises(DwattnError, match="kernel_init='zeros' must be one of mean, gaussian"):
+    with pytest.raises(
+        DwattnError, match="kernel_init='zeros' must be one of mean-attention, gaussian"
+    ):
         dwattn.replace(model, plan, kernel_init="zeros")
     flat = [[[0.1] * 3] * 3]
     plan.layers[0].kernel_init = KernelInit(
