@@ -133,6 +133,56 @@ def test_parametrised_pruned_and_hooked_values() -> None:
     assert calls == [1]
 
 
+def hook_value(value: nn.Module, kind: str, called: Any) -> Any:
+    """Lets ``called(module)`` hear of every call of ``value``; returns a handle or None."""
+    if kind == "forward of its own":
+        forward = value.forward
+        value.forward = lambda x: (called(value), forward(x))[1]
+        return None
+    owner = nn.modules.module if kind.startswith("module") else value
+    return getattr(owner, f"register_{kind}_hook")(lambda module, *_: called(module))
+
+
+@pytest.mark.parametrize("cls", [FusedDWAttention, LowRankDWAttention])
+@pytest.mark.parametrize(
+    "kind",
+    ["forward", "forward_pre", "full_backward", "full_backward_pre", "module_forward",
+     "module_full_backward", "forward of its own"],
+)  # fmt: skip
+def test_every_kind_of_hook_is_called(kind: str, cls: type[nn.Module]) -> None:
+    options = {"rank": 16} if cls is LowRankDWAttention else {}
+    module = filled(cls(48, num_heads=3, grid=GRID, num_prefix=1, **options))
+    x = torch.randn(2, 21, 48, requires_grad=True)
+    expected = module(x)
+    calls: list[nn.Module] = []
+    handle = hook_value(module.value, kind, calls.append)
+    try:
+        out = module(x)
+        out.sum().backward()
+    finally:
+        if handle is not None:
+            handle.remove()
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    assert module.value in calls
+
+
+@pytest.mark.parametrize("name", [*LAYERS, "conv", "ens_dw", "spvit"])
+def test_weights_that_accelerate_keeps_elsewhere(name: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    folding = {"conv": ConvAttention, "ens_dw": EnsembleDWAttention, "spvit": SPViTAttention}
+    cls, options = LAYERS[name] if name in LAYERS else (folding[name], {"num_prefix": 1})
+    module = filled(cls(48, num_heads=3, grid=GRID, **options))
+    x = torch.randn(2, 20 + options.get("num_prefix", 0), 48)
+    whole = name in folding or "static" in name  # docs/limits.md
+    with torch.no_grad():
+        expected = module(x)
+        accelerate.cpu_offload(
+            module, torch.device("cpu"), preload_module_classes=[cls.__name__] if whole else None
+        )
+        assert module.value.weight.is_meta
+        torch.testing.assert_close(module(x), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_dynamic_quantisation(name: str) -> None:
     cls, options = LAYERS[name]

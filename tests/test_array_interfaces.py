@@ -119,6 +119,13 @@ def test_strided_and_read_only_numpy_arrays() -> None:
         ({"prefix_out": np.zeros((2, 2, 5), np.float32)}, ["prefix_out", "(2, 1, 5)", "(2, 2, 5)"]),
         ({"prefix_out": np.zeros((2, 1, 5))}, ["prefix_out and x", "dtype"]),
         ({"width": 4}, ["N=7", "height=2", "width=4", "9"]),
+        ({"num_threads": 0}, ["num_threads=0", "at least 1"]),
+        ({"num_threads": -1}, ["num_threads=-1", "at least 1"]),
+        ({"kernel": np.full((4, 3, 3), "a")}, ["kernel", "<U1", "real numbers"]),
+        ({"bv": np.full(4, "a", object)}, ["bv", "object", "real numbers"]),
+        ({"bo": np.zeros(5, complex)}, ["bo", "complex128", "real numbers"]),
+        ({"x": np.zeros((2, 7, 6), ">f4")}, ["x is >f4", "byte order"]),
+        ({"wo": np.zeros((5, 4), ">f4")}, ["wo is >f4", "byte order"]),
     ],
     ids=lambda value: next(iter(value)),
 )
@@ -129,6 +136,23 @@ def test_mistakes_in_a_layer_over_numpy(arguments: dict[str, Any], words: list[s
     good |= {"height": 2, "width": 3, "num_prefix": 1}
     native.dw_layer(**good)
     expect(native.dw_layer, {**good, **arguments}, ValueError, words)
+
+
+def test_bits_of_bfloat16_and_other_byte_orders_as_coefficients() -> None:
+    case = make_case(4, 6, 32, num_prefix=2, dtype=torch.bfloat16)
+    x, wv, bv = (to_numpy(t) for t in (case.x, case.wv, case.bv))
+    given = [t.bfloat16() for t in (case.kernel, *case.coefficients)]
+    numbers, bits = [t.float().numpy() for t in given], [to_numpy(t) for t in given]
+    swapped = [array.astype(">f8") for array in numbers]
+
+    def attention(coefficients: list[np.ndarray]) -> np.ndarray:
+        kernel, *rest = coefficients
+        return native.dw_attention(x, wv, bv, kernel, *case.sizes, *rest)
+
+    for other in (bits, swapped, [array.astype(">u2") for array in bits]):
+        np.testing.assert_array_equal(attention(other), attention(numbers))
+    result = torch.from_numpy(attention(bits)).view(torch.bfloat16)
+    torch.testing.assert_close(result, case.attention("torch"), atol=0.1, rtol=0.05)
 
 
 # numpy: attention statistics
@@ -203,6 +227,9 @@ def test_statistics_over_numpy_need_no_values_and_no_layout() -> None:
         ({"num_prefix": 9}, ["num_prefix=9 of N=9"]),
         ({"seen": -1}, ["seen=-1"]),
         ({"isa": "mmx"}, ["isa=mmx", "avx2"]),
+        ({"num_threads": -1}, ["num_threads=-1", "at least 1"]),
+        ({"k": np.zeros((3, 2, 9, 8), ">f4")}, ["k is >f4", "byte order"]),
+        ({"mean": np.zeros((2, 8, 8), ">f8")}, ["mean is >f8", "byte order"]),
     ],
 )  # fmt: skip
 def test_mistakes_in_statistics_over_numpy(arguments: dict[str, Any], words: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -285,6 +286,10 @@ def test_wrong_token_counts_are_refused_with_all_numbers(variant: str) -> None:
         ({"num_prefix": -1}, "num_prefix=-1"),
         ({"grid": (0, 4)}, "height=0"),
         ({"grid": (3, -4)}, "width=-4"),
+        ({"grid": 5}, r"grid=5 must be two whole numbers, \(height, width\)"),
+        ({"grid": (3.0, 4.0)}, r"grid=\(3.0, 4.0\) must be two whole numbers"),
+        ({"grid": (2, 3, 4)}, r"grid=\(2, 3, 4\) must be two whole numbers"),
+        ({"head_dim": 0}, "num_heads=3 and head_dim=0 must be 1 or more"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -297,8 +302,12 @@ def test_widths_that_do_not_divide_are_refused() -> None:
         dwattn.FusedDWAttention(25, 3, grid=GRID)
     module = dwattn.FusedDWAttention(25, 3, head_dim=8, grid=GRID)
     assert module(torch.zeros(1, 12, 25)).shape == (1, 12, 25)
-    with pytest.raises(DwattnError, match="rank=0"):
-        dwattn.LowRankDWAttention(DIM, HEADS, rank=0, grid=GRID)
+    for rank in (0, 2.5):
+        with pytest.raises(DwattnError, match=f"rank={rank}"):
+            dwattn.LowRankDWAttention(DIM, HEADS, rank=rank, grid=GRID)
+    for variant, cls in (*REPLACEMENTS.items(), ("mhsa", dwattn.SelfAttention)):
+        with pytest.raises(DwattnError, match="num_heads=0"):
+            cls(DIM, 0, **VARIANT_OPTIONS.get(variant, {}))
     with pytest.raises(GeometryError, match=r"\(batch, N, 24\), got \(12, 24\)"):
         make("dw")(torch.zeros(12, DIM, dtype=torch.float64))
 
@@ -307,7 +316,12 @@ def test_a_layer_that_knows_no_grid_says_so() -> None:
     module = dwattn.FusedDWAttention(DIM, HEADS)
     with pytest.raises(GeometryError, match=r"no fixed grid.*layer\(x, grid=\(height, width\)\)"):
         module(torch.zeros(1, 12, DIM))
-    assert module(torch.zeros(1, 12, DIM), grid=(3, 4)).shape == (1, 12, DIM)
+    x = torch.zeros(1, 12, DIM)
+    assert module(x, grid=(3, 4)).shape == (1, 12, DIM)
+    assert module(x, grid=torch.tensor([3, 4])).shape == (1, 12, DIM)
+    for grid in (12, (3.0, 4.0), ()):
+        with pytest.raises(GeometryError, match=f"grid={re.escape(str(grid))} must be two whole"):
+            module(x, grid=grid)
 
 
 @pytest.mark.parametrize("heads", [[], [0, 0], [3], [-1], [0, 1, 2]])

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -198,6 +202,8 @@ def test_mistakes_are_named_with_their_values(name: str, backend: str) -> None:
         assert word in str(caught.value)
     with pytest.raises(DwattnError, match="autocast"):
         layer(case, backend, {**output, name: output[name].double()})
+    with pytest.raises(DwattnError, match=r"torch\.Tensor, got numpy\.ndarray"):
+        layer(replace(case, x=case.x.numpy()), backend, output)
 
 
 def test_equal_to_the_equations() -> None:
@@ -209,3 +215,27 @@ def test_equal_to_the_equations() -> None:
     )
     expected = torch.cat([output["prefix_out"], F.linear(y, output["wo"], output["bo"])], 1)
     torch.testing.assert_close(layer(case, "cpp", output), expected)
+
+
+def test_one_thread_writes_over_values_of_any_width() -> None:
+    """Where PyTorch computes the products of bf16, rows are as long as they are: here no whole cache lines."""
+    code = """
+import torch
+from dwattn import functional
+from support.operators import make_case
+torch.set_num_threads(1)
+for width, channels in ((7, 17), (9, 36), (5, 66)):
+    case = make_case(9, width, channels, num_prefix=1, dim=24, dtype=torch.bfloat16)
+    def layer(backend):
+        return functional.dw_layer(
+            case.x, case.wv, case.bv, case.kernel, torch.eye(channels).bfloat16(), None,
+            case.geometry, *case.coefficients, backend=backend,
+        )
+    torch.testing.assert_close(layer("cpp"), layer("torch"), atol=0.1, rtol=0.05)
+"""
+    environment = {
+        **os.environ,
+        "DWATTN_CPU_ISA": "generic",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

@@ -9,6 +9,7 @@ namespace py = pybind11;
 namespace dwattn::python {
 
 cpu::ParallelFor thread_for(int& threads) {
+  if (threads < 1) fail("num_threads=", threads, " must be at least 1.");
   return {[](void* context, int64_t tasks, int64_t cost, cpu::LoopBody body, void* body_context) {
             const int64_t most = tasks / cpu::min_tasks_per_thread(cost);
             int64_t count = *static_cast<int*>(context);
@@ -33,6 +34,11 @@ cpu::Isa isa_of(const std::string& name) {
 
 DType dtype_of(const char* name, const py::array& array) {
   const py::dtype dtype = array.dtype();
+  if (!dtype.attr("isnative").cast<bool>()) {
+    fail(name, " is ", py::str(dtype).cast<std::string>(),
+         ", of another byte order than this machine's; convert it with .astype(dtype.newbyteorder(",
+         "\"=\")).");
+  }
   if (dtype.kind() == 'f' && dtype.itemsize() == 4) return DType::kFloat32;
   if (dtype.kind() == 'f' && dtype.itemsize() == 8) return DType::kFloat64;
   if (dtype.kind() == 'f' && dtype.itemsize() == 2) return DType::kFloat16;

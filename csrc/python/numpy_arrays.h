@@ -16,11 +16,12 @@ namespace dwattn::python {
 
 using OptionalArray = std::optional<pybind11::array>;
 
-// Contiguous chunks of the range on `threads` threads, the caller's among them.
+// Contiguous chunks of the range on `threads >= 1` threads, the caller's among them.
 cpu::ParallelFor thread_for(int& threads);
 
 cpu::Isa isa_of(const std::string& name);
 
+// Raises ValueError for what the kernels do not read: other kinds of numbers, other byte orders.
 DType dtype_of(const char* name, const pybind11::array& array);
 
 Shape shape_of(const pybind11::array& array);

@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -16,14 +17,33 @@ namespace py = pybind11;
 namespace dwattn::python {
 namespace {
 
+constexpr int kDense = py::array::c_style | py::array::forcecast;
+
+// Real numbers of any dtype as they are; bits of bfloat16, a type numpy does not have, as float32.
+py::array numbers(const char* name, const py::array& given) {
+  const char kind = given.dtype().kind();
+  if (kind == 'u' && given.itemsize() == 2) {
+    const py::array_t<uint16_t, kDense> bits(given);
+    py::array_t<float> values(shape_of(given));
+    std::transform(bits.data(), bits.data() + bits.size(), values.mutable_data(),
+                   [](uint16_t one) { return cpu::to_float(cpu::BFloat16{one}); });
+    return values;
+  }
+  if (std::strchr("fiub", kind) == nullptr) {
+    fail(name, " must be real numbers, or uint16 holding the bits of bfloat16, got ",
+         py::str(given.dtype()).cast<std::string>(), ".");
+  }
+  return given;
+}
+
 // A dense array in the accumulation dtype, or null.
 struct Coefficient {
   Coefficient(const char* name, const OptionalArray& given, bool wide, const Shape& shape) {
     if (!given.has_value()) return;
     check_shape(name, shape_of(*given), shape);
-    constexpr int flags = py::array::c_style | py::array::forcecast;
-    values = wide ? py::array(py::array_t<double, flags>::ensure(*given))
-                  : py::array(py::array_t<float, flags>::ensure(*given));
+    const py::array read = numbers(name, *given);
+    values = wide ? py::array(py::array_t<double, kDense>(read))
+                  : py::array(py::array_t<float, kDense>(read));
   }
   const void* data() const { return values.has_value() ? values->data() : nullptr; }
 
@@ -89,23 +109,6 @@ void check_dtype(const char* name, const py::array& array, DType dtype) {
   if (dtype_of(name, array) != dtype) fail(name, " and x must have the same dtype.");
 }
 
-template <class Half>
-std::vector<float> widen(const void* values, int64_t count) {
-  const Half* half = static_cast<const Half*>(values);
-  std::vector<float> wide(static_cast<size_t>(count));
-  for (int64_t i = 0; i < count; ++i) wide[static_cast<size_t>(i)] = cpu::to_float(half[i]);
-  return wide;
-}
-
-// Biases come in the dtype of x, which for bfloat16 is not a number type of numpy.
-OptionalArray wide_bias(const char* name, const OptionalArray& bias, DType dtype) {
-  if (!bias.has_value() || dtype != DType::kBFloat16) return bias;
-  if (dtype_of(name, *bias) != DType::kBFloat16) return bias;
-  const py::array bits = dense(*bias);
-  const std::vector<float> values = widen<cpu::BFloat16>(bits.data(), bits.size());
-  return py::array_t<float>(bits.size(), values.data());
-}
-
 // The checked arguments of value projection and aggregation.
 struct Values {
   Values(const py::array& x_given, const py::array& wv_given, const OptionalArray& bv,
@@ -120,7 +123,7 @@ struct Values {
         dim(x.shape(2)),
         channels(wv.shape(0)),
         coefficients(kernel, kappa, mu, beta, wide(), channels, sizes.num_prefix),
-        bias("bv", wide_bias("bv", bv, dtype), wide(), {channels}) {}
+        bias("bv", bv, wide(), {channels}) {}
 
   static py::array weight(const char* name, const py::array& given, const char* rows,
                           int64_t columns, DType dtype) {
@@ -196,7 +199,7 @@ py::array dw_layer(const py::array& x, const py::array& wv, const OptionalArray&
   const int64_t batch = values.batch, channels = values.channels;
   const py::array wo = Values::weight("wo", wo_given, "D_out", channels, values.dtype);
   const int64_t dim = wo.shape(0), patches = values.sizes.patches();
-  const Coefficient bias("bo", wide_bias("bo", bo, values.dtype), values.wide(), {dim});
+  const Coefficient bias("bo", bo, values.wide(), {dim});
   const int64_t prefix = prefix_out.has_value() ? num_prefix : 0;
   OptionalArray finished;
   if (prefix > 0) {
@@ -227,20 +230,19 @@ py::array dw_layer(const py::array& x, const py::array& wv, const OptionalArray&
 
 void bind_numpy_ops(py::module_& module) {
   using py::arg;
-  module.def(
-      "dw_aggregate", &dw_aggregate, arg("v"), arg("kernel"), arg("height"), arg("width"),
-      arg("num_prefix") = 0, arg("kappa") = py::none(), arg("mu") = py::none(),
-      arg("beta") = py::none(), py::kw_only(), arg("num_threads") = 1, arg("isa") = "auto",
-      "3x3 depthwise aggregation plus context: v (B, N, C) -> (B, H*W, C).\n\n"
-      "kernel (C, 3, 3), kappa (P, C), mu (C,), beta (C,). v is float32, float64, float16, or\n"
-      "uint16 holding the bits of bfloat16. isa is auto, amx,\n"
-      "avx512_bf16, avx512, avx2 or generic.");
+  module.def("dw_aggregate", &dw_aggregate, arg("v"), arg("kernel"), arg("height"), arg("width"),
+             arg("num_prefix") = 0, arg("kappa") = py::none(), arg("mu") = py::none(),
+             arg("beta") = py::none(), py::kw_only(), arg("num_threads") = 1, arg("isa") = "auto",
+             "3x3 depthwise aggregation plus context: v (B, N, C) -> (B, H*W, C).\n\n"
+             "kernel (C, 3, 3), kappa (P, C), mu (C,), beta (C,) of any real dtype. v is\n"
+             "float32, float64 or float16. In all of them uint16 holds the bits of bfloat16.\n"
+             "isa is auto, amx, avx512_bf16, avx512, avx2 or generic.");
   module.def("dw_attention", &dw_attention, arg("x"), arg("wv"), arg("bv"), arg("kernel"),
              arg("height"), arg("width"), arg("num_prefix") = 0, arg("kappa") = py::none(),
              arg("mu") = py::none(), arg("beta") = py::none(), py::kw_only(),
              arg("num_threads") = 1, arg("isa") = "auto",
              "Value projection x wv^T + bv, then dw_aggregate: x (B, N, D) -> (B, H*W, C).\n\n"
-             "wv (C, D) and bv (C,) in the dtype of x; the rest as in dw_aggregate.");
+             "wv (C, D) in the dtype of x; bv (C,) and the rest as in dw_aggregate.");
   module.def(
       "dw_layer", &dw_layer, arg("x"), arg("wv"), arg("bv"), arg("kernel"), arg("wo"), arg("bo"),
       arg("height"), arg("width"), arg("num_prefix") = 0, arg("kappa") = py::none(),
@@ -248,7 +250,7 @@ void bind_numpy_ops(py::module_& module) {
       py::kw_only(), arg("num_threads") = 1, arg("isa") = "auto",
       "A whole dw, lowrank_dw or ens_dw layer: dw_attention, then wo (D_out, C) and bo (D_out,):\n"
       "x (B, N, D) -> (B, H*W, D_out), behind prefix_out (B, P, D_out) where it is given.\n\n"
-      "Weights, biases and prefix_out have the dtype of x; only the result is rounded to it.");
+      "wo and prefix_out have the dtype of x; only the result is rounded to it.");
 }
 
 }  // namespace dwattn::python

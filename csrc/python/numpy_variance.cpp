@@ -110,15 +110,14 @@ OptionalArray attention_variance(const py::array& q_given, const py::array& k_gi
   p.tokens = tokens;
   p.head_dim = width;
   const cpu::Isa chosen = isa_of(isa);
-  const int64_t workers = num_threads < 1 ? 1 : num_threads;
+  const cpu::ParallelFor parallel = thread_for(num_threads);
   if (q.array.size() == 0) return out;
   Status status;
   {
     py::gil_scoped_release unlocked;
-    const int64_t bytes = cpu::attention_variance_workspace(p, workers);
+    const int64_t bytes = cpu::attention_variance_workspace(p, parallel.threads);
     cpu::Scratch scratch(cpu::Scratch::padded(bytes));
-    status =
-        cpu::attention_variance(p, scratch.take(bytes), workers, thread_for(num_threads), chosen);
+    status = cpu::attention_variance(p, scratch.take(bytes), parallel.threads, parallel, chosen);
   }
   check(status);
   return out;

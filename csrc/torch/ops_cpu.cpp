@@ -162,8 +162,7 @@ class ValueChunks {
 
   // The aggregated values, straight into y (B, H*W, C).
   void run(const Tensor& y) const {
-    cpu::Scratch scratch(scratch_bytes());
-    each_chunk(scratch, [&](int64_t first, int64_t images, const Tensor& v, void* workspace) {
+    each_chunk(0, [&](int64_t first, int64_t images, const Tensor& v, void* workspace) {
       aggregate(v, bias_, coefficients_, geometry_, slice(y, first, images), workspace);
     });
   }
@@ -176,10 +175,9 @@ class ValueChunks {
     const bool in_place = torch::stable::get_num_threads() == 1;
     const int64_t y_rows = in_place ? cpu::kRowsInFront * geometry_.width : chunk_ * rows;
     const int64_t y_bytes = y_rows * row_ * element_;
-    cpu::Scratch scratch(scratch_bytes() + cpu::Scratch::padded(y_bytes));
-    void* const y_memory = scratch.take(y_bytes);  // V follows
-    each_chunk(scratch, [&](int64_t first, int64_t images, const Tensor& v, void* workspace) {
-      const Tensor y = blob(y_memory, {images, rows, channels_}, {rows * row_, row_, 1});
+    each_chunk(y_bytes, [&](int64_t first, int64_t images, const Tensor& v, void* workspace) {
+      void* const in_front = static_cast<char*>(v.mutable_data_ptr()) - y_bytes;
+      const Tensor y = blob(in_front, {images, rows, channels_}, {rows * row_, row_, 1});
       aggregate(v, bias_, coefficients_, geometry_, y, workspace);
       project(y, wo, bo, slice(out, first, images));
     });
@@ -188,17 +186,15 @@ class ValueChunks {
  private:
   using Sizes = std::initializer_list<int64_t>;
 
-  int64_t v_bytes() const { return chunk_ * tokens_ * row_ * element_; }
-  int64_t work_bytes() const { return workspace_bytes(type_, chunk_, channels_); }
-  int64_t scratch_bytes() const {
-    return cpu::Scratch::padded(v_bytes()) + cpu::Scratch::padded(work_bytes());
-  }
-
-  // body(first image, images, V (images, N, C), workspace of the aggregation)
+  // body(first image, images, V (images, N, C), workspace of the aggregation). The bytes `in_front`
+  // of V are free, without padding between them and V: Y in them is whole rows away from V.
   template <class Body>
-  void each_chunk(cpu::Scratch& scratch, const Body& body) const {
-    void* const v_memory = scratch.take(v_bytes());
-    void* const workspace = scratch.take(work_bytes());
+  void each_chunk(int64_t in_front, const Body& body) const {
+    const int64_t bytes = in_front + chunk_ * tokens_ * row_ * element_;
+    const int64_t work_bytes = workspace_bytes(type_, chunk_, channels_);
+    cpu::Scratch scratch(cpu::Scratch::padded(bytes) + cpu::Scratch::padded(work_bytes));
+    void* const v_memory = static_cast<char*>(scratch.take(bytes)) + in_front;
+    void* const workspace = scratch.take(work_bytes);
     for (int64_t first = 0; first < batch_; first += chunk_) {
       const int64_t images = batch_ - first < chunk_ ? batch_ - first : chunk_;
       const int64_t rows = images * tokens_;

@@ -19,7 +19,7 @@ from dwattn.geometry import Geometry
 from dwattn.prefix import PREFIX_MODES, ExactPrefixRows, StaticPrefixRows
 from dwattn.projections import AttentionWeights, is_plain_linear, linear_weights
 from dwattn.rotary import Rotary
-from dwattn.token_grid import Grid, TokenGridModule
+from dwattn.token_grid import Grid, TokenGridModule, head_width
 
 
 class ReplacementAttention(TokenGridModule):
@@ -300,8 +300,10 @@ class LowRankDWAttention(FusedDWAttention):
     variant = "lowrank_dw"
 
     def __init__(self, dim: int, num_heads: int, *, rank: int, **options: Any) -> None:
-        if rank < 1:
-            raise DwattnError(f"rank={rank} must be at least 1; a multiple of 8 suits the kernels.")
+        if rank < 1 or rank % 1:
+            raise DwattnError(
+                f"rank={rank} must be a whole number of at least 1; a multiple of 8 suits the kernels."
+            )
         own = {"own_prefix_value": True, "own_prefix_proj": True}
         super().__init__(dim, num_heads, inner_dim=rank, **{**options, **own})
 
@@ -370,7 +372,7 @@ class EnsembleDWAttention(ReplacementAttention):
     variant = "ens_dw"
 
     def __init__(self, dim: int, num_heads: int, **options: Any) -> None:
-        head_dim = options.get("head_dim") or dim // num_heads
+        head_dim = head_width(dim, num_heads, options.get("head_dim"))
         super().__init__(dim, num_heads, **{**options, "inner_dim": head_dim})
         factory = factory_of(self.value)
         self.gamma = nn.Parameter(torch.zeros(num_heads, **factory))
@@ -438,7 +440,7 @@ class SPViTAttention(ReplacementAttention):
     variant = "spvit"
 
     def __init__(self, dim: int, num_heads: int, **options: Any) -> None:
-        head_dim = options.get("head_dim") or dim // num_heads
+        head_dim = head_width(dim, num_heads, options.get("head_dim"))
         super().__init__(dim, num_heads, **{"context": False, **options, "inner_dim": head_dim})
         self.logits = nn.Parameter(torch.zeros(num_heads, 3, 3, **factory_of(self.value)))
 

@@ -5,6 +5,9 @@ in the order of ``backend_rules.json`` (a measured table), :func:`explain` gives
 ``dwattn doctor``, and forcing a backend that cannot run raises :class:`BackendError` with the same
 text.
 
+The compiled and the Triton operators differentiate backward alone: inside the transforms of
+``torch.func`` and forward-mode differentiation, as in an ONNX export, plain PyTorch runs.
+
 Forcing, strongest first: ``backend=`` of a call, ``with backends.use(name)``, the environment
 variable ``DWATTN_BACKEND`` (read when dwattn is imported).
 """
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from dwattn import library, triton_ops
 from dwattn.errors import BackendError
@@ -61,25 +65,25 @@ def can_run_torch(
 
 def can_run_cpp(op: str, *, device: str, dtype: torch.dtype, raise_error: bool = False) -> Verdict:
     """The compiled CPU kernels: CPU tensors in fp32, fp16 or bf16, layers in fp64 too; outside ONNX
-    export.
+    export and ``torch.func``.
     """
     reasons = _check_dtype(dtype, _FLOATS_32_16 if op == "attention_variance" else _FLOATS)
     if device != "cpu":
         reasons += (f"The compiled kernels run on the CPU; the tensors are on {device!r}.",)
-    if torch.onnx.is_in_onnx_export():
-        reasons += ("An ONNX export is running and needs standard operators.",)
+    reasons += _own_operators_only()
     if not library.AVAILABLE:
         reasons += (library.load_error(),)
     return _verdict("cpp", op, reasons, raise_error)
 
 
 def can_run_cuda(op: str, *, device: str, dtype: torch.dtype, raise_error: bool = False) -> Verdict:
-    """The compiled CUDA kernels: CUDA tensors in fp32, fp16 or bf16, outside ONNX export."""
+    """The compiled CUDA kernels: CUDA tensors in fp32, fp16 or bf16, outside ONNX export and
+    ``torch.func``.
+    """
     reasons = _check_dtype(dtype, _FLOATS_32_16)
     if device != "cuda":
         reasons += (f"The CUDA kernels run on CUDA devices; the tensors are on {device!r}.",)
-    if torch.onnx.is_in_onnx_export():
-        reasons += ("An ONNX export is running and needs standard operators.",)
+    reasons += _own_operators_only()
     missing = library.cuda_error()
     return _verdict("cuda", op, (*reasons, missing) if missing else reasons, raise_error)
 
@@ -89,9 +93,7 @@ def can_run_triton(
 ) -> Verdict:
     """The Triton kernels: CUDA tensors in fp32, fp16 or bf16, where Triton is installed."""
     reasons = triton_ops.reasons_against(device=device, dtype=dtype)
-    if torch.onnx.is_in_onnx_export():
-        reasons += ("An ONNX export is running and needs standard operators.",)
-    return _verdict("triton", op, reasons, raise_error)
+    return _verdict("triton", op, (*reasons, *_own_operators_only()), raise_error)
 
 
 class _Backend(NamedTuple):
@@ -146,7 +148,7 @@ def choose(op: str, *, device: str, dtype: torch.dtype, backend: str | None = No
     # Asking torch.onnx costs more than all the rest of a call, and no export runs outside of tracing.
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     exporting = tracing and torch.onnx.is_in_onnx_export()
-    return _cached_preferred(op, device, dtype, exporting)
+    return _cached_preferred(op, device, dtype, exporting or _transformed())
 
 
 def _preferred(op: str, device: str, dtype: torch.dtype) -> str:
@@ -159,8 +161,8 @@ def _preferred(op: str, device: str, dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def _cached_preferred(op: str, device: str, dtype: torch.dtype, exporting: bool) -> str:
-    """``exporting`` is part of the key because :func:`can_run_cpp` depends on it."""
+def _cached_preferred(op: str, device: str, dtype: torch.dtype, own_only: bool) -> str:
+    """``own_only`` is part of the key because :func:`_own_operators_only` is what else it depends on."""
     return _preferred(op, device, dtype)
 
 
@@ -204,6 +206,32 @@ def _by_name(name: str) -> _Backend:
         f"There is no backend {name!r}; choose one of {', '.join(NAMES)} "
         f"(backend=, backends.use() or {ENVIRONMENT_VARIABLE})."
     )
+
+
+def _own_operators_only() -> tuple[str, ...]:
+    """Why only PyTorch's own operators will do now."""
+    if torch.onnx.is_in_onnx_export():
+        return ("An ONNX export is running and needs standard operators.",)
+    if _transformed():
+        return (
+            "A transform of torch.func or forward-mode differentiation is running, which only "
+            "PyTorch's own operators go through.",
+        )
+    return ()
+
+
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+
+
+def _transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is running.
+
+    Below them ``requires_grad`` says nothing, and operators without a formula of their own for
+    tangents drop these in silence.
+    """
+    # isinstance, because Dynamo takes what stands for an empty stack for an object other than None.
+    transform = isinstance(_innermost_transform(), torch._C._functorch.CInterpreter)
+    return transform or forward_ad._current_level >= 0
 
 
 def _check_dtype(

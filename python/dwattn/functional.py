@@ -51,7 +51,8 @@ def dw_aggregate(
         BackendError: a forced backend cannot run the call.
     """
     coefficients = (kernel, kappa, mu, beta)
-    name = backends.choose("dw_aggregate", device=v.device.type, dtype=v.dtype, backend=backend)
+    device = _device(v)
+    name = backends.choose("dw_aggregate", device=device, dtype=v.dtype, backend=backend)
     if name in _COMPILED:
         return _run_compiled(
             library.dw_aggregate,
@@ -59,7 +60,7 @@ def dw_aggregate(
             lambda: _check_aggregate(v, geometry, *coefficients),
         )
     _check_aggregate(v, geometry, *coefficients)
-    with _autocast_off(v.device.type):
+    with _autocast_off(device):
         return _PYTHON[name](v, geometry, *coefficients)
 
 
@@ -285,7 +286,13 @@ def _requires_grad(*tensors: Tensor | None) -> bool:
 
 def _device(x: Tensor) -> str:
     """The type of its device; a small layer on a CPU feels what ``x.device`` costs."""
-    return "cpu" if x.is_cpu else x.device.type
+    try:
+        return "cpu" if x.is_cpu else x.device.type
+    except AttributeError:
+        found = f"{type(x).__module__}.{type(x).__qualname__}"
+        raise DwattnError(
+            f"The tokens must be a torch.Tensor, got {found}; convert them with torch.as_tensor()."
+        ) from None
 
 
 def _autocast_enabled(device: str) -> bool:

@@ -7,6 +7,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from dwattn.errors import UnsupportedAttentionError
 
@@ -17,9 +18,13 @@ def is_wrapped(weight: object) -> bool:
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether only the weights matter: an adapter (LoRA), a quantised layer or weight, or a hook must be called."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    if type(module) is not nn.Linear or hooks:
+    """Whether only the weights matter: an adapter (LoRA), a quantised layer or weight, a hook of any kind, on it or on all
+    modules, or a ``forward`` of its own (offloading tools set one) must be called.
+    """
+    if type(module) is not nn.Linear or "forward" in module.__dict__ or _has_any_global_hook():
+        return False
+    forward_hooks = module._forward_hooks or module._forward_pre_hooks
+    if forward_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
     return not is_wrapped(module.weight)
 

@@ -15,7 +15,7 @@ from dwattn.prefix import ExactPrefixRows
 from dwattn.projections import AttentionWeights
 from dwattn.reference import merge_heads, split_heads
 from dwattn.rotary import Rotary, placed
-from dwattn.token_grid import Grid, TokenGridModule
+from dwattn.token_grid import Grid, TokenGridModule, head_width
 
 
 class SelfAttention(nn.Module):
@@ -36,7 +36,7 @@ class SelfAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        head_dim = dim // num_heads if head_dim is None else head_dim
+        head_dim = head_width(dim, num_heads, head_dim)
         channels = num_heads * head_dim
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.num_heads, self.head_dim = dim, num_heads, head_dim

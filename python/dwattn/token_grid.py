@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from typing import Any
 
@@ -110,18 +111,13 @@ class TokenGridModule(nn.Module):
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        if head_dim is None:
-            if num_heads < 1 or dim % num_heads:
-                raise DwattnError(
-                    f"dim={dim} is not a multiple of num_heads={num_heads}; pass head_dim=."
-                )
-            head_dim = dim // num_heads
+        head_dim = head_width(dim, num_heads, head_dim)
         if num_prefix < 0:
             raise GeometryError(f"num_prefix={num_prefix} must be 0 or more.")
         self.dim, self.num_heads, self.head_dim = dim, num_heads, head_dim
         self.num_prefix = num_prefix
         self.scale = head_dim**-0.5 if scale is None else scale
-        self.grid = None if grid is None else (int(grid[0]), int(grid[1]))
+        self.grid = None if grid is None else _checked(grid)
         if self.grid is not None:
             Geometry(*self.grid, num_prefix)
         self.grid_source: GridSource | None = None
@@ -130,13 +126,14 @@ class TokenGridModule(nn.Module):
         """Geometry of this call: the argument, else the fixed grid, else the grid source; checked against N.
 
         Raises:
-            GeometryError: tokens of another width, no known grid, or ``N != P + H * W``.
+            GeometryError: tokens of another width, a grid that is not two whole numbers or not known, or
+                ``N != P + H * W``.
         """
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise GeometryError(
                 f"Expected tokens of shape (batch, N, {self.dim}), got {tuple(x.shape)}."
             )
-        chosen = grid or self.grid
+        chosen = self.grid if grid is None else _checked(grid)
         if chosen is None and self.grid_source is not None:
             chosen = self.grid_source.of(x.shape[1] - self.num_prefix)
         if chosen is None:
@@ -147,3 +144,31 @@ class TokenGridModule(nn.Module):
         geometry = Geometry(chosen[0], chosen[1], self.num_prefix)
         geometry.check(x.shape[1])
         return geometry
+
+
+def head_width(dim: int, num_heads: int, head_dim: int | None = None) -> int:
+    """``d_h``: as given, else ``dim // num_heads``.
+
+    Raises:
+        DwattnError: no heads or no channels, or heads that do not divide ``dim``.
+    """
+    if num_heads < 1 or (head_dim is not None and head_dim < 1):
+        raise DwattnError(f"num_heads={num_heads} and head_dim={head_dim} must be 1 or more.")
+    if head_dim is not None:
+        return head_dim
+    if dim % num_heads:
+        raise DwattnError(f"dim={dim} is not a multiple of num_heads={num_heads}; pass head_dim=.")
+    return dim // num_heads
+
+
+def _checked(grid: Any) -> Grid:
+    """Two whole numbers, symbolic ones (dynamic shapes) as they are."""
+    try:
+        height, width = (
+            size if isinstance(size, (int, torch.SymInt)) else operator.index(size) for size in grid
+        )
+    except (TypeError, ValueError):
+        raise GeometryError(
+            f"grid={grid!r} must be two whole numbers, (height, width) in patches."
+        ) from None
+    return height, width  # type: ignore[return-value]  # a SymInt stands for an int

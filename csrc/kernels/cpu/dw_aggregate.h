@@ -15,8 +15,8 @@ int64_t dw_aggregate_workspace(const DwAggregateParams& params);
 constexpr int64_t kRowsInFront = 4;
 
 // The result does not depend on how `parallel` splits the work. `y` overlaps `v` nowhere, or has
-// its stride between tokens, each of its images begins at least kRowsInFront rows in front of the
-// patches in `v`, and the loop has one thread.
+// its stride between tokens, each of its images begins a whole number of tokens, at least
+// kRowsInFront rows, in front of the patches in `v`, and the loop has one thread.
 Status dw_aggregate(const DwAggregateParams& params, void* workspace, const ParallelFor& parallel,
                     Isa isa = Isa::kAuto);
 

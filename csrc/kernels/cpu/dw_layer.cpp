@@ -87,7 +87,7 @@ class Layer {
       const int64_t rows_of_y = layer.p_.wo == nullptr ? 0
                                 : layer.in_place_      ? kRowsInFront * layer.p_.width
                                                        : layer.chunk_ * layer.patches();
-      y = from.take(rows_of_y * row);  // V follows
+      y = from.take(rows_of_y * row);  // V follows at once: spaced rows are whole cache lines
       v = from.take(layer.chunk_ * layer.tokens() * row);
       aggregation = from.take(dw_aggregate_workspace(layer.aggregation(*this, 0, layer.chunk_)));
       // One product at a time.
