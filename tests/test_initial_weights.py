@@ -67,6 +67,16 @@ def test_mean_start_is_exact_for_uniform_attention(
     assert (model(images) - before).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("size", [(8, 64), (64, 8), (16, 32)])
+def test_mean_start_of_scores_is_exact_on_narrow_grids(size: tuple[int, int]) -> None:
+    """Neighbours that a grid of one row or column lacks take nothing from the uniform share."""
+    model, images = uniform_model(img_size=size), torch.randn(4, 3, *size)
+    scores = dwattn.score(model, images, 4, residual=False, progress=False)
+    before = model(images)
+    dwattn.replace(model, dwattn.select(scores, order=[1]))
+    torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-4)
+
+
 def test_mean_start_gives_each_head_its_own_map_in_any_order() -> None:
     plans = []
     for heads in ([0, 2], [2, 0]):

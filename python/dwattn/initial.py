@@ -49,7 +49,8 @@ def mean_init(layer: Replacement, init: KernelInit, heads: list[int] | None) -> 
         layer.logits.copy_(kernel.clamp_min(1e-8).log())
         return
     if layer.beta is not None:
-        kernel = kernel - floor[:, None, None]
+        # On a grid of one row or column, displacements across it have no weight and no floor under them.
+        kernel = torch.where(kernel > 0, kernel - floor[:, None, None], 0.0)
     uniform = (1 - prefix.sum(1) - kernel.sum((1, 2))).clamp_min(0)
     if isinstance(layer, (LowRankDWAttention, EnsembleDWAttention)):
         # Their channels mix all heads.
