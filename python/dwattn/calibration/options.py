@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 from dwattn.amp import AMP_NAMES, Amp
 from dwattn.errors import CalibrationError
+from dwattn.whole import whole
 
 REFIT_SCOPES = ("all", "replaced", "attention", "none")
 
@@ -49,6 +51,10 @@ class CalibrationOptions:
         return self.rank.get("fidelity") if isinstance(self.rank, dict) else None
 
     def __post_init__(self) -> None:
+        for name in ("batch_size", "num_images", "photos", "views", "seed"):
+            value = getattr(self, name)
+            if value is not None or name in ("views", "seed"):
+                object.__setattr__(self, name, whole(name, value, CalibrationError))
         if self.refit not in REFIT_SCOPES:
             raise CalibrationError(
                 f"refit={self.refit!r} must be one of {', '.join(REFIT_SCOPES)}."
@@ -64,9 +70,11 @@ class CalibrationOptions:
                 f"photos={self.photos} says that the images are views of so many photos already: it must be at least 1, "
                 f"and views={self.views} must be 1."
             )
-        if not 0 < self.held_out <= 0.5:
+        if not (isinstance(self.held_out, Real) and 0 < self.held_out <= 0.5):
             raise CalibrationError(
-                f"held_out={self.held_out} must be a share above 0 and at most 0.5."
+                f"held_out={self.held_out!r} must be a share above 0 and at most 0.5."
             )
-        if self.fidelity is not None and not 0 < self.fidelity <= 1:
-            raise CalibrationError(f"fidelity={self.fidelity} must lie in (0, 1].")
+        if self.fidelity is not None and not (
+            isinstance(self.fidelity, Real) and 0 < self.fidelity <= 1
+        ):
+            raise CalibrationError(f"fidelity={self.fidelity!r} must lie in (0, 1].")
