@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dwattn
+from dwattn.errors import GeometryError
 from dwattn.variants import REPLACEMENTS
 from support.models import BY_NAME, FAMILIES, Family, timm_vit
 from support.surgery import Snapshot, plan_for, shims
@@ -162,9 +163,18 @@ def test_the_table_tells_of_hooks_that_a_replacement_leaves_out(place: str) -> N
     report = dwattn.replace(model, plan_for(model))
     assert [row.reason for row in dry.rows] == [row.reason for row in report.rows]
     assert [bool(row.reason) for row in report.rows] == [False, False, True, False]
-    assert not report.refused and "not called until it is restored" in str(report)
+    assert not report.refused
+    assert "not called until it is restored" in str(report)
     model(torch.randn(1, 3, 32, 24))
     assert not called
     dwattn.restore(model)
     model(torch.randn(1, 3, 32, 24))
     assert called
+
+
+def test_a_model_that_drops_patches_is_told_so() -> None:
+    model = timm_vit(patch_drop_rate=0.25)
+    dwattn.replace(model, plan_for(model))
+    model(torch.randn(1, 3, 32, 24))
+    with pytest.raises(GeometryError, match=r"N=10 tokens.*make 13.*patch_drop_rate=0\."):
+        model.train()(torch.randn(1, 3, 32, 24))

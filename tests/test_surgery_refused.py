@@ -30,8 +30,8 @@ from support.surgery import Snapshot, plan_for, shims
         ({"variant": "lowrank_dw", "rank": "half"}, "rank='half' must be"),
         ({"variant": "lowrank_dw", "rank": 64}, "rank=64 is more than the layer's 48 channels"),
         ({"variant": "lowrank_dw", "rank": {"fidelity": 0.9}}, "pass calibrate=images"),
-        ({"variant": "lowrank_dw", "rank": {"fidelty": 0.9}}, "'fidelty': 0.9} has other keys"),
-        ({"variant": "lowrank_dw", "rank": {}}, "rank={} has other keys than 'fidelity'"),
+        ({"variant": "lowrank_dw", "rank": {"fidelty": 0.9}}, "'fidelty': 0.9} must have one key"),
+        ({"variant": "lowrank_dw", "rank": {}}, "rank={} must have one key, as in rank={'fid"),
         ({"prefix": "bogus"}, "Unknown prefix mode 'bogus'"),
         ({"prefix": "drop"}, "num_prefix=1.*class_token=False"),
         (

@@ -15,8 +15,8 @@ from dwattn.adapters import BackboneLayout, describe
 from dwattn.errors import PlanError
 from dwattn.files import parse_json, write_atomically
 from dwattn.fingerprint import WEIGHT_TOLERANCE, Fingerprint, fingerprint, relative_name
+from dwattn.numeric import is_whole
 from dwattn.untouched import unwrap
-from dwattn.whole import is_whole
 
 __all__ = ["KernelInit", "LayerPlan", "ModelInfo", "Plan", "fingerprint"]
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from dwattn.errors import PlanError
 from dwattn.latency import LatencyTable, measure_latency
+from dwattn.numeric import is_whole
 from dwattn.plan import Plan
 from dwattn.scores import LayerScore, Scores, block_score, check_criterion, head_scores
-from dwattn.whole import is_whole
 
 Head = tuple[int, int]
 #: Two scores are close if they differ by no more than this share: such blocks change places from one set of images to

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -13,11 +11,11 @@ from dwattn.adapters import BackboneLayout, BlockSite, ConvertedAttention, adapt
 from dwattn.errors import DwattnError, PlanError
 from dwattn.fingerprint import Fingerprint, LayerPrint, relative_name
 from dwattn.initial import KERNEL_INITS, gaussian_init, mean_init
+from dwattn.numeric import is_number, is_whole
 from dwattn.plan import LayerPlan, Plan
 from dwattn.projections import AttentionWeights
 from dwattn.token_grid import Grid, GridSource
 from dwattn.variants import REPLACEMENTS, build_replacement
-from dwattn.whole import is_whole
 
 Rank = int | float | dict[str, float]
 DEFAULT_RANK = 0.25
@@ -56,20 +54,13 @@ def check_rank(rank: Rank | None, variant: str, calibrated: bool) -> Rank | None
         )
     if isinstance(rank, dict):
         if set(rank) != {"fidelity"}:
-            raise DwattnError(
-                f"rank={rank!r} has other keys than 'fidelity': {{'fidelity': 0.95}}."
-            )
+            raise DwattnError(f"rank={rank!r} must have one key, as in rank={{'fidelity': 0.95}}.")
         if not calibrated:
             raise DwattnError(
                 f"rank={rank!r} is met by calibration: pass calibrate=images, or give a width."
             )
         return rank
-    if (
-        isinstance(rank, bool)
-        or not isinstance(rank, Real)
-        or not rank > 0
-        or not math.isfinite(rank)
-    ):
+    if not is_number(rank) or rank <= 0:
         raise DwattnError(
             f"rank={rank!r} must be a width, a fraction of C such as 0.25, or a fidelity target."
         )

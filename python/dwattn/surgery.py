@@ -26,6 +26,7 @@ from dwattn.conversion import (
 from dwattn.errors import CalibrationError, DwattnError, PlanError
 from dwattn.fingerprint import relative_name
 from dwattn.grid_hook import GridHook
+from dwattn.numeric import whole
 from dwattn.plan import Plan
 from dwattn.shims import (
     Options,
@@ -41,7 +42,6 @@ from dwattn.shims import (
 from dwattn.surgery_report import ReplacementReport, ReplacementRow
 from dwattn.token_grid import Grid, GridSource
 from dwattn.untouched import unwrap
-from dwattn.whole import whole
 
 __all__ = ["ReplacementReport", "conversion", "replace", "restore"]
 

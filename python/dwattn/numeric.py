@@ -1,15 +1,21 @@
-"""Whole numbers that a user gave, which may be numpy's."""
+"""Numbers that a user gave, which may be numpy's."""
 
 from __future__ import annotations
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
 from typing import Any
 
 from dwattn.errors import DwattnError
 
 
+def is_number(value: object) -> bool:
+    """A finite real number; no truth value."""
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+
+
 def is_whole(value: object) -> bool:
-    """Also a whole number of numpy's; no truth value."""
+    """A whole number; no truth value."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
