@@ -50,6 +50,26 @@ UNSUPPORTED_MODELS = {
         lambda: hf_tiny("Swin", image_size=32, embed_dim=16, depths=[1], num_heads=[2], window_size=4),
         "Swin.*Attention cannot.*windowed",
     ),
+    "hf-vitdet": (
+        lambda: hf_tiny("VitDet", **{**_SMALL, "image_size": 32, "patch_size": 8}),
+        "VitDetAttention cannot.*relative position bias",
+    ),
+    "sam": (
+        lambda: timm_model("samvit_base_patch16", depth=1, embed_dim=48, num_heads=3, img_size=64),
+        "Attention cannot.*relative position bias",
+    ),
+    "cait": (
+        lambda: timm_model("cait_xxs24_224", depth=1, embed_dim=48, num_heads=3),
+        "ClassAttn cannot.*not the tokens themselves.*TalkingHeadAttn cannot.*mixes",
+    ),
+    "xcit": (
+        lambda: timm_model("xcit_nano_12_p16_224", depth=1, embed_dim=48, num_heads=3),
+        "XCA cannot.*does not form a token-by-token attention map",
+    ),
+    "edgenext": (
+        lambda: timm_model("edgenext_xx_small", dims=(8, 16, 16, 16), depths=(1, 1, 2, 2)),
+        "CrossCovarianceAttn cannot.*does not form a token-by-token attention map",
+    ),
     "linear": (lambda: nn.Sequential(nn.Linear(2, 2)), "Sequential.*no attention layers"),
     "torch": (
         lambda: nn.TransformerEncoderLayer(16, 2, batch_first=True),

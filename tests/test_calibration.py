@@ -374,6 +374,9 @@ def test_loader_forms_agree() -> None:
         ({"refit": "everything"}, CalibrationError, "everything"),
         ({"held_out": 1.5}, CalibrationError, "1.5"),
         ({"held_out": 0.75}, CalibrationError, "0.75.*0.5"),
+        ({"held_out": "a"}, CalibrationError, "held_out='a' must be"),
+        ({"batch_size": 2.0}, CalibrationError, "batch_size=2.0 must be a whole"),
+        ({"views": None}, CalibrationError, "views=None must be a whole"),
         ({"amp": "fp8"}, CalibrationError, "no, bf16, fp16"),
         ({"epochs": 3}, CalibrationError, "epochs"),
         ({"photos": 0, "views": 1}, CalibrationError, "photos=0"),
@@ -381,6 +384,7 @@ def test_loader_forms_agree() -> None:
         ({"variant": "spvit"}, CalibrationError, "spvit"),
         ({"calibrate": torch.randn(4, 3, 24, 16)}, DwattnError, "grid"),
         ({"variant": "lowrank_dw", "rank": {"fidelity": 2.0}}, DwattnError, "2.0"),
+        ({"variant": "lowrank_dw", "rank": {"fidelity": "a"}}, DwattnError, "fidelity='a'"),
     ],
 )
 def test_bad_input_is_refused_and_the_model_stays(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dwattn
+from dwattn.errors import GeometryError
 from dwattn.variants import REPLACEMENTS
 from support.models import BY_NAME, FAMILIES, Family, timm_vit
 from support.surgery import Snapshot, plan_for, shims
@@ -151,3 +152,29 @@ def test_training_the_converted_model_does_not_touch_the_originals() -> None:
     for name, state in originals.items():
         now = model.get_submodule(name).state_dict()
         assert all(torch.equal(now[key], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize("place", ["attn", "attn.qkv"])
+def test_the_table_tells_of_hooks_that_a_replacement_leaves_out(place: str) -> None:
+    model, called = timm_vit(), []
+    hooked = model.blocks[2].get_submodule(place)
+    hooked.register_forward_hook(lambda *_: called.append(place))
+    dry = dwattn.replace(model, plan_for(model), dry_run=True)
+    report = dwattn.replace(model, plan_for(model))
+    assert [row.reason for row in dry.rows] == [row.reason for row in report.rows]
+    assert [bool(row.reason) for row in report.rows] == [False, False, True, False]
+    assert not report.refused
+    assert "not called until it is restored" in str(report)
+    model(torch.randn(1, 3, 32, 24))
+    assert not called
+    dwattn.restore(model)
+    model(torch.randn(1, 3, 32, 24))
+    assert called
+
+
+def test_a_model_that_drops_patches_is_told_so() -> None:
+    model = timm_vit(patch_drop_rate=0.25)
+    dwattn.replace(model, plan_for(model))
+    model(torch.randn(1, 3, 32, 24))
+    with pytest.raises(GeometryError, match=r"N=10 tokens.*make 13.*patch_drop_rate=0\."):
+        model.train()(torch.randn(1, 3, 32, 24))

@@ -6,6 +6,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ import dwattn
 from dwattn import surgery
 from dwattn.adapters import ConvertedAttention, describe
 from dwattn.errors import CalibrationError, GeometryError
-from support.models import BY_NAME, hf_model, timm_vit
+from support.models import BY_NAME, DINOV3, hf_model, timm_eva, timm_vit
 from support.surgery import Snapshot, plan_for, shims
 
 
@@ -171,3 +172,27 @@ def test_describe_sees_the_same_model_after_conversion() -> None:
     layout = describe(model)
     assert [block.attention_name for block in layout.blocks] == names
     assert layout.num_prefix == 5
+
+
+def test_numbers_of_numpy() -> None:
+    images = torch.randn(4, 3, 32, 24, generator=torch.Generator().manual_seed(0))
+    options = {"grid": (4, 3), "rank": 16, "seed": 3, "batch_size": 2, "views": 2, "num_images": 4}
+    of_numpy = {name: np.array(value)[()] for name, value in options.items()}
+    results = []
+    for given in (options, of_numpy, {**of_numpy, "rank": np.float32(1 / 3)}):
+        model = timm_vit()
+        plan = plan_for(model)
+        dwattn.replace(model, plan, variant="lowrank_dw", calibrate=images, progress=False, **given)
+        results.append(model(images))
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+def test_a_layer_that_no_plan_can_name_keeps_its_output_projection() -> None:
+    """One with fewer key and value heads, which is refused by its weights only."""
+    grouped = {"attn_type": "rope", "num_kv_heads": (3, 1, 3, 3), "qkv_fused": False}
+    model = timm_eva(**{**DINOV3, **grouped, "init_values": 1.0})
+    images = torch.randn(8, 3, 32, 24, generator=torch.Generator().manual_seed(0))
+    report = dwattn.replace(model, plan_for(model, [0]), calibrate=images, progress=False)
+    assert report.replaced == ["blocks.0.attn"]
+    tried = {note.name for note in report.calibration.notes}
+    assert tried == {"blocks.0.attn", "blocks.0.mlp.fc2", "blocks.1.mlp.fc2"}

@@ -30,6 +30,8 @@ from support.surgery import Snapshot, plan_for, shims
         ({"variant": "lowrank_dw", "rank": "half"}, "rank='half' must be"),
         ({"variant": "lowrank_dw", "rank": 64}, "rank=64 is more than the layer's 48 channels"),
         ({"variant": "lowrank_dw", "rank": {"fidelity": 0.9}}, "pass calibrate=images"),
+        ({"variant": "lowrank_dw", "rank": {"fidelty": 0.9}}, "'fidelty': 0.9} must have one key"),
+        ({"variant": "lowrank_dw", "rank": {}}, "rank={} must have one key, as in rank={'fid"),
         ({"prefix": "bogus"}, "Unknown prefix mode 'bogus'"),
         ({"prefix": "drop"}, "num_prefix=1.*class_token=False"),
         (
@@ -39,6 +41,8 @@ from support.surgery import Snapshot, plan_for, shims
         ({"grid": (4, 0)}, r"grid=\(4, 0\) must be two positive integers"),
         ({"grid": (4, 3, 1)}, "two positive integers"),
         ({"grid": (4.0, 3.0)}, "two positive integers"),
+        ({"grid": 4}, "grid=4 must be two positive integers"),
+        ({"seed": "a"}, "seed='a' must be a whole number"),
         ({"batch_size": 4}, "got batch_size.*only calibration uses: pass calibrate=images"),
     ],
 )

@@ -22,6 +22,7 @@ from dwattn.conversion import (
     Conversion,
     Transaction,
     find_conversion,
+    find_conversions,
     of_another_record,
     recorded_elsewhere,
 )
@@ -75,20 +76,23 @@ def record_of(model: nn.Module) -> Record:
     """What :func:`save` writes beside the tensors.
 
     Raises:
-        CheckpointError: the model has no replaced layers, or they were replaced through a model
-            that contains it.
+        CheckpointError: the model has no replaced layers, some outside of its first ViT, or they
+            were replaced through a model that contains it.
     """
-    found = find_conversion(model)
-    if found is None and of_another_record(model.modules(), None):
+    found = find_conversions(model)
+    if not found and of_another_record(model.modules(), None):
         raise CheckpointError(recorded_elsewhere(model))
-    if found is None:
+    if not found:
         raise CheckpointError(
             f"{type(model).__name__} has no layers replaced by dwattn; call dwattn.replace(model, "
             f"plan) first, or save "
             f"an unconverted model with its own library."
         )
-    _, _, conversion = found
+    conversion = found[0][2]
     layout = describe(model)
+    own = {id(site.attention) for site in layout.blocks}
+    if any(isinstance(m, ConvertedAttention) and id(m) not in own for m in model.modules()):
+        raise CheckpointError(_in_parts(model, found))
     if of_another_record((site.attention for site in layout.blocks), conversion):
         raise CheckpointError(recorded_elsewhere(model))
     for layer in conversion.layers.values():
@@ -119,6 +123,20 @@ def record_of(model: nn.Module) -> Record:
     )
 
 
+def _in_parts(model: nn.Module, found: list[tuple[nn.Module, str, Conversion]]) -> str:
+    """The sentence on a model of which other parts than its first ViT are converted."""
+    parts = [f"model.{name or record.backbone}" for _, name, record in found]
+    whole = [part for part, (_, name, _) in zip(parts, found, strict=True) if not name]
+    return (
+        f"A file holds the conversion of a model's first Vision Transformer, but layers of this "
+        f"{type(model).__name__} were replaced in {', '.join(parts)}. "
+        + (f"Call dwattn.restore(model) and replace {whole[0]} by itself: it was replaced through "
+           f"the whole model. " if whole else "")
+        + f"Save every part to a file of its own, and load it into the same part: "
+        f"{', '.join(f'dwattn.save({part}, ...)' for part in parts)}."
+    )  # fmt: skip
+
+
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write all parameters and buffers, the plan and the conversion to one file.
 
@@ -127,8 +145,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     layers have the same weights: calibrated ones have ``prefix_proj``, which others lack.
 
     Raises:
-        CheckpointError: nothing is converted, the layers were replaced through a model that contains
-            this one, the state is not only plain tensors, or the file cannot be written.
+        CheckpointError: nothing is converted, or another part than the model's first ViT (name the
+            part: ``save(model.vision, ...)``), the layers were replaced through a model that
+            contains this one, the state is not only plain tensors, or the file cannot be written.
         UnsupportedAttentionError: a projection of a replaced layer is an adapter or quantised.
     """
     model = unwrap(model)

@@ -124,15 +124,15 @@ class Conversion:
     source: str | None = None
 
 
+def find_conversions(model: nn.Module) -> list[tuple[nn.Module, str, Conversion]]:
+    """Every submodule that was converted, its dotted path in ``model``, and the record."""
+    marked = ((m, name, vars(m).get(ATTRIBUTE)) for name, m in model.named_modules())
+    return [(m, name, record) for m, name, record in marked if isinstance(record, Conversion)]
+
+
 def find_conversion(model: nn.Module) -> tuple[nn.Module, str, Conversion] | None:
-    """The submodule that was converted, its dotted path in ``model``, and the record; None if there
-    is none.
-    """
-    for name, module in model.named_modules():
-        record = vars(module).get(ATTRIBUTE)
-        if isinstance(record, Conversion):
-            return module, name, record
-    return None
+    """The first of :func:`find_conversions`; None if there is none."""
+    return next(iter(find_conversions(model)), None)
 
 
 def conversion(model: nn.Module) -> Conversion | None:
@@ -177,35 +177,42 @@ def restore(model: nn.Module) -> nn.Module:
             originals), is a part of the one that was converted, or its replaced layers or corrected
             weights were exchanged by somebody else. The model is unchanged then.
     """
-    found = find_conversion(unwrap(model))
-    if found is None and of_another_record(model.modules(), None):
+    found = find_conversions(unwrap(model))
+    if not found and of_another_record(model.modules(), None):
         raise PlanError(recorded_elsewhere(model))
-    if found is None:
+    if not found:
         raise PlanError(
             f"{type(model).__name__} has no layers replaced by dwattn; pass the model that "
             f"dwattn.replace() was called on, or one that contains it."
         )
-    holder, _, record = found
-    if record.source is not None:
-        raise PlanError(
-            f"The model was loaded from {record.source!r}, which does not hold the original "
-            f"attention "
-            f"weights; build the original model anew instead."
-        )
-    _check_places(holder, record)
-    _restore(holder, record)
+    for holder, name, record in found:
+        if record.source is not None:
+            part = f"The model's part {name}" if name else "The model"
+            raise PlanError(
+                f"{part} was loaded from {record.source!r}, which does not hold the original "
+                f"attention weights; build the original model anew instead."
+            )
+        _check_places(holder, name, record)
+    with Transaction() as change:
+        for holder, _, record in found:
+            _restore(change, holder, record)
     return model
 
 
-def _check_places(holder: nn.Module, record: Conversion) -> None:
-    """Refuse to restore unless replaced layers and corrected weights are where they were."""
+def _check_places(holder: nn.Module, path: str, record: Conversion) -> None:
+    """Refuse to restore unless replaced layers and corrected weights are where they were.
+
+    Args:
+        path: of ``holder`` in the user's model.
+    """
+    place = f"{path}." if path else ""
     modules = dict(holder.named_modules(remove_duplicate=False))
     for layer in record.layers.values():
         found = modules.get(layer.name)
         if found is not layer.converted:
             now = "no module at all" if found is None else f"a {type(found).__name__}"
             raise PlanError(
-                f"{layer.name} is no longer the layer that dwattn put there but {now}; put that "
+                f"{place}{layer.name} is no longer the layer that dwattn put there but {now}; put that "
                 f"back before restoring."
             )
     tensors = dict([*holder.named_parameters(), *holder.named_buffers()])
@@ -214,12 +221,12 @@ def _check_places(holder: nn.Module, record: Conversion) -> None:
         if tensor is None or is_wrapped(tensor) or tensor.shape != value.shape:
             now = "gone" if tensor is None else f"a {type(tensor).__name__} {tuple(tensor.shape)}"
             raise PlanError(
-                f"Calibration changed {name}, which is {now} now and cannot be set back; undo what "
+                f"Calibration changed {place}{name}, which is {now} now and cannot be set back; undo what "
                 f"was done to it (quantising, pruning) before restoring."
             )
 
 
-def _restore(holder: nn.Module, record: Conversion) -> None:
+def _restore(change: Transaction, holder: nn.Module, record: Conversion) -> None:
     tensors = dict([*holder.named_parameters(), *holder.named_buffers()])
     for layer in record.layers.values():
         assert layer.original is not None
@@ -228,14 +235,11 @@ def _restore(holder: nn.Module, record: Conversion) -> None:
             layer.original.to(device=now[0], dtype=now[1])
         if layer.converted.training != layer.training:
             layer.original.train(layer.converted.training)
-    with Transaction() as change:
-        for layer in record.layers.values():
-            assert layer.original is not None
-            change.swap(holder, layer.name, layer.original)
-        for name, value in record.updates.items():
-            change.copy(tensors[name], value)
-        if record.hook is not None:
-            change.hook(*record.hook, remove=True)
-        if record.raster_order is not None:
-            change.set(*record.raster_order, None)
-        change.set(holder, ATTRIBUTE, None)
+        change.swap(holder, layer.name, layer.original)
+    for name, value in record.updates.items():
+        change.copy(tensors[name], value)
+    if record.hook is not None:
+        change.hook(*record.hook, remove=True)
+    if record.raster_order is not None:
+        change.set(*record.raster_order, None)
+    change.set(holder, ATTRIBUTE, None)

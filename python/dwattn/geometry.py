@@ -64,5 +64,6 @@ class Geometry:
                 f"The sequence has N={tokens} tokens, but num_prefix={self.num_prefix} and a grid of "
                 f"height={self.height} x width={self.width} make {self.num_tokens}. Pass the grid of this input "
                 f"as grid=(height, width) and the number of CLS and register tokens as num_prefix; for images "
-                f"of varying size convert the model with replace(..., dynamic_grid=True)."
+                f"of varying size convert the model with replace(..., dynamic_grid=True). A model that drops patches "
+                f"while it trains has to keep them: make it with patch_drop_rate=0."
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,7 @@ from dwattn.adapters import BackboneLayout, describe
 from dwattn.errors import PlanError
 from dwattn.files import parse_json, write_atomically
 from dwattn.fingerprint import WEIGHT_TOLERANCE, Fingerprint, fingerprint, relative_name
+from dwattn.numeric import is_whole
 from dwattn.untouched import unwrap
 
 __all__ = ["KernelInit", "LayerPlan", "ModelInfo", "Plan", "fingerprint"]
@@ -252,9 +252,9 @@ class Plan(BaseModel):
 
 def _site_name(layout: BackboneLayout, layer: Any) -> str:
     names = [site.attention_name for site in layout.blocks]
-    if isinstance(layer, bool) or not isinstance(layer, (Integral, str)):
+    if not is_whole(layer) and not isinstance(layer, str):
         raise PlanError(f"Layers are block indices or names, got {layer!r}.")
-    if isinstance(layer, Integral):
+    if is_whole(layer):
         index = int(layer)
         if not -len(names) <= index < len(names):
             raise PlanError(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from numbers import Integral
 from typing import Any
 
 from torch import nn
 
 from dwattn.errors import PlanError
 from dwattn.latency import LatencyTable, measure_latency
+from dwattn.numeric import is_whole
 from dwattn.plan import Plan
 from dwattn.scores import LayerScore, Scores, block_score, check_criterion, head_scores
 
@@ -110,7 +110,7 @@ def _rank_heads(scores: Scores, criterion: str) -> list[Head]:
 def _count(count: int | None, available: int, what: str, scores: Scores) -> int:
     if count is None:
         return available
-    if not _is_whole(count) or count < 1:
+    if not is_whole(count) or count < 1:
         raise PlanError(f"{what}={count!r} must be a whole number of at least 1.")
     if count > available:
         refused = (
@@ -122,11 +122,6 @@ def _count(count: int | None, available: int, what: str, scores: Scores) -> int:
             f"{what}={count} were asked for, but only {available} can be replaced{refused}."
         )
     return int(count)
-
-
-def _is_whole(value: object) -> bool:
-    """Also a whole number of numpy's."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _refusals(scores: Scores) -> str:
@@ -144,7 +139,7 @@ def _check_order(scores: Scores, order: list[Any]) -> list[LayerScore]:
         found = [
             layer
             for layer in scores.layers
-            if entry == layer.name or (_is_whole(entry) and entry == layer.block)
+            if entry == layer.name or (is_whole(entry) and entry == layer.block)
         ]
         if not found:
             reason = scores.refused.get(str(entry))
@@ -169,7 +164,7 @@ def _check_pairs(scores: Scores, order: list[Any]) -> list[Head]:
         pair = tuple(entry) if _is_pair(entry) else ()
         if (
             len(pair) != 2
-            or not all(_is_whole(x) for x in pair)
+            or not all(is_whole(x) for x in pair)
             or not 0 <= pair[1] < sizes.get(pair[0], 0)
         ):
             raise PlanError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from dwattn.adapters import BackboneLayout, BlockSite, ConvertedAttention, adapt
 from dwattn.errors import DwattnError, PlanError
 from dwattn.fingerprint import Fingerprint, LayerPrint, relative_name
 from dwattn.initial import KERNEL_INITS, gaussian_init, mean_init
+from dwattn.numeric import is_number, is_whole
 from dwattn.plan import LayerPlan, Plan
 from dwattn.projections import AttentionWeights
 from dwattn.token_grid import Grid, GridSource
@@ -53,26 +53,25 @@ def check_rank(rank: Rank | None, variant: str, calibrated: bool) -> Rank | None
             f"rank={rank!r} is an option of variant='lowrank_dw', not of {variant!r}."
         )
     if isinstance(rank, dict):
+        if set(rank) != {"fidelity"}:
+            raise DwattnError(f"rank={rank!r} must have one key, as in rank={{'fidelity': 0.95}}.")
         if not calibrated:
             raise DwattnError(
                 f"rank={rank!r} is met by calibration: pass calibrate=images, or give a width."
             )
         return rank
-    if (
-        isinstance(rank, bool)
-        or not isinstance(rank, (int, float))
-        or not rank > 0
-        or not math.isfinite(rank)
-    ):
+    if not is_number(rank) or rank <= 0:
         raise DwattnError(
             f"rank={rank!r} must be a width, a fraction of C such as 0.25, or a fidelity target."
         )
-    if isinstance(rank, float) and rank > 1:
+    if is_whole(rank):
+        return int(rank)
+    if rank > 1:
         raise DwattnError(
             f"rank={rank} is more than all channels; give a fraction up to 1.0, or an integer "
             f"width."
         )
-    return rank
+    return float(rank)
 
 
 def rank_width(rank: Rank | None, channels: int) -> int:
@@ -101,13 +100,12 @@ def check_grid(layout: BackboneLayout, grid: Grid | None, dynamic: bool) -> Grid
         return None
     if grid is None:
         return layout.geometry().grid
-    if len(grid) != 2 or any(
-        isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in grid
-    ):
+    sides = list(grid) if hasattr(grid, "__len__") else []
+    if len(sides) != 2 or not all(is_whole(side) and side > 0 for side in sides):
         raise DwattnError(
             f"grid={grid!r} must be two positive integers: patch rows and patch columns."
         )
-    return (grid[0], grid[1])
+    return (int(sides[0]), int(sides[1]))
 
 
 def check_variant(variant: str) -> str:

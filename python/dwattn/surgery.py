@@ -26,6 +26,7 @@ from dwattn.conversion import (
 from dwattn.errors import CalibrationError, DwattnError, PlanError
 from dwattn.fingerprint import relative_name
 from dwattn.grid_hook import GridHook
+from dwattn.numeric import whole
 from dwattn.plan import Plan
 from dwattn.shims import (
     Options,
@@ -43,6 +44,9 @@ from dwattn.token_grid import Grid, GridSource
 from dwattn.untouched import unwrap
 
 __all__ = ["ReplacementReport", "conversion", "replace", "restore"]
+
+#: What hooks of a user get from a replaced layer: the module they are on is not called.
+RESTING_HOOKS = "its hooks are not called until it is restored"
 
 
 def replace(
@@ -112,7 +116,7 @@ def replace(
         context=context,
         grid=check_grid(layout, grid, dynamic_grid),
         kernel_init=check_kernel_init(kernel_init, plan),
-        seed=seed,
+        seed=whole("seed", seed),
     )
     previous = _previous(model, layout, options.grid)
     targets, refused = find_targets(layout, plan)
@@ -131,7 +135,7 @@ def replace(
     if calibrate is not None:
         if variant == "lowrank_dw":
             calibration_options["rank"] = options.rank
-        calibration_options |= {"seed": seed, "progress": progress}
+        calibration_options |= {"seed": options.seed, "progress": progress}
         result = _calibrate(model, layout, shims, hook, calibrate, calibration_options)
         updates = dict(result.updates)
         for target in targets:
@@ -317,6 +321,7 @@ def _report(
                 score=entry.score,
                 parameters=(_count(site.attention), _count(shim)),
                 planned=True,
+                reason=RESTING_HOOKS if _has_hooks(site.attention) else "",
             )
         elif reason:
             row = ReplacementRow(
@@ -331,6 +336,13 @@ def _report(
         "rank": options.rank,
     }
     return ReplacementReport(layout.family, tuple(rows), dry_run, settings, calibration)
+
+
+def _has_hooks(attention: nn.Module) -> bool:
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in attention.modules()
+    )
 
 
 def _count(module: nn.Module) -> int:

@@ -35,7 +35,7 @@ from dwattn.adapters.multihead import (
 from dwattn.adapters.timm import TimmAttentionAdapter, TimmBackboneAdapter
 from dwattn.adapters.timm_eva import EvaAttentionAdapter, EvaBackboneAdapter
 from dwattn.adapters.transformers import TransformersAttentionAdapter, TransformersBackboneAdapter
-from dwattn.adapters.unsupported import refusal_by_name
+from dwattn.adapters.unsupported import is_attention_name, refusal_by_name
 from dwattn.errors import UnsupportedAttentionError
 
 __all__ = [
@@ -120,14 +120,14 @@ def describe(model: nn.Module) -> BackboneLayout:
         for adapter in _backbone_adapters:
             if adapter.matches(module):
                 return adapter.layout(name, module)
-    found = {type(m): m for m in model.modules() if "attention" in type(m).__name__.lower()}
+    found = {type(m): m for m in model.modules() if is_attention_name(type(m).__name__)}
     sentences = sorted(
         {
             refusal(m) or f"{kind.__name__} is known, but not this model."
             for kind, m in found.items()
         }
     )
-    reasons = " ".join(sentences) or "It has no attention layers."
+    reasons = " ".join(sentences) or "It has no attention layers by the names of its classes."
     raise UnsupportedAttentionError(
         f"{type(model).__name__} is not a Vision Transformer that dwattn knows ({reasons}). "
         "Supported are timm VisionTransformer and Eva (DINOv3), the plain ViTs and CLIP-like vision "

@@ -13,7 +13,7 @@ _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
         "windowed attention never sees the whole grid, so the patterns scored here do not apply",
     ),
     (
-        ("beit", "relpos", "relative", "data2vec", "samvision"),
+        ("beit", "relpos", "relative", "data2vec", "samvision", "transformer_sam", "vitdet"),
         "it adds a relative position bias to the logits, which has no counterpart here",
     ),
     (
@@ -22,12 +22,21 @@ _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (("gated",), "a gate multiplies its output, which the replacement does not have"),
     (
-        ("cross", "pool", "latent"),
+        ("linear", "xca", "crosscov", "channel"),
+        "it does not form a token-by-token attention map",
+    ),
+    (("talkinghead",), "it mixes the attention maps of its heads"),
+    (
+        ("cross", "pool", "latent", "classatt"),
         "its queries are not the tokens themselves, so there is no grid to aggregate on",
     ),
     (("text", "causal"), "text attention is causal or masked and has no patch grid"),
-    (("linear", "xca", "channel"), "it does not form a token-by-token attention map"),
 )
+
+
+def is_attention_name(class_name: str) -> bool:
+    """Whether a class is an attention layer by its name."""
+    return any(word in class_name.lower() for word in ("attention", "attn", "xca"))
 
 
 def refusal_by_name(class_name: str, module_name: str = "") -> str:

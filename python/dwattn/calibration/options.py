@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dwattn.amp import AMP_NAMES, Amp
 from dwattn.errors import CalibrationError
+from dwattn.numeric import is_number, whole
 
 REFIT_SCOPES = ("all", "replaced", "attention", "none")
 
@@ -23,6 +24,8 @@ class CalibrationOptions:
         views: how often each photo is used: itself, as a mirrored random crop, then in mosaics of four photos.
         refit: which linear layers are corrected: ``all`` that write to the residual stream behind the first
             replacement, those of ``replaced`` blocks, only the ``attention`` output of replaced layers, or ``none``.
+            A correction serves all tokens, most of which are patches: if only the last block is replaced and CLS alone
+            is used, ``attention`` leaves CLS as it was.
         held_out: share of the photos on which ridge strengths are judged: each ``1 / held_out``-th, at most every other.
         rank: of ``lowrank_dw``: ``{"fidelity": share}`` chooses each layer's width as the least that keeps this
             share of its output energy; anything else keeps the width the layer was built with.
@@ -49,6 +52,10 @@ class CalibrationOptions:
         return self.rank.get("fidelity") if isinstance(self.rank, dict) else None
 
     def __post_init__(self) -> None:
+        for name in ("batch_size", "num_images", "photos", "views", "seed"):
+            value = getattr(self, name)
+            if value is not None or name in ("views", "seed"):
+                object.__setattr__(self, name, whole(name, value, CalibrationError))
         if self.refit not in REFIT_SCOPES:
             raise CalibrationError(
                 f"refit={self.refit!r} must be one of {', '.join(REFIT_SCOPES)}."
@@ -64,9 +71,9 @@ class CalibrationOptions:
                 f"photos={self.photos} says that the images are views of so many photos already: it must be at least 1, "
                 f"and views={self.views} must be 1."
             )
-        if not 0 < self.held_out <= 0.5:
+        if not (is_number(self.held_out) and 0 < self.held_out <= 0.5):
             raise CalibrationError(
-                f"held_out={self.held_out} must be a share above 0 and at most 0.5."
+                f"held_out={self.held_out!r} must be a share above 0 and at most 0.5."
             )
-        if self.fidelity is not None and not 0 < self.fidelity <= 1:
-            raise CalibrationError(f"fidelity={self.fidelity} must lie in (0, 1].")
+        if self.fidelity is not None and not (is_number(self.fidelity) and 0 < self.fidelity <= 1):
+            raise CalibrationError(f"fidelity={self.fidelity!r} must lie in (0, 1].")

@@ -22,6 +22,7 @@ from dwattn.adapters import (
     CallConvention,
     ConvertedAttention,
     adapter_for,
+    refusal,
 )
 from dwattn.amp import autocast
 from dwattn.attention import EnsembleDWAttention, LowRankDWAttention, ReplacementAttention
@@ -431,7 +432,7 @@ def _convention(site: BlockSite) -> CallConvention:
 def _output_projection(attention: nn.Module) -> nn.Linear | None:
     """The linear layer inside an attention module that holds its Wo; None if there is none to correct."""
     adapter = adapter_for(attention)
-    if adapter is None or adapter.refusal(attention) is not None:
+    if adapter is None or refusal(attention) is not None:
         return None
     wo = adapter.weights(attention).wo
     return next(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dwattn.adapters import BackboneLayout, describe
-from dwattn.conversion import conversion
+from dwattn.conversion import find_conversions
 from dwattn.errors import ExportError
 from dwattn.export.symbolic_sizes import keep_sizes_symbolic
 from dwattn.scattered import SelfAttention
@@ -182,11 +182,10 @@ def _bare_layer(model: nn.Module, size: Size, dynamic: bool, method: str) -> Tar
 
 
 def _private_copy(model: nn.Module) -> nn.Module:
-    """An fp32 copy on the CPU in eval mode. The record of the surgery is shared, not copied: it
-    holds originals.
+    """An fp32 copy on the CPU in eval mode. The records of the surgery are shared, not copied: they
+    hold originals.
     """
-    record = conversion(model)
-    memo: dict[int, Any] = {} if record is None else {id(record): record}
+    memo: dict[int, Any] = {id(record): record for _, _, record in find_conversions(model)}
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dwattn.adapters import ConvertedAttention, adapter_for, describe
 from dwattn.calibration.streams import BlockCall
-from dwattn.conversion import find_conversion, restore
+from dwattn.conversion import find_conversions, restore
 from dwattn.data import Batch
 from dwattn.errors import TrainingError
 
@@ -193,14 +193,15 @@ def teacher(model: nn.Module) -> nn.Module:
     Raises:
         TrainingError: the model was loaded from a file, which does not hold the originals.
     """
-    found = find_conversion(model)
-    if found is not None and found[2].source is not None:
+    records = [record for _, _, record in find_conversions(model)]
+    source = next((record.source for record in records if record.source is not None), None)
+    if source is not None:
         raise TrainingError(
-            f"The model was loaded from {found[2].source!r}, which does not hold the original attention weights; "
+            f"The model was loaded from {source!r}, which does not hold the original attention weights; "
             f"build the original model anew and pass it as teacher=."
         )
     original = copy.deepcopy(model)
-    if found is not None:
+    if records:
         restore(original)
     return original.requires_grad_(False).eval()
 
