@@ -9,9 +9,7 @@ import functools
 import json
 import os
 import re
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ import typer
 from rich.console import Console
 
 from dwattn.errors import DataError, DwattnError
+from dwattn.files import stopped_in_order
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +33,6 @@ R = TypeVar("R")
 PIPED_WIDTH = 160
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
 
 # Built at each call, so that they follow a redirected sys.stdout and sys.stderr.
 
@@ -60,7 +58,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            with _stopped_in_order(), warnings.catch_warnings():
+            with stopped_in_order(), warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 return function(*args, **kwargs)
         except DwattnError as error:
@@ -72,32 +70,6 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(EXIT_INTERRUPTED) from interrupt
 
     return guarded
-
-
-@contextlib.contextmanager
-def _stopped_in_order() -> Iterator[None]:
-    """SIGTERM unwinds the stack, as Ctrl-C does, instead of ending the process on the spot."""
-
-    came = False
-
-    def stop(*_: object) -> None:
-        nonlocal came
-        came = True
-        raise SystemExit(EXIT_TERMINATED)
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except Exception as error:
-        if came:  # a library has made an error of its own out of the exit
-            raise SystemExit(EXIT_TERMINATED) from error
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

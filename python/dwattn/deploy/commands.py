@@ -1,7 +1,7 @@
 """``dwattn-deploy``, and the commands of the same names in ``dwattn``.
 
 argparse, because a Jetson's system Python has it. Exit codes: 0 done, 1 an error in one sentence,
-2 wrong usage, 130 interrupted.
+2 wrong usage, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from dwattn.deploy.options import RUNTIMES, BuildOptions, Range
 from dwattn.deploy.protocol import ITERATIONS, WARMUP
 from dwattn.errors import DwattnError
+from dwattn.files import stopped_in_order
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -33,9 +34,9 @@ SUMMARIES = {
 
 def main(arguments: Sequence[str] | None = None, program: str = "dwattn-deploy") -> int:
     """Run a command; the exit code."""
-    parsed = _parser(program).parse_args(arguments)
+    parsed = _parsed(arguments, program)
     try:
-        with notes():
+        with stopped_in_order(), notes():
             return int(_RUN[parsed.command](parsed))
     except DwattnError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -59,7 +60,7 @@ def script() -> None:
     sys.exit(main())
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
+def _parsed(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         program, description="Build, measure and verify TensorRT engines on a device."
     )
@@ -77,7 +78,10 @@ def _parser(program: str) -> argparse.ArgumentParser:
         command.add_argument(
             "--json", action="store_true", help="print the result as JSON and nothing else"
         )
-    return parser
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:  # argparse itself would show the usage of the program, not of the command
+        added[parsed.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return parsed
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
