@@ -164,9 +164,13 @@ class Plan(BaseModel):
         """
         try:
             data = parse_json(text)
+        except UnicodeDecodeError:
+            raise PlanError(
+                f"{source} is no text. A plan is a JSON file, written by dwattn.select (dwattn select) from the scores."
+            ) from None
         except ValueError as error:
             raise PlanError(
-                f"{source} is not valid JSON: {error}. Write it again with Plan.save()."
+                f"{source} is not valid JSON: {error}. Correct it, or select again (dwattn.select, dwattn select)."
             ) from None
         if not isinstance(data, dict) or data.get("kind") != "dwattn-plan":
             raise PlanError(f"{source} is not a dwattn plan: its 'kind' must be 'dwattn-plan'.")

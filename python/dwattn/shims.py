@@ -60,7 +60,7 @@ def check_rank(rank: Rank | None, variant: str, calibrated: bool) -> Rank | None
     if isinstance(rank, dict):
         if not calibrated:
             raise DwattnError(
-                f"rank={rank!r} is met by calibration: pass calibrate=images, or give a width."
+                f"rank={rank!r} is met by calibration: pass calibrate=images (--calibrate DIR), or give a width."
             )
         return rank
     if (

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import re
 import sys
@@ -134,14 +135,16 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def parse_triple(text: str) -> tuple[float, float, float]:
-    """Three numbers, ``0.485,0.456,0.406``."""
+def parse_triple(text: str, option: str) -> tuple[float, float, float]:
+    """Three finite numbers, ``0.485,0.456,0.406``; of ``--std`` above 0."""
     try:
         numbers = [float(item) for item in text.split(",")]
     except ValueError:
         numbers = []
-    if len(numbers) != 3:
-        raise typer.BadParameter(f"{text!r} is not three numbers such as 0.485,0.456,0.406.")
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+        raise typer.BadParameter(f"{option} {text} is not three numbers such as 0.485,0.456,0.406.")
+    if option == "--std" and min(numbers) <= 0:
+        raise typer.BadParameter(f"--std {text} divides the pixels: its numbers must be above 0.")
     return numbers[0], numbers[1], numbers[2]
 
 
@@ -175,8 +178,8 @@ def normalisation(model: nn.Module, spec: str, mean: str | None, std: str | None
     if mean is None and std is None:
         return found
     return Preprocessing(
-        parse_triple(mean) if mean else found.mean,
-        parse_triple(std) if std else found.std,
+        parse_triple(mean, "--mean") if mean else found.mean,
+        parse_triple(std, "--std") if std else found.std,
         "options",
     )
 
@@ -212,10 +215,13 @@ def read_images(
         raise DataError(f"There is no folder {folder} to read images from.")
     pixels = image_size(model, size)
     norm = normalisation(model, spec, mean, std)
-    note(f"Images from {folder} at {pixels[0]} x {pixels[1]}, normalised with {norm.source}.")
-    return image_folder(
+    images = image_folder(
         folder, pixels, norm.mean, norm.std, batch_size=batch_size, limit=num_images
     )
+    note(
+        f"{len(images.files)} images from {folder} at {pixels[0]} x {pixels[1]}, normalised with {norm.source}."
+    )
+    return images
 
 
 def parse_rank(text: str | None) -> int | float | dict[str, float] | None:
@@ -278,5 +284,7 @@ ProgressOption = Annotated[
 VariantOption = Annotated[str, typer.Option(help="dw, lowrank_dw, conv, ens_dw or spvit.")]
 RankOption = Annotated[
     str | None,
-    typer.Option(help="lowrank_dw: inner width (96), share of C (0.25), or fidelity=0.95."),
+    typer.Option(
+        help="lowrank_dw: inner width (96), share of C (0.25), or fidelity=0.95; default: C/4."
+    ),
 ]

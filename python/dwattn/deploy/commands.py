@@ -93,7 +93,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 def _add_build_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runtime", choices=list(RUNTIMES), default="tensorrt",
-        help="tensorrt-rtx builds without a GPU",
+        help="tensorrt-rtx builds without a GPU; default %(default)s",
     )  # fmt: skip
     parser.add_argument(
         "--fp16", action="store_true",
@@ -101,7 +101,9 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     _add_plugin(parser)
     parser.add_argument("--timing-cache", metavar="FILE", help="kernel times of earlier builds")
-    parser.add_argument("--workspace", type=int, metavar="MIB", help="most scratch memory")
+    parser.add_argument(
+        "--workspace", type=int, metavar="MIB", help="most scratch memory; default: all"
+    )
     parser.add_argument("--batch", metavar="MIN:OPT:MAX", help="images, or one number; default 1")
     parser.add_argument("--size", metavar="MIN:OPT:MAX", help="pixels of a dynamic image size")
     parser.add_argument("--verbose", action="store_true", help="all that TensorRT says")
@@ -112,12 +114,18 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", metavar="FILE", help="baseline, measured in turns with it")
     parser.add_argument(
         "--provider", choices=["tensorrt", "cpu"], default="tensorrt",
-        help="cpu: onnxruntime on one pinned core",
+        help="cpu: onnxruntime on one pinned core; default %(default)s",
     )  # fmt: skip
     _add_protocol(parser)
     _add_shape(parser)
     _add_plugin(parser)
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the cpu provider")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of the cpu provider; default %(default)s",
+    )
     parser.add_argument(
         "--core", type=int, metavar="N",
         help="CPU core to pin to; default the last allowed one; -1: do not pin",
@@ -136,14 +144,18 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("native", metavar="NATIVE.ONNX")
     parser.add_argument("plugin_model", metavar="PLUGIN.ONNX")
-    parser.add_argument("-o", "--out", metavar="DIR", default="compare", help="for the engines")
+    parser.add_argument(
+        "-o", "--out", metavar="DIR", default="compare", help="for the engines; default %(default)s"
+    )
     _add_build_options(parser)
     _add_protocol(parser)
 
 
 def _add_golden(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="M.ONNX", help="native or function lowering")
-    parser.add_argument("-o", "--out", metavar="DIR", default="golden", help="folder to write")
+    parser.add_argument(
+        "-o", "--out", metavar="DIR", default="golden", help="folder to write; default %(default)s"
+    )
     _add_shape(parser)
 
 
@@ -152,8 +164,16 @@ def _add_plugin(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_protocol(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--iterations", type=int, default=ITERATIONS, metavar="N")
-    parser.add_argument("--warmup", type=int, default=WARMUP, metavar="N", help="calls before")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=ITERATIONS,
+        metavar="N",
+        help="calls that are timed; default %(default)s",
+    )
+    parser.add_argument(
+        "--warmup", type=int, default=WARMUP, metavar="N", help="calls before; default %(default)s"
+    )
 
 
 def _add_shape(parser: argparse.ArgumentParser) -> None:
