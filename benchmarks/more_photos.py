@@ -8,10 +8,10 @@ yours. The photos have free licences of their own; they become no part of a resu
 
 from __future__ import annotations
 
+import argparse
 import io
 import struct
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,5 +114,7 @@ def _extract(bundles: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where to write the photos")
+    folder = parser.parse_args().folder
     print(f"{len(fetch(folder))} photos are in {folder}.")

@@ -110,7 +110,8 @@ def test_refine_writes_the_best_plan(place: Path, scored: Path, tmp_path: Path) 
 def test_a_close_call_is_told(
     scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, hint = tmp_path / "plan.json", "dwattn refine --width 1 tries both"
+    plan = tmp_path / "plan.json"
+    hint = "dwattn refine --width 1 --criterion variance tries both"
     for share, told in ((1e9, True), (-1.0, False)):
         monkeypatch.setattr("dwattn.selection.CLOSE", share)
         assert (hint in invoke("select", scored, "--blocks", 2, "--out", plan).stderr) == told
@@ -129,10 +130,12 @@ def test_the_whole_chain(place: Path, scored: Path, tmp_path: Path) -> None:
     dry = invoke_json("replace", model, plan, "--dry-run")
     assert dry["dry_run"]
     assert not student.exists()
-    done = invoke_json(
+    done = invoke(
         "replace", model, plan, "--calibrate", place / "images", "--num-images", 8, "--amp", "bf16",
-        "--out", student,
+        "--out", student, "--json",
     )  # fmt: skip
+    assert "8 images are few to fit weights on" in done.stderr
+    done = json.loads(done.stdout)
     assert [row["action"] for row in done["layers"]].count("replaced") == 2
     assert done["calibration"]
 
@@ -222,6 +225,11 @@ def test_a_speedup_is_measured_on_the_model(place: Path, scored: Path, tmp_path:
     # one.
     assert result.exit_code in (0, 1)
     assert out.exists() == (result.exit_code == 0)
+    narrow = ("--model", f"{place / 'factory.py'}:make", "--variant", "lowrank_dw", "--rank", 0.5)
+    out.unlink(missing_ok=True)
+    failed = invoke("select", scored, "--target-speedup", 99, "--out", out, *narrow, code=1)
+    assert "(lowrank_dw, cpu" in failed.stderr
+    assert "--target-speedup" in invoke("select", scored, "--blocks", 1, "--rank", 8, code=2).stderr
 
 
 def test_the_users_own_order(scored: Path, tmp_path: Path) -> None:
@@ -230,6 +238,16 @@ def test_the_users_own_order(scored: Path, tmp_path: Path) -> None:
     )
     assert [layer["name"].split(".")[1] for layer in plan["layers"]] == ["1", "3"]
     assert "--order" in invoke("select", scored, "--order", "a", "--blocks", 1, code=2).stderr
+    alone = invoke("select", scored, "--order", "3,1", "--out", tmp_path / "plan.json")
+    assert "in your own order\n" in alone.stdout
+    assert len(json.loads((tmp_path / "plan.json").read_text())["layers"]) == 2
+
+
+def test_pixels_are_divided_by_numbers_above_0(place: Path, tmp_path: Path) -> None:
+    arguments = ("score", f"{place / 'factory.py'}:make", "--images", place / "images", "--size", 56,
+                 "--out", tmp_path / "s.safetensors")  # fmt: skip
+    for option, value in (("--std", "0,0,0"), ("--std", "1,nan,1"), ("--mean", "inf,0,0")):
+        assert f"{option} {value}" in invoke(*arguments, option, value, code=2).stderr
 
 
 def test_report_of_stored_results(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,7 @@ from dwattn import deploy
 from dwattn.cli import app
 from dwattn.deploy import options, trtexec
 from dwattn.deploy.builder import shape_profile
-from dwattn.deploy.commands import SUMMARIES, _parser, main
-from dwattn.deploy.protocol import ratios
+from dwattn.deploy.commands import SUMMARIES, _parsed, main
 from dwattn.deploy.provider import pinned
 from dwattn.deploy.runtime import explain
 from dwattn.deploy.sidecar import model_digests, record_of, sha256
@@ -147,13 +148,16 @@ def test_the_guide_types_commands_that_exist() -> None:
     ours = [words for words in commands if words[0] in SUMMARIES]
     assert {words[0] for words in ours} == set(SUMMARIES)
     for words in ours:
-        assert _parser("dwattn-deploy").parse_args(words).command == words[0]
+        assert _parsed(words, "dwattn-deploy").command == words[0]
 
 
 def test_wrong_usage_and_errors_have_their_exit_codes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert CliRunner().invoke(app, ["bench"]).exit_code == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["golden", "m.onnx", "--foo"])
+    assert "usage: dwattn-deploy golden [-h] [-o DIR]" in capsys.readouterr().err
     assert main(["build", str(tmp_path / "none.onnx")]) == 1
     assert "There is no model" in capsys.readouterr().err
 
@@ -235,6 +239,7 @@ def test_profiles_fill_in_open_dimensions() -> None:
     }
     assert shape_profile({"pixels": (-1, 3, 8, 8)}, None, None)["pixels"][2] == [1, 3, 8, 8]
     assert shape_profile({"pixels": (1, 3, 8, 8)}, None, None) == {}
+    assert shape_profile({"pixels": (1, 3, 8, 8)}, "1", "8") == {}
 
 
 @pytest.mark.parametrize(
@@ -242,8 +247,9 @@ def test_profiles_fill_in_open_dimensions() -> None:
     [
         ((-1, 3, -1, -1), None, None, "--size 224"),
         ((-1, -1, 384), None, None, "only batch and image size"),
-        ((-1, 3, 8, 8), None, "8", "--dynamic-size"),
+        ((-1, 3, 8, 8), None, "8x9", "--size 8x9.*--dynamic-size"),
         ((1, 3, 8, 8), "1:2:4", None, "--static-batch"),
+        ((-1, 3, 8, 8), "0", None, "--batch 0 must have sizes of at least 1"),
     ],
 )
 def test_profiles_refuse_what_does_not_fit(
@@ -270,62 +276,6 @@ def test_trtexec_commands() -> None:
         "trtexec --loadEngine=m.engine --shapes=x:8x3 --staticPlugins=l.so --useCudaGraph "
         "--useSpinWait --noDataTransfers --warmUp=500 --duration=0 --iterations=100 --avgRuns=100"
     )
-
-
-# Statistics ----------------------------------------------------------------------------------
-
-
-class Scripted:
-    """A runner with known times, which notes when it was called."""
-
-    def __init__(self, name: str, times: list[float], calls: list[str]) -> None:
-        self.name, self.times, self.calls = name, iter(times), calls
-
-    def sample(self) -> dict[str, float]:
-        self.calls.append(self.name)
-        return {"gpu": next(self.times), "host": 1.0}
-
-
-def test_statistics() -> None:
-    timing = deploy.Timing.of([1.0, 2.0, 3.0, 4.0, 100.0])
-    assert (timing.mean_ms, timing.median_ms, timing.min_ms) == (22.0, 3.0, 1.0)
-    assert (timing.p20_ms, timing.p80_ms) == pytest.approx((1.8, 23.2))
-    with pytest.raises(deploy.DeployError, match="1 iterations"):
-        deploy.Timing.of([1.0])
-
-
-def test_warm_up_is_not_counted() -> None:
-    runner = Scripted("a", [100.0] * 3 + [1.0] * 10, [])
-    found = deploy.measure({"a": runner}, iterations=10, warmup=3)
-    assert found["a"]["gpu"].mean_ms == 1.0
-    assert found["a"]["gpu"].iterations == 10
-
-
-def test_candidates_take_turns_and_all_iterations_count() -> None:
-    calls: list[str] = []
-    runners = {name: Scripted(name, [float(i) for i in range(200)], calls) for name in "ab"}
-    done: list[tuple[int, int]] = []
-    found = deploy.measure(
-        runners, iterations=12, warmup=1, progress=lambda *step: done.append(step)
-    )
-    assert [found[name]["gpu"].iterations for name in "ab"] == [12, 12]
-    assert done[-1] == (24, 24)
-    order = "".join(calls[2:])
-    # Five turns of two or three counted calls, behind two that are not.
-    assert [len(turn) for turn in re.findall("a+|b+", order)] == [4, 4, 4, 4, 5, 5, 4, 4, 5, 5]
-    # The first two of a turn are not counted: after a warm-up of 1 they are calls 1 and 2.
-    assert found["a"]["gpu"].min_ms == 3.0
-
-
-def test_ratios_are_speed_ups() -> None:
-    fast, slow = deploy.Timing.of([1.0, 1.0]), deploy.Timing.of([2.0, 4.0])
-    assert ratios(fast, slow) == {"mean": 3.0, "median": 3.0}
-
-
-@pytest.mark.parametrize("given", [{"iterations": 1}, {"warmup": -1}])
-def test_protocols_that_mean_nothing_are_refused(given: dict[str, int]) -> None:
-    with pytest.raises(deploy.DeployError, match="at least 2 and 0"):
-        deploy.measure({"a": Scripted("a", [1.0] * 9, [])}, **given)
 
 
 # TensorRT's words ----------------------------------------------------------------------------
@@ -414,6 +364,8 @@ def test_records_of_other_files_and_versions_are_refused(engine: Path) -> None:
 
 
 def test_golden_outputs(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(deploy.DeployError, match="--batch 0"):
+        deploy.golden(model, tmp_path / "g", batch=0, size="4x6")
     written = deploy.golden(model, tmp_path / "g", batch=2, size="4x6")
     read = deploy.Golden.load(tmp_path / "g")
     assert read.inputs["pixels"].shape == (2, 3, 4, 6)
@@ -507,8 +459,25 @@ def test_a_cpu_baseline(model: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "its own baseline" in capsys.readouterr().err
 
 
-def test_what_onnxruntime_cannot_run_is_explained(tmp_path: Path) -> None:
+def test_what_onnxruntime_cannot_run_is_explained(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "bad.onnx"
     path.write_bytes(b"junk")
+    with pytest.raises(deploy.DeployError, match=r"does not load .*[^.]\.$"):
+        deploy.bench(path, provider="cpu", show_progress=False)
+    made = onnx.load(model)
+    made.graph.node[0].op_type, made.graph.node[0].domain = "LowRankDWAttention", "dwattn"
+    made.opset_import.append(helper.make_opsetid("dwattn", 1))
+    onnx.save(made, path)
     with pytest.raises(deploy.DeployError, match="--lowering native"):
         deploy.bench(path, provider="cpu", show_progress=False)
+
+
+def test_sigterm_unwinds(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(np, "save", stopped)
+    with pytest.raises(SystemExit, match="143"):
+        main(["golden", str(model), "--size", "8", "-o", str(tmp_path / "g")])
+    assert not list((tmp_path / "g" / "inputs").iterdir())

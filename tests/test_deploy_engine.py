@@ -250,23 +250,28 @@ def test_a_full_disk(
     assert [p.name for p in model.parent.iterdir()] == ["m.onnx"]
 
 
-def test_ctrl_c_ends_the_build_at_a_step(
-    runtime: ModuleType, write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_end_the_build_at_a_step(
+    sent: signal.Signals, code: int,
+    runtime: ModuleType, write: Callable[..., Path], capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     steps = []
 
     def at_step(step: int) -> None:
         steps.append(step)
         if step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), sent)
 
     runtime.at_step = at_step  # type: ignore[attr-defined]
     model = write()
-    assert main(["build", str(model)]) == 130
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(main(["build", str(model)]))
+    assert ended.value.code == code
     assert steps == [0, 1]
-    assert "Interrupted" in capsys.readouterr().err
+    assert ("Interrupted" in capsys.readouterr().err) == (sent == signal.SIGINT)
     assert [p.name for p in model.parent.iterdir()] == ["m.onnx"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 # Running -------------------------------------------------------------------------------------

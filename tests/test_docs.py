@@ -50,4 +50,6 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "api" / "layers" / "index.html").is_file()
+    page = (tmp_path / "api" / "layers" / "index.html").read_text("utf-8")
+    assert 'href="#dwattn.functional.dw_aggregate"><code>dw_aggregate</code>' in page
+    assert not re.search(r":(func|class|meth|mod|data):", page)

@@ -436,6 +436,9 @@ def test_disagreement_leaves_no_file_and_says_how_much(
         dwattn.export(layer("dw", 0), tmp_path / "layer.onnx", (3, 5))
     assert files(tmp_path) == ["layer.onnx"]
     assert (tmp_path / "layer.onnx").read_bytes() == b"the old file"
+    monkeypatch.undo()
+    with pytest.raises(ExportError, match=r"tolerance 1e-12.* By default 0.0001 is accepted"):
+        dwattn.export(layer("dw", 0), tmp_path / "layer.onnx", (3, 5), tolerance=1e-12)
 
 
 def test_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -433,6 +433,9 @@ def test_the_command_distils_and_resumes(place: Path) -> None:
         *common, "--size", 56, "--resume", "--blocks", 0.5, "--no-progress", "--device", "cpu"
     )
     assert "6 steps" in again.output
+    other = invoke(*common, "--size", 56, "--resume", "--epochs", 4, "--lr", 1e-3, code=2)
+    assert "steps=8 instead of 6" in other.output
+    assert "lr" not in other.output.split("say")[1]
     assert (out / "student.safetensors").read_bytes() == first
     trained = dwattn.load(hub_vit(num_register_tokens=4), out / "student.safetensors")
     start = dwattn.load(hub_vit(num_register_tokens=4), place / "student.safetensors")

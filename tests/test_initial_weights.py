@@ -11,7 +11,7 @@ from torch import nn
 import dwattn
 from dwattn.errors import DwattnError, PlanError
 from dwattn.initial import mean_init
-from dwattn.plan import KernelInit
+from dwattn.plan import KernelInit, Plan
 from support.models import timm_vit
 from support.surgery import plan_for, shims
 
@@ -95,13 +95,32 @@ def test_mean_start_gives_each_head_its_own_map_in_any_order() -> None:
         assert torch.allclose(layer.kappa[0, 16:], torch.tensor(0.02))
 
 
+def test_heads_listed_in_a_plan_of_whole_layers_start_from_their_own_maps() -> None:
+    model = timm_vit()
+    scores = dwattn.score(model, torch.randn(4, 3, 32, 24), 4, progress=False)
+    plan = dwattn.select(scores, blocks=1)
+    name, whole = plan.layers[0].name, plan.layers[0].kernel_init
+    assert whole is not None
+    text = plan.to_json().replace(f'"name": "{name}",', f'"name": "{name}", "heads": [2, 0],', 1)
+    dwattn.replace(model, Plan.from_json(text))
+    layer = shims(model)[name].layer
+    assert list(layer.replaced) == [0, 2]
+    for part, head in ((slice(0, 16), 0), (slice(16, None), 2)):
+        expected = torch.tensor(whole.kernel[head]) - whole.uniform[head]
+        torch.testing.assert_close(layer.kernel[part], expected.expand(16, 3, 3))
+    by_heads = plan_for(model := timm_vit(), [1], [[0]])
+    by_heads.layers[0].kernel_init = whole.of([0, 1])
+    with pytest.raises(PlanError, match=r"the 1 listed heads \[0\], or all 3 heads,.*take it out"):
+        dwattn.replace(model, by_heads)
+
+
 def test_mean_start_keeps_the_mass_of_a_row() -> None:
     """Kernel, prefix and uniform share of every channel add up to one."""
     layer = dwattn.FusedDWAttention(48, 3, grid=(4, 3), num_prefix=2)
     generator = torch.Generator().manual_seed(0)
     kernel = 0.05 * torch.rand(3, 3, 3, generator=generator)
     init = KernelInit(kernel=kernel.tolist(), prefix=[[0.1, 0.2]] * 3, uniform=[0.01] * 3)
-    mean_init(layer, init, None)
+    mean_init(layer, init)
     mass = layer.kernel.sum((1, 2)) + layer.kappa.sum(0) + layer.mu
     torch.testing.assert_close(mass, torch.ones(48))
 
@@ -109,7 +128,7 @@ def test_mean_start_keeps_the_mass_of_a_row() -> None:
 def test_spvit_starts_from_the_share_of_each_head() -> None:
     layer = dwattn.SPViTAttention(48, 3, grid=(4, 3))
     kernel = torch.tensor([0.2, 0.1, 0.1]).reshape(3, 1, 1).expand(3, 3, 3)
-    mean_init(layer, KernelInit(kernel=kernel.tolist(), prefix=[[]] * 3, uniform=[0.0] * 3), None)
+    mean_init(layer, KernelInit(kernel=kernel.tolist(), prefix=[[]] * 3, uniform=[0.0] * 3))
     share = torch.softmax(layer.logits, 0)
     torch.testing.assert_close(share[:, 0, 0], torch.tensor([0.5, 0.25, 0.25]))
 
@@ -134,7 +153,7 @@ def test_maps_that_are_missing_or_do_not_fit() -> None:
     ):
         dwattn.replace(model, plan)
     plan.layers[0].kernel_init = KernelInit(kernel=flat * 2, prefix=[[0.1]] * 2, uniform=[0.0] * 2)
-    with pytest.raises(PlanError, match="must cover 3 heads"):
+    with pytest.raises(PlanError, match="must cover all 3 heads"):
         dwattn.replace(model, plan)
     assert not shims(model)
 

@@ -145,7 +145,7 @@ def test_several_passes_give_the_same_scores_as_one() -> None:
             assert a.block_residual == pytest.approx(b.block_residual, rel=1e-4)
     handle.remove()
     with pytest.raises(
-        ScoreError, match=rf"memory_budget={layer - 1} bytes is less than the {layer}"
+        ScoreError, match=rf"memory_budget={layer - 1} bytes \(.* is less than the {layer}"
     ):
         dwattn.score(model, images, IMAGES, progress=False, memory_budget=layer - 1)
     once = iter(images.split(4))

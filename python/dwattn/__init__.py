@@ -4,7 +4,7 @@ is fixed anyway.
 ::
 
     scores = dwattn.score(model, loader, num_images=1000)
-    plan = dwattn.select(scores, blocks=6)
+    plan = dwattn.select(scores, blocks=6, criterion="residual")
     dwattn.replace(model, plan, calibrate=loader)
     dwattn.save(model, "student.safetensors")
 

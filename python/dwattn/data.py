@@ -65,7 +65,7 @@ class Batch:
 def _described(inputs: Tensor | dict[str, Any]) -> str:
     """What a model was called with: sizes of tensors, names of arguments."""
     if isinstance(inputs, Tensor):
-        return f"a tensor of pixels alone, of shape {tuple(inputs.shape)},"
+        return f"a tensor of pixels alone, of shape {tuple(inputs.shape)}"
     sizes = (tuple(v.shape) if isinstance(v, Tensor) else "..." for v in inputs.values())
     return ", ".join(f"{key}={size}" for key, size in zip(inputs, sizes, strict=True))
 
@@ -73,9 +73,9 @@ def _described(inputs: Tensor | dict[str, Any]) -> str:
 def _remedy(inputs: Tensor | dict[str, Any]) -> str:
     if isinstance(inputs, Tensor):
         return (
-            "If it takes images of another size or other channels, give those (--size), or make the model for these; if "
-            "it needs more than pixels, give batches that are dictionaries of its arguments, or pass the part of it that "
-            "sees images."
+            "If it takes images of another size or other channels, give those (--size), or make the model for these "
+            "(timm:NAME?img_size=96); if it needs more than pixels, give batches that are dictionaries of its arguments, "
+            "or pass the part of it that sees images."
         )
     return "Leave out keys that its forward does not take, and give images of a size that it takes."
 

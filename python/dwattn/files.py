@@ -7,13 +7,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dwattn.errors import DwattnError
+
+EXIT_TERMINATED = 143
 
 
 @contextlib.contextmanager
@@ -47,6 +51,32 @@ def write_atomically(path: str | os.PathLike[str], error: type[DwattnError]) -> 
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def stopped_in_order() -> Iterator[None]:
+    """SIGTERM unwinds the stack, as Ctrl-C does, so that temporary files are removed; then the process ends with 143."""
+
+    came = False
+
+    def stop(*_: object) -> None:
+        nonlocal came
+        came = True
+        raise SystemExit(EXIT_TERMINATED)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except Exception as error:
+        if came:  # a library has made an error of its own out of the exit
+            raise SystemExit(EXIT_TERMINATED) from error
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def target_file(path: str | os.PathLike[str], error: type[DwattnError]) -> Path:

@@ -27,7 +27,7 @@ def gaussian_init(layer: Replacement, seed: int) -> None:
 
 
 @torch.no_grad()
-def mean_init(layer: Replacement, init: KernelInit, heads: list[int] | None) -> None:
+def mean_init(layer: Replacement, init: KernelInit) -> None:
     """Kernels, ``kappa`` and ``mu`` from the mean attention map of the replaced heads.
 
     A mean map is ``k`` at the 3x3 displacements, ``p_t`` on the prefix tokens and a uniform floor
@@ -36,15 +36,11 @@ def mean_init(layer: Replacement, init: KernelInit, heads: list[int] | None) -> 
     f)``, which is ``f H W`` on the grid that was scored and right on any other.
 
     Args:
-        init: per head; all heads of the layer, or those in ``heads``.
-        heads: replaced heads in the order of ``init``, None for all.
+        init: of the replaced heads, in ascending order.
     """
     kernel = torch.tensor(init.kernel, dtype=torch.float64)
     prefix = torch.tensor(init.prefix, dtype=torch.float64).reshape(len(init.kernel), -1)
     floor = torch.tensor(init.uniform, dtype=torch.float64)
-    if heads is not None and heads != sorted(heads):
-        order = torch.tensor(heads).argsort()
-        kernel, prefix, floor = kernel[order], prefix[order], floor[order]
     if isinstance(layer, SPViTAttention):
         layer.logits.copy_(kernel.clamp_min(1e-8).log())
         return

@@ -22,6 +22,7 @@ from dwattn.adapters import (
 )
 from dwattn.errors import DwattnError
 from dwattn.projections import AttentionWeights
+from dwattn.shims import Rank, check_rank, rank_width
 from dwattn.token_grid import Grid
 from dwattn.untouched import untouched, unwrap
 from dwattn.variants import build_replacement
@@ -132,6 +133,7 @@ def measure_latency(
     batch_size: int = 1,
     rounds: int = 15,
     variant: str = "dw",
+    rank: Rank | None = None,
     inputs: Tensor | None = None,
     **options: Any,
 ) -> LatencyTable:
@@ -144,6 +146,7 @@ def measure_latency(
         grid: patch grid, default the configured one.
         inputs: images ``(B, C, H, W)`` with which the whole ``model`` is called instead.
         variant, options: of the replacement, see :func:`dwattn.variants.build_replacement`.
+        rank: of ``lowrank_dw``, a width or a fraction of C, default C / 4.
 
     Raises:
         UnsupportedAttentionError: no known backbone.
@@ -151,6 +154,7 @@ def measure_latency(
     """
     if rounds < 1 or batch_size < 1:
         raise DwattnError(f"rounds={rounds} and batch_size={batch_size} must be at least 1.")
+    rank = check_rank(rank, variant, calibrated=False)
     model = unwrap(model)
     layout = describe(model)
     grid = grid or layout.geometry().grid
@@ -159,7 +163,7 @@ def measure_latency(
     if pixels is None:
         size = (grid[0] * layout.patch_size[0], grid[1] * layout.patch_size[1])
         # Not torch.rand: the global random state is left alone.
-        shape = (batch_size, _channels(layout), *size)
+        shape = (batch_size, layout.image_channels, *size)
         pixels = torch.linspace(-2, 2, math.prod(shape)).view(shape)
     pixels = pixels.to(like.device, like.dtype)
     whole = model if inputs is not None else layout.module
@@ -175,6 +179,8 @@ def measure_latency(
             shape = _shape(weights, site.attention)
             shapes[site.attention_name] = shape
             if (shape, "attention") not in calls:
+                if variant == "lowrank_dw":
+                    options["rank"] = rank_width(rank, weights.channels)
                 timed = _layer_calls(adapter, site, layout, grid, batch, variant, options)
                 calls.update({(shape, part): call for part, call in timed.items()})
         times = _medians(calls, rounds, like.device)
@@ -196,13 +202,6 @@ def measure_latency(
         threads=torch.get_num_threads(),
         variant=variant,
     )
-
-
-def _channels(layout: BackboneLayout) -> int:
-    """Channels of the images that the patch embedding takes."""
-    modules = layout.patch_embed.modules()
-    convolution = next((module for module in modules if isinstance(module, nn.Conv2d)), None)
-    return 3 if convolution is None else convolution.in_channels
 
 
 def _shape(weights: AttentionWeights, attention: nn.Module) -> tuple[Any, ...]:

@@ -48,10 +48,23 @@ class KernelInit(BaseModel):
             )
         return self
 
+    def of(self, rows: list[int]) -> KernelInit:
+        """The heads at these places, in this order."""
+        return KernelInit(
+            kernel=[self.kernel[row] for row in rows],
+            prefix=[self.prefix[row] for row in rows],
+            uniform=[self.uniform[row] for row in rows],
+        )
+
 
 class LayerPlan(BaseModel):
-    """One attention layer: its dotted name, the replaced heads (None: all of them) and the score it
-    got.
+    """One attention layer.
+
+    Args:
+        name: its dotted name.
+        heads: that are replaced; None for all of them.
+        score: that it was chosen by.
+        kernel_init: of all heads of the layer, or of ``heads`` in their order.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -65,12 +78,6 @@ class LayerPlan(BaseModel):
     def _heads_are_distinct(self) -> LayerPlan:
         if self.heads is not None and (not self.heads or len(set(self.heads)) != len(self.heads)):
             raise ValueError(f"heads={self.heads} of {self.name} must be distinct and at least one")
-        init = self.kernel_init
-        if init is not None and self.heads is not None and len(init.kernel) != len(self.heads):
-            raise ValueError(
-                f"kernel_init of {self.name} covers {len(init.kernel)} heads, heads lists "
-                f"{self.heads}"
-            )
         return self
 
 
@@ -157,9 +164,13 @@ class Plan(BaseModel):
         """
         try:
             data = parse_json(text)
+        except UnicodeDecodeError:
+            raise PlanError(
+                f"{source} is no text. A plan is a JSON file, written by dwattn.select (dwattn select) from the scores."
+            ) from None
         except ValueError as error:
             raise PlanError(
-                f"{source} is not valid JSON: {error}. Write it again with Plan.save()."
+                f"{source} is not valid JSON: {error}. Correct it, or select again (dwattn.select, dwattn select)."
             ) from None
         if not isinstance(data, dict) or data.get("kind") != "dwattn-plan":
             raise PlanError(f"{source} is not a dwattn plan: its 'kind' must be 'dwattn-plan'.")

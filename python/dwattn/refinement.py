@@ -70,14 +70,16 @@ class Refinement(Printed):
 
     def table(self) -> Table:
         """The sets that were tried."""
-        table = Table(title=f"{len(self.drift)} sets of {len(self.blocks)} blocks, best first")
+        sets = f"{len(self.drift)} set{'s' if len(self.drift) > 1 else ''} of {len(self.blocks)}"
+        title = f"{sets} block{'s' if len(self.blocks) > 1 else ''}, best first"
+        table = Table(title=title, min_width=len(title))
         table.add_column("blocks")
         table.add_column("drift", justify="right")
         table.add_column("")
         for blocks, apart in sorted(self.drift.items(), key=lambda pair: pair[1]):
             mark = "chosen" if blocks == self.blocks else ""
             mark += " lowest scores" if blocks == self.start else ""
-            table.add_row(", ".join(map(str, blocks)), f"{apart:.4f}", mark.strip())
+            table.add_row(", ".join(map(str, blocks)), f"{apart:.3g}", mark.strip())
         return table
 
 

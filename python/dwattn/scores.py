@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -277,8 +276,8 @@ def check_criterion(criterion: str) -> str:
 def _known(value: float | None, layer: LayerScore, criterion: str) -> float:
     if value is None:
         raise ScoreError(
-            f"{layer.name} has no {criterion} score: the model was scored with residual=False. "
-            "Score it again, or select with criterion='variance'."
+            f"{layer.name} has no {criterion} score: the model was scored with residual=False "
+            "(--no-residual). Score it again, or select with criterion='variance' (--criterion variance)."
         )
     if value != value or value in (float("inf"), float("-inf")):
         raise ScoreError(
@@ -320,7 +319,7 @@ def _read(path: Path) -> tuple[_Header, Mapping[str, Tensor]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise ScoreError(
-            f"There is no scores file {str(path)!r}; write one with Scores.save()."
+            f"There is no scores file {str(path)!r}; write one with Scores.save() (dwattn score)."
         ) from None
     except (OSError, SafetensorError) as error:
         raise ScoreError(
@@ -331,7 +330,9 @@ def _read(path: Path) -> tuple[_Header, Mapping[str, Tensor]]:
     except ValueError:
         data = None
     if not isinstance(data, dict) or data.get("kind") != "dwattn-scores":
-        raise ScoreError(f"{str(path)!r} holds no dwattn scores; write them with Scores.save().")
+        raise ScoreError(
+            f"{str(path)!r} holds no dwattn scores; write them with Scores.save() (dwattn score)."
+        )
     if data.get("schema_version") != 1:
         raise ScoreError(
             f"{str(path)!r} has schema_version={data.get('schema_version')!r}, this dwattn reads "
@@ -391,13 +392,6 @@ def _layer(
         block_residual_plain=entry.block_residual_plain,
         **found,  # type: ignore[arg-type]
     )
-
-
-def iter_heads(scores: Scores, criterion: str) -> Iterator[tuple[float, int, int, LayerScore]]:
-    """``(score, block, head, layer)`` of every scored head."""
-    for layer in scores.layers:
-        for head, value in enumerate(head_scores(layer, criterion)):
-            yield value, layer.block, head, layer
 
 
 def map_statistics(mean: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -369,9 +369,9 @@ class ScoringRun:
         budget = sum(sizes) if self.memory_budget is None else self.memory_budget
         if max(sizes) > budget:
             raise ScoreError(
-                f"memory_budget={budget} bytes is less than the {max(sizes)} bytes that the "
-                f"statistics of one layer of {tokens} tokens need. Raise it, or score smaller "
-                "images."
+                f"memory_budget={budget} bytes (--memory-budget {budget / 2**20:.3g} in MB) is less than the {max(sizes)} "
+                f"bytes ({max(sizes) / 2**20:.1f} MB) that the statistics of one layer of {tokens} tokens need. Raise it, "
+                "or score smaller images."
             )
         groups: list[list[LayerRun]] = [[]]
         used = 0

@@ -85,7 +85,7 @@ def close_call(
 ) -> tuple[LayerScore, LayerScore] | None:
     """The last of ``blocks`` chosen and the first that is not, where their scores say little about which to take.
 
-    :func:`dwattn.refine` with ``width=1`` tries both.
+    :func:`dwattn.refine` with ``width=1`` and the same criterion tries both.
 
     Raises:
         ScoreError: an unknown criterion, or scores that are missing or NaN.
@@ -202,7 +202,7 @@ def _blocks_for(
     raise PlanError(
         f"target_speedup={target} cannot be reached: replacing all {len(ranked)} layers is "
         f"estimated to give {best:.2f}x on this machine ({latency.describe()}). Ask for less, or "
-        "use a narrower variant."
+        "time a narrower variant: measure_latency(model, variant='lowrank_dw') (--variant)."
     )
 
 

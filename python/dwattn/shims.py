@@ -12,7 +12,7 @@ from dwattn.errors import DwattnError, PlanError
 from dwattn.fingerprint import Fingerprint, LayerPrint, relative_name
 from dwattn.initial import KERNEL_INITS, gaussian_init, mean_init
 from dwattn.numeric import is_number, is_whole
-from dwattn.plan import LayerPlan, Plan
+from dwattn.plan import KernelInit, LayerPlan, Plan
 from dwattn.projections import AttentionWeights
 from dwattn.token_grid import Grid, GridSource
 from dwattn.variants import REPLACEMENTS, build_replacement
@@ -36,12 +36,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Target:
-    """One layer of the plan, found in the model; ``heads`` is None when all are replaced."""
+    """One layer of the plan, found in the model.
+
+    Args:
+        heads: that are replaced; None for all of them.
+        init: of the replaced heads in ascending order, None where the plan has no maps.
+    """
 
     site: BlockSite
     weights: AttentionWeights
-    entry: LayerPlan
     heads: list[int] | None
+    init: KernelInit | None
 
 
 def check_rank(rank: Rank | None, variant: str, calibrated: bool) -> Rank | None:
@@ -57,7 +62,7 @@ def check_rank(rank: Rank | None, variant: str, calibrated: bool) -> Rank | None
             raise DwattnError(f"rank={rank!r} must have one key, as in rank={{'fidelity': 0.95}}.")
         if not calibrated:
             raise DwattnError(
-                f"rank={rank!r} is met by calibration: pass calibrate=images, or give a width."
+                f"rank={rank!r} is met by calibration: pass calibrate=images (--calibrate DIR), or give a width."
             )
         return rank
     if not is_number(rank) or rank <= 0:
@@ -159,17 +164,29 @@ def _target(site: BlockSite, entry: LayerPlan, num_prefix: int) -> Target:
             f"The plan lists heads {heads} of {entry.name}, which has heads 0 to "
             f"{weights.num_heads - 1}."
         )
+    whole = heads is None or len(heads) == weights.num_heads
+    return Target(
+        site, weights, None if whole else heads, _initial(entry, weights.num_heads, num_prefix)
+    )
+
+
+def _initial(entry: LayerPlan, num_heads: int, num_prefix: int) -> KernelInit | None:
+    """The plan's maps of the replaced heads, in ascending order of the heads."""
     init = entry.kernel_init
-    planned = weights.num_heads if heads is None else len(heads)
-    if init is not None and (
-        len(init.kernel) != planned or any(len(p) != num_prefix for p in init.prefix)
-    ):
+    if init is None:
+        return None
+    heads = list(range(num_heads)) if entry.heads is None else entry.heads
+    count, prefix = len(init.kernel), {len(masses) for masses in init.prefix}
+    if count not in (len(heads), num_heads) or prefix != {num_prefix}:
+        wanted = f"all {num_heads} heads"
+        if len(heads) < num_heads:
+            wanted = f"the {len(heads)} listed heads {heads}, or {wanted},"
         raise PlanError(
-            f"kernel_init of {entry.name} must cover {planned} heads with {num_prefix} prefix "
-            f"tokens each; it covers "
-            f"{len(init.kernel)} heads with {sorted({len(p) for p in init.prefix})}."
+            f"kernel_init of {entry.name} must cover {wanted} with {num_prefix} prefix tokens each; it covers "
+            f"{count} heads with {sorted(prefix)}. Correct it, or take it out of the plan."
         )
-    return Target(site, weights, entry, None if planned == weights.num_heads else heads)
+    order = sorted(range(len(heads)), key=heads.__getitem__)
+    return init.of(order if count == len(heads) else [heads[row] for row in order])
 
 
 def build_target(
@@ -194,8 +211,8 @@ def build_target(
         target.heads,
         _choices(target, options),
     )
-    if options.kernel_init == "mean-attention" and target.entry.kernel_init is not None:
-        mean_init(shim.layer, target.entry.kernel_init, target.entry.heads)
+    if options.kernel_init == "mean-attention" and target.init is not None:
+        mean_init(shim.layer, target.init)
     else:
         gaussian_init(shim.layer, options.seed * len(layout.blocks) + block)
     finish(shim, target.site, source)

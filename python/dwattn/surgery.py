@@ -76,11 +76,10 @@ def replace(
             need ``dw``.
         rank: of ``lowrank_dw``: a width, a fraction of C (0.25), or ``{"fidelity": 0.95}``, which
             only calibration can meet. Default C / 4.
-        calibrate: images from which the weights are fitted in closed form, see
-            :mod:`dwattn.calibration`; its options (``batch_size=``, ``views=``, ...) are passed on.
+        calibrate: images from which the weights are fitted in closed form.
         dry_run: change nothing, and list refused layers instead of raising.
-        prefix: what prefix tokens get: ``exact``, ``static`` or ``drop`` (see
-            :mod:`dwattn.prefix`).
+        prefix: what prefix tokens get: ``exact`` softmax attention, ``static`` coefficients of their own value
+            and the patches' mean, or ``drop`` (models without prefix tokens).
         context: whether the terms kappa, mu and beta exist; default yes, for ``spvit`` no.
         dynamic_grid: take the patch grid from the images at run time instead of fixing it.
         grid: the patch grid ``(H, W)`` to fix, where it is not that of the model's configured image
@@ -90,6 +89,8 @@ def replace(
         allow_stale: accept a plan made for other weights of the same architecture.
         seed: of the Gaussian initialisation and of calibration.
         progress: show a progress bar while calibrating.
+        calibration_options: fields of :class:`dwattn.calibration.CalibrationOptions` (``refit=``, ``views=``,
+            ``photos=``, ``batch_size=``, ...).
 
     Returns:
         A table of what was replaced and what is refused and why.

@@ -27,13 +27,20 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"There is no weights file {path}.")
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         try:
-            return load_file(path)
+            with safe_open(str(path), framework="pt") as file:
+                written_here = "dwattn" in (file.metadata() or {})
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is not a complete safetensors file: {error}.") from error
+        if written_here:
+            raise CheckpointError(
+                f"{path} was written by dwattn: it holds a converted model, or scores, and not the weights of an "
+                "original one. Load a converted model with dwattn.load(model, path), or name it as STUDENT behind MODEL."
+            )
+        return tensors
     if path.suffix not in _PICKLED:
         raise CheckpointError(
             f"{path} has the ending {path.suffix or '(none)'!r}; weights are read from "

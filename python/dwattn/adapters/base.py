@@ -266,6 +266,17 @@ class BackboneLayout:
     padded: bool = False
     raster_order: tuple[nn.Module, RasterOverride] | None = None
 
+    @property
+    def patch_convolution(self) -> nn.Conv2d | None:
+        """The convolution that makes patches of pixels, where the model has one."""
+        return next((m for m in self.patch_embed.modules() if isinstance(m, nn.Conv2d)), None)
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images that the patch embedding takes."""
+        convolution = self.patch_convolution
+        return 3 if convolution is None else convolution.in_channels
+
     @contextlib.contextmanager
     def in_raster_order(self) -> Iterator[None]:
         """Hold the patches in row-major order while the model is observed; a no-op for nearly every

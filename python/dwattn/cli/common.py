@@ -7,11 +7,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import re
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ import typer
 from rich.console import Console
 
 from dwattn.errors import DataError, DwattnError
+from dwattn.files import stopped_in_order
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +34,6 @@ R = TypeVar("R")
 PIPED_WIDTH = 160
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
 
 # Built at each call, so that they follow a redirected sys.stdout and sys.stderr.
 
@@ -60,7 +59,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            with _stopped_in_order(), warnings.catch_warnings():
+            with stopped_in_order(), warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 return function(*args, **kwargs)
         except DwattnError as error:
@@ -72,32 +71,6 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(EXIT_INTERRUPTED) from interrupt
 
     return guarded
-
-
-@contextlib.contextmanager
-def _stopped_in_order() -> Iterator[None]:
-    """SIGTERM unwinds the stack, as Ctrl-C does, instead of ending the process on the spot."""
-
-    came = False
-
-    def stop(*_: object) -> None:
-        nonlocal came
-        came = True
-        raise SystemExit(EXIT_TERMINATED)
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except Exception as error:
-        if came:  # a library has made an error of its own out of the exit
-            raise SystemExit(EXIT_TERMINATED) from error
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
@@ -162,14 +135,16 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def parse_triple(text: str) -> tuple[float, float, float]:
-    """Three numbers, ``0.485,0.456,0.406``."""
+def parse_triple(text: str, option: str) -> tuple[float, float, float]:
+    """Three finite numbers, ``0.485,0.456,0.406``; of ``--std`` above 0."""
     try:
         numbers = [float(item) for item in text.split(",")]
     except ValueError:
         numbers = []
-    if len(numbers) != 3:
-        raise typer.BadParameter(f"{text!r} is not three numbers such as 0.485,0.456,0.406.")
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)):
+        raise typer.BadParameter(f"{option} {text} is not three numbers such as 0.485,0.456,0.406.")
+    if option == "--std" and min(numbers) <= 0:
+        raise typer.BadParameter(f"--std {text} divides the pixels: its numbers must be above 0.")
     return numbers[0], numbers[1], numbers[2]
 
 
@@ -203,8 +178,8 @@ def normalisation(model: nn.Module, spec: str, mean: str | None, std: str | None
     if mean is None and std is None:
         return found
     return Preprocessing(
-        parse_triple(mean) if mean else found.mean,
-        parse_triple(std) if std else found.std,
+        parse_triple(mean, "--mean") if mean else found.mean,
+        parse_triple(std, "--std") if std else found.std,
         "options",
     )
 
@@ -240,10 +215,13 @@ def read_images(
         raise DataError(f"There is no folder {folder} to read images from.")
     pixels = image_size(model, size)
     norm = normalisation(model, spec, mean, std)
-    note(f"Images from {folder} at {pixels[0]} x {pixels[1]}, normalised with {norm.source}.")
-    return image_folder(
+    images = image_folder(
         folder, pixels, norm.mean, norm.std, batch_size=batch_size, limit=num_images
     )
+    note(
+        f"{len(images.files)} images from {folder} at {pixels[0]} x {pixels[1]}, normalised with {norm.source}."
+    )
+    return images
 
 
 def parse_rank(text: str | None) -> int | float | dict[str, float] | None:
@@ -306,5 +284,7 @@ ProgressOption = Annotated[
 VariantOption = Annotated[str, typer.Option(help="dw, lowrank_dw, conv, ens_dw or spvit.")]
 RankOption = Annotated[
     str | None,
-    typer.Option(help="lowrank_dw: inner width (96), share of C (0.25), or fidelity=0.95."),
+    typer.Option(
+        help="lowrank_dw: inner width (96), share of C (0.25), or fidelity=0.95; default: C/4."
+    ),
 ]

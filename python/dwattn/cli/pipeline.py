@@ -37,6 +37,9 @@ from dwattn.cli.common import (
 from dwattn.errors import DwattnError
 from dwattn.files import require_writable
 
+#: Fewer calibration photos than this say little about other photos.
+FEW_PHOTOS = 32
+
 
 @command
 def score(
@@ -108,6 +111,10 @@ def select(
     model: Annotated[
         str | None, typer.Option(help="Model to time on this machine, for --target-speedup.")
     ] = None,
+    variant: Annotated[
+        str, typer.Option(help="What to time for --target-speedup: dw, lowrank_dw, ...")
+    ] = "dw",
+    rank: RankOption = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Plan to write.")] = Path("plan.json"),
     as_json: JsonOption = False,
 ) -> None:
@@ -125,27 +132,28 @@ def select(
         )
         if value is not None
     ]
-    if len(given) != 1:
+    if len(given) > 1 or (not given and order is None):
         raise typer.BadParameter(
-            f"Give exactly one of --blocks, --heads and --target-speedup; "
+            "Give exactly one of --blocks, --heads and --target-speedup, or --order alone; "
             f"got {', '.join(given) or 'none'}."
         )
     if target_speedup is not None and model is None:
         raise typer.BadParameter("--target-speedup times the model; name it with --model.")
+    if target_speedup is None and (variant != "dw" or rank is not None):
+        raise typer.BadParameter("--variant and --rank say what --target-speedup times.")
     require_writable(out, DwattnError)
-    timed = None
-    if target_speedup is not None and model is not None:
-        timed = read_model(model, None, "cpu", pretrained=False)
     measured = dwattn.Scores.load(scores)
+    ranking = _parse_order(order)
+    latency = None
+    if target_speedup is not None and model is not None:
+        from dwattn.latency import measure_latency
+
+        timed = read_model(model, None, "cpu", pretrained=False)
+        latency = measure_latency(timed, grid=measured.grid, variant=variant, rank=parse_rank(rank))
     plan = dwattn.select(
-        measured,
-        blocks=blocks,
-        heads=heads,
-        target_speedup=target_speedup,
-        criterion=criterion,
-        order=_parse_order(order),
-        model=timed,
-    )
+        measured, blocks=blocks, heads=heads, target_speedup=target_speedup, criterion=criterion,
+        order=ranking, latency=latency,
+    )  # fmt: skip
     plan.save(out)
     emit(json.loads(plan.to_json()) if as_json else _plan_table(plan), as_json)
     note(f"Wrote {out}.")
@@ -161,7 +169,7 @@ def _note_close_call(scores: Any, blocks: int, criterion: str) -> None:
         last, left = close
         note(
             f"Block {last.block} is chosen and block {left.block} is not, though they score nearly the same: "
-            "dwattn refine --width 1 tries both."
+            f"dwattn refine --width 1 --criterion {criterion} tries both."
         )
 
 
@@ -247,6 +255,11 @@ def replace(
     data = None
     if calibrate is not None and not dry_run:
         data = read_images(loaded, model, calibrate, size, mean, std, batch_size or 16, num_images)
+        if len(data.files) < FEW_PHOTOS:
+            note(
+                f"Note: {len(data.files)} images are few to fit weights on; about a hundred of many scenes make a "
+                "student that keeps its quality on others."
+            )
     options = {} if dynamic_grid else grid_option(loaded, size)
     if data is not None:
         options.update(batch_size=batch_size, amp=amp)
@@ -346,7 +359,9 @@ def export(
 def _plan_table(plan: Any) -> Any:
     from rich.table import Table
 
-    table = Table(title=f"Plan for {plan.model.family}, by {plan.criterion}", title_justify="left")
+    by = "in your own order" if plan.criterion == "manual" else f"by {plan.criterion}"
+    title = f"Plan for {plan.model.family}, {by}"
+    table = Table(title=title, title_justify="left", min_width=len(title))
     table.add_column("layer")
     table.add_column("heads")
     table.add_column("score", justify="right")

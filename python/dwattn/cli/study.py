@@ -14,6 +14,7 @@ from dwattn.cli.common import (
     JsonOption,
     MeanOption,
     ModelArgument,
+    ProgressOption,
     SizeOption,
     StdOption,
     WeightsOption,
@@ -67,7 +68,7 @@ def study(
     batch_size: BatchOption = 16,
     lr: Annotated[float, typer.Option(help="paper: peak learning rate.")] = 2e-5,
     seeds: Annotated[int, typer.Option(min=1, help="paper: number of seeds.")] = 3,
-    colour: Annotated[float, typer.Option(help="Colour jitter, 0 to 1.")] = 0.0,
+    colour: Annotated[float, typer.Option(help="Colour jitter, from 0 to below 1.")] = 0.0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the runs that are left, and stop.")
     ] = False,
@@ -80,7 +81,7 @@ def study(
     std: StdOption = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: what is there.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
-    progress: Annotated[bool, typer.Option("--progress/--no-progress")] = True,
+    progress: ProgressOption = True,
     as_json: JsonOption = False,
 ) -> None:
     """Compare variants, selections and recipes on a task, over several seeds, as a grid says."""
@@ -139,8 +140,9 @@ def _plan(grid: Grid, only: list[str] | None, out: Path, one: Estimate, as_json:
         emit({"left": names, "runs": len(cells), "seconds": seconds, "memory": one.memory}, True)
     else:
         print(*names, sep="\n")
+    time = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
     note(
-        f"{len(left)} of {len(cells)} runs are left: about {seconds / 3600:.1f} h of training, {one.memory / 2**20:.0f} MiB."
+        f"{len(left)} of {len(cells)} runs are left: about {time} of training, {one.memory / 2**20:.0f} MiB."
     )
 
 

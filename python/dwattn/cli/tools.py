@@ -18,7 +18,7 @@ def demo(
     ] = Path("dwattn-demo"),
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Fewer photos and settings: a minute instead of minutes."),
+        typer.Option("--quick", help="Fewer photos and settings: a few minutes instead of many."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -14,6 +14,7 @@ from dwattn.cli.common import (
     JsonOption,
     MeanOption,
     ModelArgument,
+    ProgressOption,
     SizeOption,
     StdOption,
     WeightsOption,
@@ -28,13 +29,14 @@ from dwattn.errors import CheckpointError, TrainingError
 if TYPE_CHECKING:
     from torch import nn
 
-    from dwattn.finetune import Recipe, Task, Views
+    from dwattn.finetune import Recipe, Task, TrainingResult, Views
 
 TASKS = ("distill", "classify", "segment")
 
 
 @command
 def finetune(
+    context: typer.Context,
     model: ModelArgument,
     student: Annotated[
         Path | None,
@@ -106,7 +108,7 @@ def finetune(
     cache: Annotated[
         int, typer.Option(min=0, metavar="MB", help="distill: memory for the original's features.")
     ] = 0,
-    colour: Annotated[float, typer.Option(help="Colour jitter, 0 to 1.")] = 0.0,
+    colour: Annotated[float, typer.Option(help="Colour jitter, from 0 to below 1.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     size: SizeOption = None,
     weights: WeightsOption = None,
@@ -121,11 +123,11 @@ def finetune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Measure time and memory of a run, and stop.")
     ] = False,
-    progress: Annotated[bool, typer.Option("--progress/--no-progress")] = True,
+    progress: ProgressOption = True,
     as_json: JsonOption = False,
 ) -> None:
     """Recover accuracy by training: from the original without labels, or for a task."""
-    from dwattn.finetune import Augment, Distillation, Recipe, Targets, Trainer, estimate
+    from dwattn.finetune import Augment, Distillation, Targets, Trainer, estimate
 
     check_usage(task, student, masks, classes, test_images, test_masks, steps, epochs, minutes)
     if split and task == "distill":
@@ -135,50 +137,38 @@ def finetune(
         targets = Targets(
             features=features, blocks=blocks, output=output, output_loss=cast(Any, output_loss)
         )
-    original, trained = _models(model, student, weights, wants_teacher=task == "distill")
+    original, trained = _models(model, student, weights, wants_teacher=targets is not None)
     pixels = image_size(trained, size)
     norm = normalisation(trained, model, mean, std)
     note(f"Images from {images} at {pixels[0]} x {pixels[1]}, normalised with {norm.source}.")
     folder = Folders(task, pixels, norm.mean, norm.std, classes, seed)
     data = folder.read(images, masks, Augment(colour=colour))
     tested = None if test_images is None else folder.read(test_images, test_masks, None)
-    if task == "distill":
-        module: nn.Module = Distillation(trained, original, targets=targets, cache=cache * 2**20)
+    module: nn.Module
+    if targets is not None:
+        module = Distillation(trained, original, targets=targets, cache=cache * 2**20)
     else:
         module = build_task(task, trained, folder, pool, split, seed)
-    recipe = _resumed(out) if resume else None
+    if weight_decay is None:
+        weight_decay = 0.05 if targets is None else 0.0
+    options: dict[str, Any] = {
+        "batch_size": batch_size, "micro_batch": micro_batch, "lr": lr, "kernel_lr": kernel_lr,
+        "weight_decay": weight_decay, "warmup": warmup, "train": train, "ema": ema, "amp": amp,
+        "views": views, "seed": seed,
+    }  # fmt: skip
+    recipe = _resumed(out, context, options, steps, epochs, len(data)) if resume else None
     if recipe is None:
-        decay = weight_decay if weight_decay is not None else (0.0 if task == "distill" else 0.05)
-        recipe = Recipe.of(
-            steps=steps or 1, batch_size=batch_size, micro_batch=micro_batch, lr=lr,
-            kernel_lr=kernel_lr, weight_decay=decay, warmup=warmup, train=train, ema=ema, amp=amp,
-            views=views, seed=seed,
-        )  # fmt: skip
-        recipe = recipe.but(steps=_steps(steps, epochs, minutes, module, data, recipe, device))
+        recipe = _recipe(options, steps, epochs, minutes, module, data, device)
     if dry_run:
-        found = estimate(module, data, recipe, device=device)
-        emit(found, as_json)
+        emit(estimate(module, data, recipe, device=device), as_json)
         return
     trainer = Trainer(
         module, data, recipe, folder=out, save_minutes=save_minutes, device=device,
         workers=workers, progress=progress,
     )  # fmt: skip
     result = trainer.fit(resume=resume)
-    if not trainer.main:
-        return
-    written = _write(out, module, trained)
-    measured = {} if tested is None else _measure(module, tested)
-    for text in result.notes:
-        note(f"Note: {text}")
-    emit(
-        {**result.to_dict(), "recipe": recipe.model_dump(), "test": measured}, True
-    ) if as_json else None
-    for name, value in measured.items():
-        note(f"{name}: {value:.4f}")
-    note(
-        f"{result.steps} steps in {result.seconds / 60:.1f} min, loss {result.losses['loss']:.4g}."
-    )
-    note(f"Wrote {', '.join(str(path) for path in written)}.")
+    if trainer.main:
+        _finish(out, module, trained, tested, result, recipe, as_json)
 
 
 def check_usage(
@@ -268,36 +258,90 @@ def build_task(
     return segmenter(trained, folder.classes, split=split, seed=seed)
 
 
-def _resumed(out: Path) -> Recipe | None:
+def _resumed(
+    out: Path,
+    context: typer.Context,
+    options: dict[str, Any],
+    steps: int | None,
+    epochs: float | None,
+    images: int,
+) -> Recipe | None:
+    """The recipe of the run in ``out``, which options that were typed must not contradict."""
+    from dwattn.finetune import steps_for
     from dwattn.finetune.state import read_progress
 
     progress = read_progress(out)
-    return None if progress is None else progress.recipe
+    if progress is None:
+        return None
+    recipe = progress.recipe
+    typed = {key: value for key, value in options.items() if _is_typed(context, key)}
+    if epochs is not None:
+        steps = steps_for(epochs, images, typed.get("batch_size", recipe.batch_size))
+    if steps is not None:
+        typed["steps"] = steps
+    different = recipe.differences(recipe.but(**typed))
+    if different:
+        raise typer.BadParameter(
+            f"--resume goes on with the recipe of the run in {out}, and the options say {different}. Leave them out, "
+            "or begin another run in another --out."
+        )
+    return recipe
 
 
-def _steps(
+def _is_typed(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _recipe(
+    options: dict[str, Any],
     steps: int | None,
     epochs: float | None,
     minutes: float | None,
     module: nn.Module,
     data: Views,
-    recipe: Recipe,
     device: str | None,
-) -> int:
-    from dwattn.finetune import estimate, steps_for
+) -> Recipe:
+    """The recipe of a new run; ``minutes`` are measured."""
+    from dwattn.finetune import Recipe, estimate, steps_for
 
+    recipe = Recipe.of(steps=steps or 1, **options)
     if steps is not None:
-        return steps
-    if minutes is not None:
-        if minutes <= 0:
-            raise TrainingError(f"--minutes {minutes} must be above 0.")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise TrainingError(
-                "--minutes is measured by each process on its own; with several give --steps or --epochs."
-            )
-        measured = estimate(module, data, recipe, device=device)
-        return max(1, int(60 * minutes / measured.seconds_per_step))
-    return steps_for(10 if epochs is None else epochs, len(data), recipe.batch_size)
+        return recipe
+    if minutes is None:
+        return recipe.but(steps=steps_for(10 if epochs is None else epochs, len(data), recipe.batch_size))  # fmt: skip
+    if minutes <= 0:
+        raise TrainingError(f"--minutes {minutes} must be above 0.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainingError(
+            "--minutes is measured by each process on its own; with several give --steps or --epochs."
+        )
+    measured = estimate(module, data, recipe, device=device)
+    return recipe.but(steps=max(1, int(60 * minutes / measured.seconds_per_step)))
+
+
+def _finish(
+    out: Path,
+    module: nn.Module,
+    trained: nn.Module,
+    tested: Views | None,
+    result: TrainingResult,
+    recipe: Recipe,
+    as_json: bool,
+) -> None:
+    """Write what was trained, measure it, and say so."""
+    written = _write(out, module, trained)
+    measured = {} if tested is None else _measure(module, tested)
+    for text in result.notes:
+        note(f"Note: {text}")
+    if as_json:
+        emit({**result.to_dict(), "recipe": recipe.model_dump(), "test": measured}, True)
+    for name, value in measured.items():
+        note(f"{name}: {value:.4f}")
+    note(
+        f"{result.steps} steps in {result.seconds / 60:.1f} min, loss {result.losses['loss']:.4g}."
+    )
+    note(f"Wrote {', '.join(str(path) for path in written)}.")
 
 
 def _write(out: Path, module: nn.Module, trained: nn.Module) -> list[Path]:

@@ -178,8 +178,8 @@ def shape_profile(
     Raises:
         DeployError: an open dimension without a range, or a range for what is fixed.
     """
-    batches = Range.parse(batch or "1", "--batch")
-    sizes = Range.parse(size, "--size").pair() if size else None
+    batches = Range.parse("1" if batch is None else batch, "--batch")
+    sizes = None if size is None else Range.parse(size, "--size").pair()
     profile: Profile = {}
     for name, shape in inputs.items():
         for axis, extent in enumerate(shape):
@@ -203,23 +203,25 @@ def shape_profile(
                     wanted[axis] = getattr(sizes, which)[axis - 2]
             shapes.append(wanted)
         profile[name] = shapes
-    _refuse_unused(inputs, batch, size, batches)
+    _refuse_unused(inputs, None if batch is None else batches, sizes)
     return profile
 
 
 def _refuse_unused(
-    inputs: dict[str, tuple[int, ...]], batch: str | None, size: str | None, batches: Range
+    inputs: dict[str, tuple[int, ...]], batches: Range | None, sizes: Range | None
 ) -> None:
+    """A range for what is fixed must be what it is fixed at."""
     described = ", ".join(f"{name} {list(shape)}" for name, shape in inputs.items())
-    if size and not any(len(shape) == 4 and -1 in shape[2:] for shape in inputs.values()):
+    images = [shape[2:] for shape in inputs.values() if len(shape) == 4]
+    if sizes and not any(-1 in image for image in images) and set(images) != sizes.values:
         raise DeployError(
-            f"--size {size}, but the image size of this model is fixed: {described}. Export it "
+            f"--size {sizes}, but the image size of this model is fixed: {described}. Export it "
             "with --dynamic-size, or leave --size out."
         )
-    fixed = {shape[0] for shape in inputs.values() if shape and shape[0] != -1}
-    if batch and fixed and fixed != set(batches.smallest + batches.usual + batches.largest):
+    fixed = {shape[:1] for shape in inputs.values() if shape and shape[0] != -1}
+    if batches and fixed and fixed != batches.values:
         raise DeployError(
-            f"--batch {batch}, but the batch of this model is fixed: {described}. Export it "
+            f"--batch {batches}, but the batch of this model is fixed: {described}. Export it "
             "without --static-batch, or leave --batch out."
         )
 
@@ -247,40 +249,45 @@ def _serialize(
     with _interruptible() as interrupted, progress("Building the engine", shown) as report:
         config.progress_monitor = make_monitor(runtime.trt, report, interrupted)
         serialized = builder.build_serialized_network(network, config)
-        if interrupted():
-            raise KeyboardInterrupt
+        stop = interrupted()
+    if stop is not None:
+        signal.raise_signal(stop)  # to the handler that it was meant for
     if serialized is None:
         raise runtime.failure(f"No engine could be built from {options.onnx}")
     return bytes(serialized)
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed: an exception must not pass through TensorRT's C++.
+def _interruptible() -> Iterator[Callable[[], signal.Signals | None]]:
+    """Whether Ctrl-C was pressed, or SIGTERM came: an exception must not pass through TensorRT's C++.
 
     TensorRT may ask from a thread of its own while the main thread, which alone runs Python's
     handlers, waits for it; the interpreter's wake-up file is written to at once.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: None
         return
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     os.set_blocking(writing, False)
-    pressed = False
+    came: signal.Signals | None = None
 
-    def interrupted() -> bool:
-        nonlocal pressed
+    def interrupted() -> signal.Signals | None:
+        nonlocal came
         with contextlib.suppress(BlockingIOError):
-            pressed = pressed or signal.SIGINT in os.read(reading, 4096)
-        return pressed
+            read = os.read(reading, 4096)
+            came = came or next((which for which in taken if which in read), None)
+        return came
 
-    handler = signal.signal(signal.SIGINT, lambda *_: None)
+    # One without a handler in Python ends the process, also from within C++.
+    taken = [s for s in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(s))]
+    handlers = {which: signal.signal(which, lambda *_: None) for which in taken}
     file = signal.set_wakeup_fd(writing)
     try:
         yield interrupted
     finally:
         signal.set_wakeup_fd(file)
-        signal.signal(signal.SIGINT, handler)
+        for which, handler in handlers.items():
+            signal.signal(which, handler)
         os.close(reading)
         os.close(writing)

@@ -1,7 +1,7 @@
 """``dwattn-deploy``, and the commands of the same names in ``dwattn``.
 
 argparse, because a Jetson's system Python has it. Exit codes: 0 done, 1 an error in one sentence,
-2 wrong usage, 130 interrupted.
+2 wrong usage, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from dwattn.deploy.options import RUNTIMES, BuildOptions, Range
 from dwattn.deploy.protocol import ITERATIONS, WARMUP
 from dwattn.errors import DwattnError
+from dwattn.files import stopped_in_order
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -33,9 +34,9 @@ SUMMARIES = {
 
 def main(arguments: Sequence[str] | None = None, program: str = "dwattn-deploy") -> int:
     """Run a command; the exit code."""
-    parsed = _parser(program).parse_args(arguments)
+    parsed = _parsed(arguments, program)
     try:
-        with notes():
+        with stopped_in_order(), notes():
             return int(_RUN[parsed.command](parsed))
     except DwattnError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -59,7 +60,7 @@ def script() -> None:
     sys.exit(main())
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
+def _parsed(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         program, description="Build, measure and verify TensorRT engines on a device."
     )
@@ -77,7 +78,10 @@ def _parser(program: str) -> argparse.ArgumentParser:
         command.add_argument(
             "--json", action="store_true", help="print the result as JSON and nothing else"
         )
-    return parser
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:  # argparse itself would show the usage of the program, not of the command
+        added[parsed.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return parsed
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +93,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 def _add_build_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runtime", choices=list(RUNTIMES), default="tensorrt",
-        help="tensorrt-rtx builds without a GPU",
+        help="tensorrt-rtx builds without a GPU; default %(default)s",
     )  # fmt: skip
     parser.add_argument(
         "--fp16", action="store_true",
@@ -97,7 +101,9 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     _add_plugin(parser)
     parser.add_argument("--timing-cache", metavar="FILE", help="kernel times of earlier builds")
-    parser.add_argument("--workspace", type=int, metavar="MIB", help="most scratch memory")
+    parser.add_argument(
+        "--workspace", type=int, metavar="MIB", help="most scratch memory; default: all"
+    )
     parser.add_argument("--batch", metavar="MIN:OPT:MAX", help="images, or one number; default 1")
     parser.add_argument("--size", metavar="MIN:OPT:MAX", help="pixels of a dynamic image size")
     parser.add_argument("--verbose", action="store_true", help="all that TensorRT says")
@@ -108,12 +114,18 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", metavar="FILE", help="baseline, measured in turns with it")
     parser.add_argument(
         "--provider", choices=["tensorrt", "cpu"], default="tensorrt",
-        help="cpu: onnxruntime on one pinned core",
+        help="cpu: onnxruntime on one pinned core; default %(default)s",
     )  # fmt: skip
     _add_protocol(parser)
     _add_shape(parser)
     _add_plugin(parser)
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the cpu provider")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of the cpu provider; default %(default)s",
+    )
     parser.add_argument(
         "--core", type=int, metavar="N",
         help="CPU core to pin to; default the last allowed one; -1: do not pin",
@@ -132,14 +144,18 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("native", metavar="NATIVE.ONNX")
     parser.add_argument("plugin_model", metavar="PLUGIN.ONNX")
-    parser.add_argument("-o", "--out", metavar="DIR", default="compare", help="for the engines")
+    parser.add_argument(
+        "-o", "--out", metavar="DIR", default="compare", help="for the engines; default %(default)s"
+    )
     _add_build_options(parser)
     _add_protocol(parser)
 
 
 def _add_golden(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="M.ONNX", help="native or function lowering")
-    parser.add_argument("-o", "--out", metavar="DIR", default="golden", help="folder to write")
+    parser.add_argument(
+        "-o", "--out", metavar="DIR", default="golden", help="folder to write; default %(default)s"
+    )
     _add_shape(parser)
 
 
@@ -148,8 +164,16 @@ def _add_plugin(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_protocol(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--iterations", type=int, default=ITERATIONS, metavar="N")
-    parser.add_argument("--warmup", type=int, default=WARMUP, metavar="N", help="calls before")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=ITERATIONS,
+        metavar="N",
+        help="calls that are timed; default %(default)s",
+    )
+    parser.add_argument(
+        "--warmup", type=int, default=WARMUP, metavar="N", help="calls before; default %(default)s"
+    )
 
 
 def _add_shape(parser: argparse.ArgumentParser) -> None:

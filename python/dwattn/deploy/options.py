@@ -16,7 +16,8 @@ RUNTIMES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 PLUGIN_VARIABLE = "DWATTN_TRT_PLUGIN"
 #: Where a build of the whole package puts it.
 PACKAGED_PLUGIN = Path(__file__).parents[1] / "libdwattn_trt.so"
-_PLUGIN_NODE = b"DWAttention"  # the end of both names
+#: The end of both names of plugin nodes.
+PLUGIN_NODE = "DWAttention"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class Range:
         """As height x width: a single number stands for both."""
         wide = (s * 2 if len(s) == 1 else s for s in (self.smallest, self.usual, self.largest))
         return Range(*wide)
+
+    @property
+    def values(self) -> set[tuple[int, ...]]:
+        """The different ones among the three."""
+        return {self.smallest, self.usual, self.largest}
 
     def __str__(self) -> str:
         texts = ["x".join(map(str, s)) for s in (self.smallest, self.usual, self.largest)]
@@ -130,7 +136,7 @@ class BuildOptions:
         if (
             plugin is None
             and PACKAGED_PLUGIN.is_file()
-            and _PLUGIN_NODE in Path(self.onnx).read_bytes()
+            and PLUGIN_NODE.encode() in Path(self.onnx).read_bytes()
         ):
             plugin = str(PACKAGED_PLUGIN)
         return replace(self, plugin=plugin)

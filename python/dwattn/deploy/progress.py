@@ -59,7 +59,7 @@ def progress(task: str, shown: bool = True) -> Iterator[Callable[[int, int], Non
         yield _Bar(task, bar)
 
 
-def make_monitor(trt: Any, report: Callable[[int, int], None], stop: Callable[[], bool]) -> Any:
+def make_monitor(trt: Any, report: Callable[[int, int], None], stop: Callable[[], object]) -> Any:
     """TensorRT's progress monitor: the outermost phase is what is shown.
 
     Args:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dwattn.deploy.builder import shape_profile
-from dwattn.deploy.options import require_file
+from dwattn.deploy.options import PLUGIN_NODE, require_file
 from dwattn.deploy.session import random_inputs
 from dwattn.errors import DeployError
 
@@ -59,9 +59,14 @@ class OnnxRunner:
                 str(file), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
+            reason = str(error).rstrip(".")
+            advice = (
+                " A model with plugin nodes runs only on TensorRT; export it with --lowering native."
+                if PLUGIN_NODE in reason
+                else ""
+            )
             raise DeployError(
-                f"onnxruntime {onnxruntime.__version__} does not load {file}: {error}. A model "
-                "with plugin nodes runs only on TensorRT; export it with --lowering native."
+                f"onnxruntime {onnxruntime.__version__} does not load {file}: {reason}.{advice}"
             ) from error
         self.version = str(onnxruntime.__version__)
         self.inputs = dict(inputs) if inputs is not None else self._random(batch, size)
@@ -93,7 +98,7 @@ class OnnxRunner:
                 raise DeployError(f"Input {value.name} is a {value.type}; only numbers can be fed.")
             declared[value.name] = tuple(d if isinstance(d, int) else -1 for d in value.shape)
             dtypes[value.name] = np.dtype(_DTYPES[value.type])
-        profile = shape_profile(declared, str(batch) if batch else None, size)
+        profile = shape_profile(declared, None if batch is None else str(batch), size)
         return random_inputs(
             {
                 name: (tuple(profile[name][1]) if name in profile else shape, dtypes[name])

@@ -70,6 +70,10 @@ def build_in_subprocess(options: BuildOptions, *, show_progress: bool) -> Sideca
         except KeyboardInterrupt:
             child.wait()  # Ctrl-C reaches it too, and it cleans up
             raise
+        except SystemExit:  # a SIGTERM reaches this process alone
+            child.terminate()
+            child.wait()
+            raise
         result = json.loads(answer.read_text()) if answer.is_file() else None
     if result is None:
         raise DeployError(

@@ -11,6 +11,7 @@ from dwattn.deploy.builder import build
 from dwattn.deploy.commands import notes
 from dwattn.deploy.options import BuildOptions
 from dwattn.errors import DeployError
+from dwattn.files import stopped_in_order
 
 
 def main() -> None:
@@ -19,7 +20,7 @@ def main() -> None:
     answer: dict[str, Any]
     try:
         options = BuildOptions.from_dict(request["options"])
-        with notes():
+        with stopped_in_order(), notes():
             answer = {"record": build(options, show_progress=request["progress"]).to_dict()}
     except DeployError as error:
         answer = {"error": str(error)}

@@ -299,12 +299,12 @@ def input_shapes(
     asked = {
         # What is not asked for is filled in from the profile.
         name: tuple(
-            u if d == -1 and not (axis == 0 and batch) and not (axis >= 2 and size) else d
+            u if d == -1 and (batch is None or axis > 0) and (size is None or axis < 2) else d
             for axis, (d, u) in enumerate(zip(shape, usual[name], strict=True))
         )
         for name, shape in declared.items()
     }
-    profile = shape_profile(asked, str(batch) if batch else None, size)
+    profile = shape_profile(asked, None if batch is None else str(batch), size)
     return {name: tuple(profile[name][1]) if name in profile else asked[name] for name in asked}
 
 

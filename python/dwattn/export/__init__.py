@@ -163,7 +163,7 @@ def export(
         _write(graph, staged)
         measured = compare(staged, cases, io_dtype) if check else []
         if check:
-            require_parity(measured, bound, kind)
+            require_parity(measured, bound, kind, usual=_TOLERANCE[kind])
         speed = (
             measure_latency(staged, cases[0].inputs, io_dtype, threads=1, repeats=10)
             if latency

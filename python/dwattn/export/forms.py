@@ -10,7 +10,7 @@ from torch import nn
 
 from dwattn.errors import ExportError
 from dwattn.export import images, native, node
-from dwattn.export.target import Target, lower_layers, patch_convolution, replaced_layers
+from dwattn.export.target import Target, lower_layers, replaced_layers
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Form:
 
 
 def _patch_map(target: Target) -> node.PatchMap:
-    convolution = None if target.layout is None else patch_convolution(target.layout)
+    convolution = None if target.layout is None else target.layout.patch_convolution
     if convolution is None:
         raise ExportError(
             "With dynamic_size a layer's node reads the patch grid from the patch embedding's "

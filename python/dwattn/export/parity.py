@@ -130,8 +130,13 @@ def _measure(output: str, case: Case, result: NDArray[np.float32]) -> Parity:
     )
 
 
-def require_parity(measured: Sequence[Parity], tolerance: float, dtype: str) -> None:
+def require_parity(
+    measured: Sequence[Parity], tolerance: float, dtype: str, *, usual: float
+) -> None:
     """Raise unless every ``max_rel`` is within the tolerance.
+
+    Args:
+        usual: the tolerance where none is asked for; within it an error is rounding.
 
     Raises:
         ExportError: with the worst output and its numbers.
@@ -139,12 +144,15 @@ def require_parity(measured: Sequence[Parity], tolerance: float, dtype: str) -> 
     worst = max(measured, key=lambda parity: parity.max_rel)
     if worst.max_rel <= tolerance:
         return
-    advice = (
-        "Activations of this model overflow or lose too many bits in half precision: export with "
-        "dtype='fp32', or accept the error with tolerance=."
-        if dtype == "fp16"
-        else "The file is not what the model computes; this is a bug worth reporting."
-    )
+    if worst.max_rel <= usual:
+        advice = f"By default {usual:g} is accepted; ask for no less than rounding allows."
+    elif dtype == "fp16":
+        advice = (
+            "Activations of this model overflow or lose too many bits in half precision: export with "
+            "dtype='fp32', or accept the error with tolerance= (--tolerance)."
+        )
+    else:
+        advice = "The file is not what the model computes; this is a bug worth reporting."
     raise ExportError(
         f"The exported graph does not agree with PyTorch: {worst.output} at batch {worst.batch}, "
         f"size {worst.size} differs by {worst.max_abs:.3g} at an output scale of {worst.scale:.3g} "

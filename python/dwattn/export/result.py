@@ -86,7 +86,8 @@ class ExportReport:
         )
         return (
             f"{' and '.join(map(str, self.files))}: {self.dtype}, opset {self.opset}, {sum(self.ops.values())} nodes, "
-            f"{self.bytes / 1e6:.1f} MB, {self.replaced} replaced layers ({self.lowering}); {checked}."
+            f"{self.bytes / 1e6:.1f} MB, {self.replaced} replaced layer{'' if self.replaced == 1 else 's'} "
+            f"({self.lowering}); {checked}."
         )
 
     def __rich__(self) -> Table:

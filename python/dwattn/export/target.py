@@ -99,7 +99,15 @@ def make_target(model: nn.Module, size: int | Size, *, dynamic: bool, method: st
     if dynamic:
         keep_sizes_symbolic(module)
     return Target(
-        module, layout, size, grid, dynamic, method, kwargs, layout.num_prefix, _channels(layout)
+        module,
+        layout,
+        size,
+        grid,
+        dynamic,
+        method,
+        kwargs,
+        layout.num_prefix,
+        layout.image_channels,
     )
 
 
@@ -196,16 +204,6 @@ def _private_copy(model: nn.Module) -> nn.Module:
     return copied.to(device="cpu", dtype=torch.float32).eval().requires_grad_(False)
 
 
-def patch_convolution(layout: BackboneLayout) -> nn.Conv2d | None:
-    """The convolution that makes patches of pixels, where the model has one."""
-    return next((m for m in layout.patch_embed.modules() if isinstance(m, nn.Conv2d)), None)
-
-
-def _channels(layout: BackboneLayout) -> int:
-    convolution = patch_convolution(layout)
-    return 3 if convolution is None else convolution.in_channels
-
-
 def _check_size(layout: BackboneLayout, model: nn.Module, size: Size, dynamic: bool) -> Grid:
     rows, columns = layout.patch_size
     if size[0] < rows or size[1] < columns or size[0] % rows or size[1] % columns:
@@ -223,14 +221,14 @@ def _check_size(layout: BackboneLayout, model: nn.Module, size: Size, dynamic: b
     if wrong is not None:
         name, own = wrong
         asked = (
-            "dynamic_size=True"
+            "dynamic_size=True (--dynamic-size)"
             if dynamic
             else f"size={size} makes a {grid[0]} x {grid[1]} patch grid"
         )
         raise ExportError(
             f"{asked}, but {name} was converted for a fixed grid of {own[0]} x {own[1]} patches "
             f"({own[0] * rows} x {own[1] * columns} pixels). Export at that size, or convert with "
-            "replace(..., dynamic_grid=True)."
+            "replace(..., dynamic_grid=True) (dwattn replace --dynamic-grid)."
         )
     reason = _fixed_size_reason(layout, dynamic)
     if reason is not None and (dynamic or (layout.grid is not None and layout.grid != grid)):

@@ -48,10 +48,10 @@ class Augment:
             raise DataError(
                 f"crop={self.crop} must be shares of the area in (0, 1], and ratio={self.ratio} a positive range."
             )
-        if not 0 <= self.flip <= 1 or not 0 <= self.colour < 1:
-            raise DataError(
-                f"flip={self.flip} must lie in [0, 1] and colour={self.colour} in [0, 1)."
-            )
+        if not 0 <= self.flip <= 1:
+            raise DataError(f"flip={self.flip} must lie in [0, 1].")
+        if not 0 <= self.colour < 1:
+            raise DataError(f"colour={self.colour} must be at least 0 and below 1.")
 
     def __call__(
         self, image: Tensor, seed: int, key: Key, mask: Tensor | None = None
