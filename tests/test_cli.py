@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -332,11 +334,20 @@ def process(*arguments: object, **options: Any) -> subprocess.Popen[str]:
         filter(None, [source, os.environ.get("PYTHONPATH")])
     )
     return subprocess.Popen(
-        [sys.executable, "-m", "dwattn.cli", *(str(a) for a in arguments)],
+        [sys.executable, "-m", "dwattn", *(str(a) for a in arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         # Tests may run as a background job, whose children inherit that Ctrl-C is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["", *(name for name in typer.main.get_command(app).commands)])
+def test_help_is_short_and_whole(name: str) -> None:
+    shown = CliRunner().invoke(app, [*name.split(), "-h"])
+    assert shown.exit_code == 0, shown.output
+    usage = shown.output.partition("\n")[0]
+    assert not name or not re.search(r"\{[A-Z]|\[\[", usage)
+    assert name or "..." not in shown.output.partition("Commands:")[2]
 
 
 def test_help_imports_no_torch() -> None:

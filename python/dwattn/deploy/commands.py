@@ -23,10 +23,10 @@ EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 
 SUMMARIES = {
-    "build": "Build a TensorRT engine from an ONNX file, on the device it is for.",
+    "build": "Build a TensorRT engine from an ONNX file, on its device.",
     "bench": "Measure an engine's latency, or an ONNX file's on a CPU core.",
     "verify": "Compare an engine with golden outputs.",
-    "compare": "Build and measure native and plugin engines, whole and layer by layer.",
+    "compare": "Build and measure native and plugin engines, layer by layer.",
     "golden": "Compute golden outputs of an ONNX file with onnxruntime.",
 }
 
