@@ -109,6 +109,30 @@ def test_refine_writes_the_best_plan(place: Path, scored: Path, tmp_path: Path) 
     assert "only 4" in wrong.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["score", "m:f", "--images", "i", "--weights", "held", "--out", "held"],
+        ["select", "held", "--blocks", "1", "--out", "held"],
+        ["refine", "m:f", "held", "--images", "i", "--blocks", "1", "--out", "link"],
+        ["refine", "m:f", "held", "--images", "i", "--blocks", "1", "--trials", "held"],
+        ["replace", "m:f", "held", "--out", "./held"],
+        ["export", "m:f", "held", "--out", "held"],
+        ["export", "m:f", "m.data", "--out", "m"],
+        ["report", "held", "--out", "held"],
+    ],
+)
+def test_no_command_writes_over_what_it_reads(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("held", "m.data"):
+        Path(name).write_text("hours of work")
+    Path("link").symlink_to("held")
+    assert "is also read" in invoke(*arguments, code=1).stderr.replace("\n", " ")
+    assert {Path(name).read_text() for name in ("held", "m.data")} == {"hours of work"}
+
+
 def test_a_close_call_is_told(
     scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

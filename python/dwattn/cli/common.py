@@ -6,11 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import re
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +19,7 @@ import typer
 from rich.console import Console
 
 from dwattn.errors import DataError, DwattnError
+from dwattn.files import printing, strict_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,16 +113,14 @@ def _escape(text: str) -> str:
 
 def emit(result: Any, as_json: bool) -> None:
     """Print a result: its table, or with ``--json`` its ``to_dict()`` alone, null for numbers that are not finite."""
-    if as_json:
-        plain = result.to_dict() if hasattr(result, "to_dict") else result
-        text = json.dumps(plain, default=_plain)
-        finite = json.loads(text, parse_constant=lambda _: None)
-        sys.stdout.write(json.dumps(finite, indent=2) + "\n")
-        sys.stdout.flush()
-    elif isinstance(result, str):
-        out().print(result, markup=False, highlight=False, soft_wrap=True)
-    else:
-        out().print(result)
+    with printing():
+        if as_json:
+            plain = result.to_dict() if hasattr(result, "to_dict") else result
+            print(strict_json(plain, _plain))
+        elif isinstance(result, str):
+            out().print(result, markup=False, highlight=False, soft_wrap=True)
+        else:
+            out().print(result)
 
 
 def _plain(value: Any) -> Any:
