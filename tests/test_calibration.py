@@ -375,7 +375,7 @@ def test_loader_forms_agree() -> None:
         ({"held_out": 1.5}, CalibrationError, "1.5"),
         ({"held_out": 0.75}, CalibrationError, "0.75.*0.5"),
         ({"amp": "fp8"}, CalibrationError, "no, bf16, fp16"),
-        ({"epochs": 3}, CalibrationError, "epochs"),
+        ({"epochs": 3}, DwattnError, "no argument epochs="),
         ({"photos": 0, "views": 1}, CalibrationError, "photos=0"),
         ({"photos": 8, "views": 3}, CalibrationError, "views=3 must be 1"),
         ({"variant": "spvit"}, CalibrationError, "spvit"),
