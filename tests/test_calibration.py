@@ -378,7 +378,7 @@ def test_loader_forms_agree() -> None:
         ({"batch_size": 2.0}, CalibrationError, "batch_size=2.0 must be a whole"),
         ({"views": None}, CalibrationError, "views=None must be a whole"),
         ({"amp": "fp8"}, CalibrationError, "no, bf16, fp16"),
-        ({"epochs": 3}, CalibrationError, "epochs"),
+        ({"epochs": 3}, DwattnError, "no argument epochs="),
         ({"photos": 0, "views": 1}, CalibrationError, "photos=0"),
         ({"photos": 8, "views": 3}, CalibrationError, "views=3 must be 1"),
         ({"variant": "spvit"}, CalibrationError, "spvit"),

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -105,6 +107,30 @@ def test_refine_writes_the_best_plan(place: Path, scored: Path, tmp_path: Path) 
     assert kept["trials"] == found["trials"]
     wrong = invoke("refine", model, scored, "--images", place / "images", "--blocks", 9, "--size", 56, code=1)  # fmt: skip
     assert "only 4" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["score", "m:f", "--images", "i", "--weights", "held", "--out", "held"],
+        ["select", "held", "--blocks", "1", "--out", "held"],
+        ["refine", "m:f", "held", "--images", "i", "--blocks", "1", "--out", "link"],
+        ["refine", "m:f", "held", "--images", "i", "--blocks", "1", "--trials", "held"],
+        ["replace", "m:f", "held", "--out", "./held"],
+        ["export", "m:f", "held", "--out", "held"],
+        ["export", "m:f", "m.data", "--out", "m"],
+        ["report", "held", "--out", "held"],
+    ],
+)
+def test_no_command_writes_over_what_it_reads(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("held", "m.data"):
+        Path(name).write_text("hours of work")
+    Path("link").symlink_to("held")
+    assert "is also read" in invoke(*arguments, code=1).stderr.replace("\n", " ")
+    assert {Path(name).read_text() for name in ("held", "m.data")} == {"hours of work"}
 
 
 def test_a_close_call_is_told(
@@ -350,11 +376,20 @@ def process(*arguments: object, **options: Any) -> subprocess.Popen[str]:
         filter(None, [source, os.environ.get("PYTHONPATH")])
     )
     return subprocess.Popen(
-        [sys.executable, "-m", "dwattn.cli", *(str(a) for a in arguments)],
+        [sys.executable, "-m", "dwattn", *(str(a) for a in arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         # Tests may run as a background job, whose children inherit that Ctrl-C is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["", *(name for name in typer.main.get_command(app).commands)])
+def test_help_is_short_and_whole(name: str) -> None:
+    shown = CliRunner().invoke(app, [*name.split(), "-h"])
+    assert shown.exit_code == 0, shown.output
+    usage = shown.output.partition("\n")[0]
+    assert not name or not re.search(r"\{[A-Z]|\[\[", usage)
+    assert name or "..." not in shown.output.partition("Commands:")[2]
 
 
 def test_help_imports_no_torch() -> None:

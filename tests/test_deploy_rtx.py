@@ -50,7 +50,7 @@ def command(
     variables: dict[str, str], *arguments: object, code: int = 0
 ) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-m", "dwattn.cli", "build", *map(str, arguments),
+        [sys.executable, "-m", "dwattn", "build", *map(str, arguments),
          "--runtime", "tensorrt-rtx"],
         env=variables, capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip

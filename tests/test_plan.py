@@ -138,6 +138,7 @@ def test_malformed_plans_are_refused_with_the_field(name: str, tmp_path: Path) -
         (b"[1, 2]", "not a dwattn plan"),
         (b"\xff\xfe\x00", "no text. A plan is a JSON file.*dwattn select"),
         (b"null", "not a dwattn plan"),
+        (b'{"layers": [1], "layers": [2]}', "'layers' is given twice"),
     ],
 )
 def test_files_that_are_no_plans(content: bytes, message: str, tmp_path: Path) -> None:

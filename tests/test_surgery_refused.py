@@ -44,6 +44,9 @@ from support.surgery import Snapshot, plan_for, shims
         ({"grid": 4}, "grid=4 must be two positive integers"),
         ({"seed": "a"}, "seed='a' must be a whole number"),
         ({"batch_size": 4}, "got batch_size.*only calibration uses: pass calibrate=images"),
+        ({"varient": "conv"}, "no argument varient=; did you mean variant="),
+        ({"calibrate": [], "heldout": 0.5}, "no argument heldout=; did you mean held_out="),
+        ({"bogus": 1}, "no argument bogus=; it has allow_stale, amp, batch_size, .*variant, views"),
     ],
 )
 @pytest.mark.parametrize("dry_run", [False, True])

@@ -106,11 +106,23 @@ def _version() -> str:
 __version__ = _version()
 
 
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"dwattn.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"dwattn.{name}":
+            raise
+        raise ImportError(
+            f"dwattn.{name} is not part of dwattn-deploy, which is installed here and holds what devices need "
+            "(dwattn.deploy). Install dwattn in its place."
+        ) from None
+
+
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
-        value = getattr(importlib.import_module(f"dwattn.{_WHERE[name]}"), name)
+        value = getattr(_module(_WHERE[name]), name)
     elif name in _MODULES:
-        value = importlib.import_module(f"dwattn.{name}")
+        value = _module(name)
     else:
         raise AttributeError(f"module 'dwattn' has no attribute {name!r}")
     globals()[name] = value

@@ -1,5 +1,5 @@
-"""Files: written so that an interruption or a full disk leaves the old one as it was, and JSON read
-from anybody.
+"""Files: written so that an interruption or a full disk leaves the old one as it was; JSON read from anybody and for
+anybody; results on stdout.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +98,41 @@ def target_file(path: str | os.PathLike[str], error: type[DwattnError]) -> Path:
     return Path(os.path.realpath(target)) if target.is_symlink() else target
 
 
-def require_writable(path: str | os.PathLike[str], error: type[DwattnError]) -> None:
+def require_writable(
+    path: str | os.PathLike[str],
+    error: type[DwattnError],
+    inputs: Iterable[str | os.PathLike[str] | None] = (),
+) -> None:
     """Find out before long work whether :func:`write_atomically` could write there; nothing is left behind.
 
+    Args:
+        inputs: files that the work reads, None for those that were not given.
+
     Raises:
-        error: the folder is missing or refuses files, or something that is no file has that name.
+        error: the folder is missing or refuses files, something that is no file has that name, or it is an input.
     """
+    require_apart(path, error, inputs)
     try:
         tempfile.TemporaryFile(dir=target_file(path, error).parent).close()
     except OSError as failure:
         raise _cannot_write(path, error, failure) from failure
+
+
+def require_apart(
+    path: str | os.PathLike[str],
+    error: type[DwattnError],
+    inputs: Iterable[str | os.PathLike[str] | None],
+) -> None:
+    """Refuse a file to write that is also read, by whatever name: what it holds would be lost.
+
+    Raises:
+        error: it is one of ``inputs``.
+    """
+    target = os.path.realpath(path)
+    if any(file is not None and os.path.realpath(file) == target for file in inputs):
+        raise error(
+            f"Cannot write {os.fspath(path)!r}: it is also read, and what it holds would be lost. Give another name."
+        )
 
 
 def _cannot_write(
@@ -160,12 +186,50 @@ def parse_json(text: str | bytes) -> Any:
     """``json.loads`` for text of unknown origin.
 
     Raises:
-        ValueError: not JSON, also where Python's parser gives up with a ``RecursionError``.
+        ValueError: not JSON, also where Python's parser gives up with a ``RecursionError``; an object with a key twice,
+            of which Python would drop one.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_distinct)
     except RecursionError:
         raise ValueError("its lists or objects are nested too deeply") from None
+
+
+def strict_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """Indented JSON that any parser reads: null for numbers that are not finite, for which JSON has no word.
+
+    Args:
+        default: as for ``json.dumps``.
+    """
+    finite = json.loads(json.dumps(value, default=default), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=2)
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """Print a result to stdout inside, and find out whether it got there.
+
+    Raises:
+        DwattnError: it cannot be written, as where the disk behind it is full.
+        SystemExit: nobody reads it any longer (``| head``).
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as failure:
+        # What is left in the buffer would fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(failure, BrokenPipeError):
+            raise SystemExit(1) from None
+        raise DwattnError(f"Cannot write the result to stdout: {failure.strerror}.") from failure
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
+    return found
 
 
 def _flush(path: Path) -> None:

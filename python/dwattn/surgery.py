@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import inspect
 import os
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 
 from dwattn.adapters import BackboneLayout, ConvertedAttention, describe, refusal
 from dwattn.calibration import CalibrationResult, calibrate
+from dwattn.calibration.options import CalibrationOptions
 from dwattn.conversion import (
     ATTRIBUTE,
     Conversion,
@@ -105,11 +109,7 @@ def replace(
     layout = describe(model)
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     printed = plan.check_model(layout, allow_stale=allow_stale)
-    if calibration_options and calibrate is None:
-        names = ", ".join(calibration_options)
-        raise DwattnError(
-            f"replace() got {names}, which only calibration uses: pass calibrate=images."
-        )
+    _check_names(calibration_options, calibrate is not None)
     options = Options(
         variant=check_variant(variant),
         rank=check_rank(rank, variant, calibrate is not None),
@@ -145,6 +145,21 @@ def replace(
     report = _report(layout, plan, shims, refused, options, dry_run=False, calibration=result)
     install(model, layout, shims, updates, _record(layout, plan, previous), hook)
     return report
+
+
+def _check_names(calibration_options: dict[str, Any], calibrates: bool) -> None:
+    known = {field.name for field in fields(CalibrationOptions)}
+    for name in calibration_options:
+        if name not in known:
+            ours = {*known, *inspect.signature(replace).parameters} - {"calibration_options"}
+            close = difflib.get_close_matches(name, sorted(ours), 1)
+            remedy = f"did you mean {close[0]}=?" if close else f"it has {', '.join(sorted(ours))}."
+            raise DwattnError(f"replace() has no argument {name}=; {remedy}")
+    if calibration_options and not calibrates:
+        names = ", ".join(calibration_options)
+        raise DwattnError(
+            f"replace() got {names}, which only calibration uses: pass calibrate=images."
+        )
 
 
 def install(

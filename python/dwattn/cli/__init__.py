@@ -7,9 +7,10 @@ answers at once.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from dwattn.cli import deployment, pipeline, refinement, study, tools, training
 
@@ -21,8 +22,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Replace attention layers of pretrained Vision Transformers by fixed 3x3 aggregation.",
 )
+
+
+class Command(TyperCommand):
+    """Its usage line names arguments as they are typed, where typer sets braces and brackets around them."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        pieces = super().collect_usage_pieces(ctx)
+        return [p.strip("{}").replace("[[", "[").replace("]]", "]") for p in pieces]
 
 
 def _print_version(wanted: bool) -> None:
@@ -45,14 +55,19 @@ def main(
     """Options of the command itself."""
 
 
-app.command("demo")(tools.demo)
-app.command("doctor")(tools.doctor)
-app.command("score")(pipeline.score)
-app.command("select")(pipeline.select)
-app.command("refine")(refinement.refine)
-app.command("replace")(pipeline.replace)
-app.command("finetune")(training.finetune)
-app.command("study")(study.study)
-app.command("export")(pipeline.export)
+#: With summaries that fit on a line of ``dwattn --help``.
+_COMMANDS = (
+    ("demo", tools.demo, "The whole journey on a real model and real photos."),
+    ("doctor", tools.doctor, "What is installed, what was built, which backend would run."),
+    ("score", pipeline.score, "Measure how much every head's attention map varies."),
+    ("select", pipeline.select, "Choose the blocks or heads whose attention varies least."),
+    ("refine", refinement.refine, "Choose blocks by trying sets of them out."),
+    ("replace", pipeline.replace, "Replace what the plan names, and fit the new weights."),
+    ("finetune", training.finetune, "Recover accuracy by training."),
+    ("study", study.study, "Compare variants, selections and recipes on a task."),
+    ("export", pipeline.export, "Write ONNX, checked against PyTorch on onnxruntime."),
+)
+for _name, _function, _summary in _COMMANDS:
+    app.command(_name, cls=Command, short_help=_summary)(_function)
 deployment.add_to(app)
-app.command("report")(tools.report)
+app.command("report", cls=Command, short_help="Write the demo's HTML report again.")(tools.report)

@@ -6,11 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import os
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +18,7 @@ import typer
 from rich.console import Console
 
 from dwattn.errors import DataError, DwattnError
-from dwattn.files import stopped_in_order
+from dwattn.files import printing, stopped_in_order, strict_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,16 +85,14 @@ def _escape(text: str) -> str:
 
 def emit(result: Any, as_json: bool) -> None:
     """Print a result: its table, or with ``--json`` its ``to_dict()`` alone, null for numbers that are not finite."""
-    if as_json:
-        plain = result.to_dict() if hasattr(result, "to_dict") else result
-        text = json.dumps(plain, default=_plain)
-        finite = json.loads(text, parse_constant=lambda _: None)
-        sys.stdout.write(json.dumps(finite, indent=2) + "\n")
-        sys.stdout.flush()
-    elif isinstance(result, str):
-        out().print(result, markup=False, highlight=False, soft_wrap=True)
-    else:
-        out().print(result)
+    with printing():
+        if as_json:
+            plain = result.to_dict() if hasattr(result, "to_dict") else result
+            print(strict_json(plain, _plain))
+        elif isinstance(result, str):
+            out().print(result, markup=False, highlight=False, soft_wrap=True)
+        else:
+            out().print(result)
 
 
 def _plain(value: Any) -> Any:

@@ -75,7 +75,7 @@ def score(
     """Measure how much every head's attention map varies from image to image."""
     import dwattn
 
-    require_writable(out, DwattnError)
+    require_writable(out, DwattnError, [weights])
     loaded = read_model(model, weights, device)
     data = read_images(loaded, model, images, size, mean, std, batch_size, num_images)
     budget = None if memory_budget is None else int(memory_budget * 2**20)
@@ -141,7 +141,7 @@ def select(
         raise typer.BadParameter("--target-speedup times the model; name it with --model.")
     if target_speedup is None and (variant != "dw" or rank is not None):
         raise typer.BadParameter("--variant and --rank say what --target-speedup times.")
-    require_writable(out, DwattnError)
+    require_writable(out, DwattnError, [scores])
     measured = dwattn.Scores.load(scores)
     ranking = _parse_order(order)
     latency = None
@@ -248,7 +248,7 @@ def replace(
             "Say where the student goes with --out student.safetensors, or ask for --dry-run."
         )
     if out is not None:
-        require_writable(out, DwattnError)
+        require_writable(out, DwattnError, [plan, weights])
     wanted_rank = parse_rank(rank)
     chosen = Plan.load(plan)
     loaded = read_model(model, weights, device)
@@ -339,7 +339,8 @@ def export(
 
     if fp32_io and not fp16:
         raise typer.BadParameter("--fp32-io changes nothing without --fp16.")
-    require_writable(out, DwattnError)
+    for file in (out, f"{out}.data"):
+        require_writable(file, DwattnError, [student, weights])
     with busy("Loading the model"):
         loaded = read_model(model, weights, "cpu", pretrained=student is None)
         if student is not None:

@@ -76,9 +76,9 @@ def refine(
     """Choose blocks by what their set loses together: sets are calibrated and compared in turn."""
     import dwattn
 
-    for file in (out, trials):
-        if file is not None:
-            require_writable(file, DwattnError)
+    require_writable(out, DwattnError, [scores, weights, trials])
+    if trials is not None:
+        require_writable(trials, DwattnError, [scores, weights])
     loaded = read_model(model, weights, device)
     options = {"variant": variant, "amp": amp, **grid_option(loaded, size)}
     if rank is not None:

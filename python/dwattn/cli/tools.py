@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from dwattn.cli.common import JsonOption, command, emit, note
+from dwattn.errors import DataError
+from dwattn.files import require_writable
 
 
 @command
@@ -59,5 +61,7 @@ def report(
 
     if results.is_dir():
         results = results / "results.json"
-    path = write(results, out or results.with_name("report.html"))
+    out = out or results.with_name("report.html")
+    require_writable(out, DataError, [results])
+    path = write(results, out)
     emit({"report": str(path)}, True) if as_json else note(f"Wrote {path}.")

@@ -58,6 +58,7 @@ def build_with(
 ) -> Sidecar:
     """:func:`build` with a TensorRT that is loaded and options that are checked."""
     started = time.monotonic()
+    digests = model_digests(options.onnx)
     if options.plugin:
         runtime.load_plugin(options.plugin)
     builder = _builder(runtime)
@@ -79,7 +80,7 @@ def build_with(
         runtime=runtime.name,
         version=runtime.version,
         device=device.to_dict() if device else None,
-        onnx={"name": Path(options.onnx).name, **model_digests(options.onnx)},
+        onnx={"name": Path(options.onnx).name, **digests},
         plugin={"path": options.plugin, "sha256": sha256(options.plugin)}
         if options.plugin
         else None,

@@ -8,26 +8,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import dwattn
 from dwattn.deploy.options import RUNTIMES, BuildOptions, Range
 from dwattn.deploy.protocol import ITERATIONS, WARMUP
 from dwattn.errors import DwattnError
-from dwattn.files import stopped_in_order
+from dwattn.files import printing, stopped_in_order, strict_json
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 
 SUMMARIES = {
-    "build": "Build a TensorRT engine from an ONNX file, on the device it is for.",
+    "build": "Build a TensorRT engine from an ONNX file, on its device.",
     "bench": "Measure an engine's latency, or an ONNX file's on a CPU core.",
     "verify": "Compare an engine with golden outputs.",
-    "compare": "Build and measure native and plugin engines, whole and layer by layer.",
+    "compare": "Build and measure native and plugin engines, layer by layer.",
     "golden": "Compute golden outputs of an ONNX file with onnxruntime.",
 }
 
@@ -65,6 +65,7 @@ def _parsed(arguments: Sequence[str] | None, program: str) -> argparse.Namespace
         program, description="Build, measure and verify TensorRT engines on a device."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"{program} {dwattn.__version__}")
     added = {
         name: commands.add_parser(name, help=text, description=text)
         for name, text in SUMMARIES.items()
@@ -259,11 +260,11 @@ def _one_size(text: str | None) -> str | None:
 
 
 def _emit(result: Any, parsed: argparse.Namespace, text: str | None = None) -> int:
-    if parsed.json:
-        plain = result.to_dict() if hasattr(result, "to_dict") else result
-        print(json.dumps(plain, indent=2))
-    else:
-        print(text if text is not None else result)
+    with printing():
+        if parsed.json:
+            print(strict_json(result.to_dict() if hasattr(result, "to_dict") else result))
+        else:
+            print(text if text is not None else result)
     return 0
 
 

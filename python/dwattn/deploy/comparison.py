@@ -18,6 +18,7 @@ from dwattn.deploy.sidecar import Sidecar
 from dwattn.deploy.table import ms, table
 from dwattn.deploy.verification import Difference, default_tolerance, differences
 from dwattn.errors import DeployError
+from dwattn.files import require_apart
 
 SCHEMA = 1
 _NAMES = ("native", "plugin")
@@ -153,6 +154,8 @@ def compare(
     except OSError as error:
         raise DeployError(f"Cannot make the folder {root}: {error.strerror}.") from error
     engines = {name: root / f"{name}.engine" for name in _NAMES}
+    for engine in engines.values():
+        require_apart(engine, DeployError, [native, plugin_model])
     records = []
     for name, onnx in zip(_NAMES, (native, plugin_model), strict=True):
         wanted = replace(options, onnx=str(onnx), engine=str(engines[name]), detailed=True)

@@ -109,12 +109,18 @@ def golden(
         inputs: real inputs by name instead.
 
     Raises:
-        DeployError: onnxruntime is missing or refuses the model; outputs that are not finite.
+        DeployError: onnxruntime is missing or refuses the model; outputs that are not finite, or no arrays of numbers.
     """
     from dwattn.deploy.provider import OnnxRunner
 
     runner = OnnxRunner(onnx, batch=batch, size=size, inputs=inputs)
     outputs = runner.run()
+    odd = [name for name, value in outputs.items() if not _is_numbers(value)]
+    if odd:
+        raise DeployError(
+            f"Output {', '.join(odd)} of {onnx} is no array of numbers, and nothing else can be verified: take it out of "
+            "the model's outputs."
+        )
     broken = [name for name, value in outputs.items() if not np.isfinite(value).all()]
     if broken:
         raise DeployError(
@@ -128,6 +134,10 @@ def golden(
     )
     result.save(folder)
     return result
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
 
 
 def _file(root: Path, kind: str, name: str) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dwattn.errors import DeployError
+from dwattn.files import require_apart
 
 #: Names of the runtimes and of the Python packages that hold them.
 RUNTIMES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -113,7 +114,8 @@ class BuildOptions:
         """The options with the plugin of the environment, or of the package, filled in.
 
         Raises:
-            DeployError: an unknown runtime, a missing file or folder, a number out of range.
+            DeployError: an unknown runtime, a missing file or folder, a file to write that is also read, a number out
+                of range.
         """
         if self.runtime not in RUNTIMES:
             raise DeployError(
@@ -139,6 +141,11 @@ class BuildOptions:
             and PLUGIN_NODE.encode() in Path(self.onnx).read_bytes()
         ):
             plugin = str(PACKAGED_PLUGIN)
+        read = [self.onnx, f"{self.onnx}.data", plugin]
+        for file in (self.engine, f"{self.engine}.json"):
+            require_apart(file, DeployError, [*read, self.timing_cache])
+        if self.timing_cache is not None:
+            require_apart(self.timing_cache, DeployError, read)
         return replace(self, plugin=plugin)
 
     @classmethod

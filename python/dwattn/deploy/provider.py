@@ -17,12 +17,10 @@ from dwattn.deploy.options import PLUGIN_NODE, require_file
 from dwattn.deploy.session import random_inputs
 from dwattn.errors import DeployError
 
-_DTYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
+#: numpy's types of numbers, by what onnxruntime calls them.
+_DTYPES = {f"tensor({np.dtype(code).name})": np.dtype(code) for code in "?bBhHiIlLe"} | {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(double)": np.dtype(np.float64),
 }
 
 
@@ -97,7 +95,7 @@ class OnnxRunner:
             if value.type not in _DTYPES:
                 raise DeployError(f"Input {value.name} is a {value.type}; only numbers can be fed.")
             declared[value.name] = tuple(d if isinstance(d, int) else -1 for d in value.shape)
-            dtypes[value.name] = np.dtype(_DTYPES[value.type])
+            dtypes[value.name] = _DTYPES[value.type]
         profile = shape_profile(declared, None if batch is None else str(batch), size)
         return random_inputs(
             {

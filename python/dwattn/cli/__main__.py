@@ -1,5 +1,0 @@
-"""``python -m dwattn.cli``, for environments without the ``dwattn`` script on the path."""
-
-from dwattn.cli import app
-
-app()
