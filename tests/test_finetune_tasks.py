@@ -474,6 +474,9 @@ def test_the_command_trains_tasks(place: Path) -> None:
 def test_the_command_says_what_is_wrong(place: Path) -> None:
     model, images = f"{place / 'factory.py'}:make", place / "images"
     student = place / "student.safetensors"
+    onto = invoke(model, student, "--images", images, "--out", place, code=1)
+    assert "is also read" in onto.output.replace("\n", " ")
+    student = place / "student.safetensors"
     for arguments in (
         (model, "--images", images),
         (model, student, "--images", images, "--task", "detect"),

@@ -25,6 +25,7 @@ from dwattn.cli.common import (
     note,
 )
 from dwattn.errors import CheckpointError, TrainingError
+from dwattn.files import require_apart
 
 if TYPE_CHECKING:
     from torch import nn
@@ -129,6 +130,8 @@ def finetune(
     """Recover accuracy by training: from the original without labels, or for a task."""
     from dwattn.finetune import Augment, Distillation, Targets, Trainer, estimate
 
+    for name in ("student", "backbone"):
+        require_apart(out / f"{name}.safetensors", CheckpointError, (student, weights))
     check_usage(task, student, masks, classes, test_images, test_masks, steps, epochs, minutes)
     if split and task == "distill":
         raise typer.BadParameter("--split is for tasks; distill has no head.")
