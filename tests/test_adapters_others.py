@@ -187,4 +187,6 @@ def test_rotary_families_are_real() -> None:
     assert tiny.blocks[0].attn.rotate_half == model.blocks[0].attn.rotate_half
     eva = timm_model("eva02_tiny_patch14_224", img_size=28, embed_dim=48, depth=1, num_heads=3)
     assert type(timm_eva().blocks[0].attn) is type(eva.blocks[0].attn)
-    assert [type(m).__name__ for m in describe(eva).blocks[0].module.mlp.children()]
+    mlps = [describe(vit).blocks[0].module.mlp for vit in (timm_eva(), eva)]
+    assert type(mlps[0]) is type(mlps[1])
+    assert dict(mlps[0].named_children()).keys() == dict(mlps[1].named_children()).keys()

@@ -476,7 +476,6 @@ def test_the_command_says_what_is_wrong(place: Path) -> None:
     student = place / "student.safetensors"
     onto = invoke(model, student, "--images", images, "--out", place, code=1)
     assert "is also read" in onto.output.replace("\n", " ")
-    student = place / "student.safetensors"
     for arguments in (
         (model, "--images", images),
         (model, student, "--images", images, "--task", "detect"),

@@ -19,7 +19,8 @@ from dwattn.geometry import Geometry
 
 POSITIONS_PER_IMAGE = 16
 FOLDS = 4
-#: Ridge relative to the mean of the Gram matrix' diagonal.
+#: Ridge strength relative to :func:`feature_energy`; both fits to attention outputs, this one and calibration's, are far from
+#: underdetermined.
 RIDGE = 1e-3
 #: Channels whose features are formed at a time: a few megabytes.
 _CHANNELS_AT_ONCE = 96
@@ -173,6 +174,19 @@ class StaticFit:
         return torch.cat([window, prefix, mean, torch.ones_like(mean), target], dim=2).flatten(0, 1)
 
 
+def feature_energy(gram: Tensor, *, constant: bool) -> Tensor:
+    """What a ridge is relative to, ``(C, F, F)``: on the diagonal the mean energy of a channel's features, and for a last
+    one that is constant its own, so that the units of the values do not matter.
+
+    Args:
+        gram: ``(C, F, F)``; constant: whether the last feature is 1 everywhere.
+    """
+    energy = gram.diagonal(dim1=1, dim2=2)
+    values = energy[:, :-1] if constant else energy
+    mean = values.mean(1, keepdim=True).clamp(min=1e-30).expand_as(values)
+    return torch.diag_embed(torch.cat([mean, energy[:, -1:]], dim=1) if constant else mean)
+
+
 def unexplained(grams: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
     """Squared error of the best static replacement and squared true output, per channel: two
     ``(C,)`` fp64.
@@ -183,7 +197,7 @@ def unexplained(grams: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
 
     Args:
         grams: ``(folds, C, F + 1, F + 1)`` with the true output as the last row and column.
-        ridge: relative to the mean diagonal of the features' Gram matrix.
+        ridge: strength relative to :func:`feature_energy`.
     """
     filled = [gram for gram in grams.double() if bool(gram.any())]
     if not filled:
@@ -193,9 +207,7 @@ def unexplained(grams: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
     for gram in filled:
         train = total - gram if len(filled) > 1 else total
         a, b = train[:, :-1, :-1], train[:, :-1, -1]
-        shift = ridge * a.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-300)
-        eye = torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
-        weights = torch.linalg.solve(a + shift[:, None, None] * eye, b)
+        weights = torch.linalg.solve(a + ridge * feature_energy(a, constant=True), b)
         signed = torch.cat([weights, -torch.ones_like(weights[:, :1])], dim=1)
         error += torch.einsum("cf,cfg,cg->c", signed, gram, signed)
         power += gram[:, -1, -1]

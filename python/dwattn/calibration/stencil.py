@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dwattn.geometry import Geometry
+from dwattn.residual import RIDGE, feature_energy
 
 TAPS = tuple((dr, dc) for dr in (-1, 0, 1) for dc in (-1, 0, 1))
-
-#: Ridge strength relative to the mean feature energy of a channel; the fit is far from underdetermined.
-STRENGTH = 1e-3
 
 
 @dataclass(frozen=True)
@@ -86,11 +84,9 @@ class StencilFit:
                 per_group.mean(1, keepdim=True).expand_as(per_group).flatten(0, 1).clone(),
             )
 
-    def solve(self, strength: float = STRENGTH) -> StencilWeights:
+    def solve(self, strength: float = RIDGE) -> StencilWeights:
         """Solve all channels; the residual is that of the fitted images."""
-        scale = self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
-        eye = torch.eye(self.gram.shape[1], dtype=self.gram.dtype, device=self.gram.device)
-        regular = self.gram + (strength * scale)[:, None, None] * eye
+        regular = self.gram + strength * feature_energy(self.gram, constant=self.context)
         w = torch.linalg.solve(regular, self.cross.unsqueeze(-1)).squeeze(-1)
         residual = (
             self.energy
@@ -124,7 +120,7 @@ class PrefixFit:
         self.gram += torch.einsum("btcp,btcq->tcpq", features, features)
         self.cross += torch.einsum("btcp,btc->tcp", features, target.double())
 
-    def solve(self, strength: float = STRENGTH) -> tuple[Tensor, Tensor]:
+    def solve(self, strength: float = RIDGE) -> tuple[Tensor, Tensor]:
         """``a (P, C)``, ``b (P, C)`` in fp64."""
         scale = self.gram.diagonal(dim1=2, dim2=3).mean(2).clamp(min=1e-30)
         eye = torch.eye(2, dtype=self.gram.dtype, device=self.gram.device)

@@ -302,22 +302,22 @@ def learned_plan(model: nn.Module) -> Plan:
     return Plan.for_layers(model, names, heads, criterion="dsp")
 
 
-def settle(model: nn.Module, **options: Any) -> ReplacementReport:
+def settle(model: nn.Module, *, dynamic_grid: bool = False) -> ReplacementReport:
     """End-to-end selection: make the learned subset final, with the weights that were trained, in place.
 
     The chosen layers become ordinary ``dw`` layers, the others attention layers of the model's library again.
 
     Args:
-        options: of :func:`dwattn.replace`, for example ``grid``.
+        dynamic_grid: as in :func:`dwattn.replace`; else the grid is that of the gated layers.
     """
     plan, layers = learned_plan(model), gated_layers(model)
-    grid = next(iter(layers.values())).grid
+    grid = None if dynamic_grid else next(iter(layers.values())).grid
     restore(model)
     for site in describe(model).blocks:
         if site.attention_name in layers:
             _write_back(layers[site.attention_name], site)
     report = replace(
-        model, plan, kernel_init="gaussian", allow_stale=True, **{"grid": grid, **options}
+        model, plan, kernel_init="gaussian", allow_stale=True, grid=grid, dynamic_grid=dynamic_grid
     )
     record = conversion(model)
     assert record is not None
