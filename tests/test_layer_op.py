@@ -28,6 +28,7 @@ pytestmark = [
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GRIDS = ((1, 1), (1, 7), (5, 1), (3, 5), (13, 11))
 WIDTHS = ((64, 64), (32, 80), (80, 7), (5, 96), (96, 384))  # inner channels, output width
+ISAS = library.native.cpu_info()["usable_isas"] if library.native else []
 
 
 def output_of(case: OperatorCase, width: int) -> dict[str, Tensor]:
@@ -73,6 +74,28 @@ def test_error_is_at_most_twice_that_of_pytorch(dtype: torch.dtype) -> None:
         ]  # fmt: skip
         assert results[0].shape == (batch, height * width + (prefix if full else 0), out)
         assert_as_exact(*results)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("widths", [(1024, 1024), (1536, 1536), (1536, 64)], ids=str)
+def test_the_error_does_not_outgrow_that_of_pytorch_in_wide_layers(
+    widths: tuple[int, int], isa: str
+) -> None:
+    dim, channels = widths
+    case = make_case(8, 9, channels, num_prefix=0, batch=1, dim=dim)
+    exact, output = case.to(torch.float64), output_of(case, dim)
+    wide = {name: t.double() for name, t in output.items()}
+    tensors = (case.x, case.wv, case.bv, case.kernel, output["wo"], output["bo"])
+    arrays = (None if t is None else t.numpy() for t in (*tensors, *case.coefficients))
+    x, wv, bv, kernel, wo, bo, *coefficients = arrays
+    y = library.native.dw_attention(x, wv, bv, kernel, *case.sizes, *coefficients, isa=isa)
+    assert_as_exact(torch.from_numpy(y), case.attention("torch"), exact.attention("reference"))
+    out = library.native.dw_layer(
+        x, wv, bv, kernel, wo, bo, *case.sizes, *coefficients, isa=isa, num_threads=2
+    )
+    assert_as_exact(
+        torch.from_numpy(out), layer(case, "torch", output), layer(exact, "reference", wide)
+    )
 
 
 @pytest.mark.parametrize("threads", [1, 2])

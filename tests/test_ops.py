@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,6 +55,14 @@ def test_error_is_at_most_twice_that_of_pytorch(dtype: torch.dtype, context: boo
         assert_as_exact(
             case.attention("cpp"), case.attention("torch"), exact.attention("reference")
         )
+
+
+@pytest.mark.parametrize("grid", [(1, 5000), (5000, 1)], ids=str)
+def test_means_over_grids_with_one_long_side(grid: tuple[int, int]) -> None:
+    case = make_case(*grid, 64, num_prefix=0, batch=1)
+    case = replace(case, v=case.v + 3)  # where all have one sign the sums are long
+    exact = case.to(torch.float64).aggregate("reference")
+    assert_as_exact(case.aggregate("cpp"), case.aggregate("torch"), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -105,27 +105,31 @@ class Aggregate {
     }
   }
 
-  // Sums along each row first, then over rows: the error grows with W + H, not with W * H.
+  // Sums over runs of patches first, then over the runs, which are as many as a run has patches:
+  // the error grows with the root of their number, however long a side of the grid is.
   void patch_mean(int64_t b, int64_t c0, int64_t c1, V (&mean)[4]) {
-    const int64_t step = p_.v_stride_token;
+    const int64_t step = p_.v_stride_token, patches = p_.height * p_.width;
     const bool full = c1 - c0 == 4 * V::width;
-    for (int64_t i = 0; i < p_.height; ++i) {
-      const In* v = token(b, p_.num_prefix + i * p_.width) + c0;
-      V row[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    int64_t run = 1;
+    while (run * run < patches) ++run;
+    for (int64_t i = 0; i < patches; i += run) {
+      const In* v = token(b, p_.num_prefix + i) + c0;
+      const int64_t count = patches - i < run ? patches - i : run;
+      V sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
       if (full) {
-        for (int64_t j = 0; j < p_.width; ++j, v += step) {
-          for (int u = 0; u < 4; ++u) row[u] = row[u] + V::load(v + u * V::width);
+        for (int64_t j = 0; j < count; ++j, v += step) {
+          for (int u = 0; u < 4; ++u) sum[u] = sum[u] + V::load(v + u * V::width);
         }
       } else {
-        for (int64_t j = 0; j < p_.width; ++j, v += step) {
+        for (int64_t j = 0; j < count; ++j, v += step) {
           for (int u = 0; c0 + u * V::width < c1; ++u) {
-            row[u] = row[u] + load(v + u * V::width, lanes(c0 + u * V::width, c1));
+            sum[u] = sum[u] + load(v + u * V::width, lanes(c0 + u * V::width, c1));
           }
         }
       }
-      for (int u = 0; u < 4; ++u) mean[u] = mean[u] + row[u];
+      for (int u = 0; u < 4; ++u) mean[u] = mean[u] + sum[u];
     }
-    const V scale = V::all(Acc(1) / static_cast<Acc>(p_.height * p_.width));
+    const V scale = V::all(Acc(1) / static_cast<Acc>(patches));
     for (int u = 0; u < 4; ++u) mean[u] = mean[u] * scale;
   }
 

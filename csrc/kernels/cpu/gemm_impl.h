@@ -1,10 +1,10 @@
 // The matrix product, compiled once per instruction set.
 //
-// A tile of kRows x kPanel results stays in registers over the whole depth: an output is written
-// once, converted and with its bias. The weight is packed into panels of kPanel columns, which the
-// tile reads in order; a task is a block of rows, small enough to stay in the cache while the
-// panels pass by. Where there are few rows, all of which stay there, a task is a panel instead,
-// which is packed on the way.
+// A tile of kRows x kPanel results stays in registers over kSummed of the depth, and its sums are
+// added on the stack: an output is written once, converted and with its bias. The weight is packed
+// into panels of kPanel columns, which the tile reads in order; a task is a block of rows, small
+// enough to stay in the cache while the panels pass by. Where there are few rows, all of which stay
+// there, a task is a panel instead, which is packed on the way.
 #pragma once
 
 #include "kernels/cpu/gemm.h"
@@ -23,6 +23,10 @@ constexpr int kRows = 4, kVectors = 4;
 #else
 constexpr int kRows = 4, kVectors = 2;
 #endif
+
+// Products that an accumulator takes in before it is emptied: beyond, the error of one long sum
+// would grow faster than that of a BLAS, which sums in blocks, too.
+constexpr int64_t kSummed = 384;
 
 template <class T>
 constexpr int kPanel = kVectors * Vec<T>::width;
@@ -228,17 +232,17 @@ class Gemm {
   void tile(const T* a, int64_t stride, int rows, int64_t j, const T* packed, Out* out) const {
     const T* row[kRows];
     for (int r = 0; r < kRows; ++r) row[r] = a + (r < rows ? r : rows - 1) * stride;
+    int64_t d = p_.k < kSummed ? p_.k : kSummed;
     V sum[kRows][N];
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < N; ++v) sum[r][v] = V::zero();
-    }
-    for (int64_t d = 0; d < p_.k; ++d, packed += N * V::width) {
-      V right[N];
-      for (int v = 0; v < N; ++v) right[v] = V::load(packed + v * V::width);
+    multiply<N>(row, 0, d, packed, sum);
+    while (d < p_.k) {
+      const int64_t end = p_.k - d < kSummed ? p_.k : d + kSummed;
+      V more[kRows][N];
+      multiply<N>(row, d, end, packed + d * N * V::width, more);
       for (int r = 0; r < kRows; ++r) {
-        const V left = V::all(row[r][d]);
-        for (int v = 0; v < N; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
+        for (int v = 0; v < N; ++v) sum[r][v] = sum[r][v] + more[r][v];
       }
+      d = end;
     }
     // Last, so that the partial sums are not rounded at the magnitude of the bias.
     V last[N];
@@ -252,6 +256,24 @@ class Gemm {
         } else if (rest > 0) {
           (sum[r][v] + last[v]).store_n(out + v * V::width, static_cast<int>(rest));
         }
+      }
+    }
+  }
+
+  // The products of depth d..end-1, summed in registers, which a call would not leave them in.
+  template <int N>
+  __attribute__((always_inline)) static void multiply(const T* const (&row)[kRows], int64_t d,
+                                                      int64_t end, const T* packed,
+                                                      V (&sum)[kRows][N]) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < N; ++v) sum[r][v] = V::zero();
+    }
+    for (; d < end; ++d, packed += N * V::width) {
+      V right[N];
+      for (int v = 0; v < N; ++v) right[v] = V::load(packed + v * V::width);
+      for (int r = 0; r < kRows; ++r) {
+        const V left = V::all(row[r][d]);
+        for (int v = 0; v < N; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
       }
     }
   }
