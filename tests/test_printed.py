@@ -23,7 +23,7 @@ def results() -> list[Printed]:
 
 
 def test_printing_shows_the_table() -> None:
-    words = ("Sigma_b", "would be replaced", "0.1250", "A run would take")
+    words = ("Sigma_b", "would be replaced", "0.125", "A run would take")
     for result, word in zip(results(), words, strict=True):
         text = str(result)
         assert word in text
