@@ -158,14 +158,16 @@ def kernels() -> str:
 
 
 def _projection() -> str:
-    cases = load("cpu-dw")["results"]
+    document = load("cpu-dw")
+    cases = document["results"]
 
     def ratios(dtype: str) -> str:
         return span(c["cpp/torch"] for c in cases if f" {dtype} " in c["case"])
 
     return (
         f"- Value projection and aggregation, compiled over the fastest plain PyTorch form: {ratios('fp32')} in fp32 and "
-        f"{ratios('bf16')}\n  in bf16, at n=256/D=384 and n=576/D=1024, batch 1 and 8, 1 and 2 threads ({link('cpu-dw')})."
+        f"{ratios('bf16')}\n  in bf16, at n=256/D=384 and n=576/D=1024, batch 1 and 8, 1 and 2 threads\n"
+        f"  ({link('cpu-dw')}; {_cpu(document['machine'])})."
     )
 
 
