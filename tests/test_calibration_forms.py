@@ -10,30 +10,17 @@ import torch
 from torch import Tensor, nn
 
 import dwattn
+import test_calibration
 from dwattn.calibration.ridge import CorrectionFit
 from dwattn.plan import Plan
+from test_calibration import images, make_static
 
-timm = pytest.importorskip("timm")
+pytest.importorskip("timm")
 
 
 def tiny_vit(**options: Any) -> nn.Module:
-    """2 blocks, 2 heads of 8 channels, a 4 x 6 grid."""
-    settings: dict[str, Any] = {
-        "img_size": (16, 24), "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0,
-    }  # fmt: skip
-    model = timm.models.vision_transformer.VisionTransformer(**{**settings, **options}).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 or "bias" in name:
-                parameter.normal_(std=0.3)
-    return model
-
-
-def make_static(model: nn.Module, block: int) -> None:
-    """Zero queries: every token attends evenly to all tokens."""
-    with torch.no_grad():
-        model.blocks[block].attn.qkv.weight[:16] = 0
-        model.blocks[block].attn.qkv.bias[:16] = 0
+    """2 blocks without LayerScale."""
+    return test_calibration.tiny_vit(**{"depth": 2, "init_values": None, **options})
 
 
 def tokens(model: nn.Module, x: Tensor) -> Tensor:
@@ -155,3 +142,33 @@ def test_where_a_layer_has_no_bias_none_is_fitted(monkeypatch: pytest.MonkeyPatc
         assert {"output", "mlp output", "attention output"} <= set(kinds)
         assert set(biases) == {proj_bias}
         biases.clear()
+
+
+@pytest.mark.parametrize("rank", [12, 16])
+def test_prefix_rows_are_exact_at_every_rank(rank: int) -> None:
+    """Also at the full width the factors' rows are mixed: they are not the channels of heads."""
+    model = tiny_vit()
+    attention = copy.deepcopy(model.blocks[1].attn)
+    plan = Plan.for_layers(model, ["blocks.1.attn"])
+    options = {"variant": "lowrank_dw", "rank": rank, "views": 1, "refit": "none"}
+    dwattn.replace(model, plan, calibrate=images(), progress=False, **options)
+    x = torch.randn(2, 25, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model.blocks[1].attn(x)[:, 0], attention(x)[:, 0])
+
+
+def test_low_rank_keeps_the_mean_where_no_bias_can_take_it() -> None:
+    model = tiny_vit(proj_bias=False)
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.bias[32:].normal_(std=3.0)
+    seen: list[tuple[Tensor, Tensor]] = []
+    model.blocks[1].attn.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    with torch.no_grad():
+        model(images())
+    plan = Plan.for_layers(model, ["blocks.1.attn"])
+    options = {"variant": "lowrank_dw", "rank": 8, "views": 1, "refit": "none"}
+    dwattn.replace(model, plan, calibrate=images(), progress=False, **options)
+    x, wanted = seen[0]
+    with torch.no_grad():
+        lost = (model.blocks[1].attn(x) - wanted)[:, 1:].square().sum()
+    assert lost < 0.05 * wanted[:, 1:].square().sum()
