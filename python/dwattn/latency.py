@@ -16,10 +16,12 @@ from dwattn.adapters import (
     AttentionAdapter,
     BackboneLayout,
     BlockSite,
+    ConvertedAttention,
     adapter_for,
     describe,
     refusal,
 )
+from dwattn.attention import EnsembleDWAttention
 from dwattn.errors import DwattnError
 from dwattn.projections import AttentionWeights
 from dwattn.shims import Rank, check_rank, rank_width
@@ -183,7 +185,8 @@ def measure_latency(
                     options["rank"] = rank_width(rank, weights.channels)
                 timed = _layer_calls(adapter, site, layout, grid, batch, variant, options)
                 calls.update({(shape, part): call for part, call in timed.items()})
-        times = _medians(calls, rounds, like.device)
+        timed_calls = times_in_turns(calls, rounds, like.device)
+        times = {key: statistics.median(values) for key, values in timed_calls.items()}
     return LatencyTable(
         total=times["model"],
         layers={
@@ -252,9 +255,9 @@ def _layer_calls(
     return calls
 
 
-def _medians(
-    calls: dict[Any, Callable[[], Any]], rounds: int, device: torch.device
-) -> dict[Any, float]:
+def times_in_turns(
+    calls: Mapping[Any, Callable[[], Any]], rounds: int, device: torch.device
+) -> dict[Any, list[float]]:
     """Milliseconds of each call; the calls take turns, so that a busy machine disturbs all alike."""
     times: dict[Any, list[float]] = {key: [] for key in calls}
     for turn in range(rounds + 2):
@@ -265,7 +268,14 @@ def _medians(
             _synchronize(device)
             if turn >= 2:  # the first rounds warm up
                 times[key].append((time.perf_counter() - start) * 1e3)
-    return {key: statistics.median(values) for key, values in times.items()}
+    return times
+
+
+def fold_ensembles(model: nn.Module) -> None:
+    """Average the weights of ``ens_dw`` layers once, in place, as export does; such a model can only be timed."""
+    for module in model.modules():
+        if isinstance(module, ConvertedAttention) and isinstance(module.layer, EnsembleDWAttention):
+            module.layer = module.layer.fold()
 
 
 def _synchronize(device: torch.device) -> None:

@@ -7,11 +7,12 @@ from functools import partial
 
 import torch
 
-from dwattn.adapters import ConvertedAttention, describe
+from dwattn.adapters import describe
 from dwattn.attention import EnsembleDWAttention, ReplacementAttention
 from dwattn.demo.conversions import Outcome
 from dwattn.demo.pretrained import DIM, GRID, IMAGE_SIZE, SaliencyModel
 from dwattn.demo.timing import RemovedAttention, cpu_threads, interleaved
+from dwattn.latency import fold_ensembles
 from dwattn.report.results import Latency, LatencyInfo
 
 
@@ -79,9 +80,7 @@ def _fold(model: SaliencyModel) -> SaliencyModel:
     if not any(isinstance(module, EnsembleDWAttention) for module in model.modules()):
         return model
     model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, ConvertedAttention) and isinstance(module.layer, EnsembleDWAttention):
-            module.layer = module.layer.fold()
+    fold_ensembles(model)
     return model
 
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import statistics
-import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dwattn.adapters import ConvertedAttention
-from dwattn.attention import EnsembleDWAttention
 from dwattn.errors import DwattnError
 from dwattn.files import write_atomically
 from dwattn.finetune.study_grid import Cell, Grid
+from dwattn.latency import fold_ensembles, times_in_turns
 from dwattn.plan import Plan
 from dwattn.surgery import replace
 
@@ -71,7 +70,10 @@ def measure_cells(
             continue
         seen.add(key)
         converted = _converted(original, cell, replaced, replace_options)
-        before, after = _times(original, converted, pixels, rounds)
+        calls = {"before": partial(original, pixels), "after": partial(converted, pixels)}
+        with torch.inference_mode():
+            times = times_in_turns(calls, rounds, pixels.device)
+        before, after = times["before"], times["after"]
         entries.append(
             {
                 "attention": key[0], "count": key[1], "ms": statistics.median(after),
@@ -98,29 +100,5 @@ def _converted(
     plan = Plan.for_layers(model, [name for name, *_ in parts], heads)
     rank = {} if cell.kind.rank is None else {"rank": cell.kind.rank}
     replace(model, plan, variant=cell.kind.variant, kernel_init="gaussian", **{**rank, **options})
-    for module in model.modules():
-        if isinstance(module, ConvertedAttention) and isinstance(module.layer, EnsembleDWAttention):
-            module.layer = module.layer.fold()
+    fold_ensembles(model)
     return model.eval()
-
-
-@torch.inference_mode()
-def _times(
-    before: nn.Module, after: nn.Module, pixels: Tensor, rounds: int
-) -> tuple[list[float], list[float]]:
-    """Milliseconds of both models, called in turns."""
-    found: tuple[list[float], list[float]] = ([], [])
-    for turn in range(rounds + 2):
-        for model, times in zip((before, after), found, strict=True):
-            _synchronize(pixels)
-            start = time.perf_counter()
-            model(pixels)
-            _synchronize(pixels)
-            if turn >= 2:  # the first rounds warm up
-                times.append((time.perf_counter() - start) * 1e3)
-    return found
-
-
-def _synchronize(pixels: Tensor) -> None:
-    if pixels.is_cuda:
-        torch.cuda.synchronize(pixels.device)
