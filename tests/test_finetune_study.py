@@ -33,7 +33,6 @@ from dwattn.finetune import (
 )
 from dwattn.finetune import study as study_module
 from dwattn.finetune import study_latency as latency_module
-from dwattn.finetune.study_results import interval
 from dwattn.report.study import StudyReport
 from dwattn.report.study_figures import aligned
 from support.models import BY_NAME
@@ -323,34 +322,6 @@ def test_comparisons_share_runs_and_baselines() -> None:
         ("dw", "highest-variance", "7", "two-stage", "calibrated"),
     ):
         assert wanted in labels
-
-
-def test_the_summary_is_paired_by_seed() -> None:
-    rows = [
-        {"label": list(label), "seed": seed, "replaced": [], "cell": "", "metrics": {"top1": value}}
-        for label, values in (
-            (("mhsa", "", "", "two-stage", ""), (0.8, 0.6, 0.7)),
-            (("dw", "variance", "2", "two-stage", "gaussian"), (0.79, 0.58, 0.68)),
-        )
-        for seed, value in enumerate(values)
-    ]
-    base, dw = StudyResult(rows).summary()
-    assert base["mean"] == pytest.approx(0.7)
-    assert base["interval"] == pytest.approx(4.303 * 0.1 / 3**0.5)
-    assert dw["difference"] == pytest.approx(-0.05 / 3)
-    deviation = torch.tensor([-0.01, -0.02, -0.02]).std().item()
-    assert dw["difference_interval"] == pytest.approx(4.303 * deviation / 3**0.5, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("freedom", "quantile"), [(10, 2.2281), (30, 2.0423), (31, 2.0395), (60, 2.0003)]
-)
-def test_intervals_of_many_seeds(freedom: int, quantile: float) -> None:
-    values = [float(seed) for seed in range(freedom + 1)]
-    _, half = interval(values)
-    assert half == pytest.approx(
-        quantile * torch.tensor(values).std().item() / len(values) ** 0.5, rel=2e-3
-    )
 
 
 def test_the_patch_grid_of_replace_is_an_option_of_a_study(tmp_path: Path) -> None:

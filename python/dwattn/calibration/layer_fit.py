@@ -21,7 +21,12 @@ from dwattn.attention import (
     ReplacementAttention,
     SPViTAttention,
 )
-from dwattn.calibration.lowrank import Directions, OutputCovariance, output_directions
+from dwattn.calibration.lowrank import (
+    Directions,
+    OutputCovariance,
+    kept_energy,
+    output_directions,
+)
 from dwattn.calibration.stencil import PrefixFit, StencilFit, StencilWeights
 from dwattn.errors import CalibrationError
 from dwattn.geometry import Geometry
@@ -93,7 +98,9 @@ def choose_rank(
     multiple: int = 8,
 ) -> int:
     """The least inner width, a multiple of 8, that keeps a share ``fidelity`` of the layer's output energy."""
-    needed = _directions(weights, samples, geometry)[2].rank_for(fidelity)
+    _, cov, directions = _directions(weights, samples, geometry)
+    kept = kept_energy(directions.mix, cov, weights.wo)
+    needed = int((kept < fidelity).sum()) + 1
     return min(-(-needed // multiple) * multiple, weights.channels)
 
 

@@ -53,17 +53,10 @@ class Directions:
     Args:
         mix: ``(C, C)``; row ``k`` mixes the C channels into kept channel ``k``.
         strength: ``(C,)`` singular values, descending: what each adds to ``|Y Wo^T|^2`` of its head alone is its square.
-        kept: ``(C,)``; entry ``k`` is the share of ``|Y Wo^T|^2``, of all heads together, that the best decoder finds in
-            the first ``k + 1`` directions.
     """
 
     mix: Tensor
     strength: Tensor
-    kept: Tensor
-
-    def rank_for(self, fidelity: float) -> int:
-        """The fewest directions that keep a share ``fidelity`` of the output energy."""
-        return min(int((self.kept < fidelity).sum()) + 1, len(self.kept))
 
 
 def output_directions(covariance: Tensor, wo: Tensor, num_heads: int) -> Directions:
@@ -83,15 +76,15 @@ def output_directions(covariance: Tensor, wo: Tensor, num_heads: int) -> Directi
         strengths.append(singular)
     mix, strength = torch.cat(rows), torch.cat(strengths)
     order = strength.argsort(descending=True, stable=True)
-    return Directions(
-        mix[order], strength[order], _kept_energy(mix[order], covariance, wo.double())
-    )
+    return Directions(mix[order], strength[order])
 
 
-def _kept_energy(mix: Tensor, covariance: Tensor, wo: Tensor) -> Tensor:
-    """What regression on the first channels of ``Z = Y mix^T`` explains of ``Y Wo^T``: channels are made uncorrelated one
-    after the other (Cholesky), so that each adds a square of its own.
+def kept_energy(mix: Tensor, covariance: Tensor, wo: Tensor) -> Tensor:
+    """``(C,)``; entry ``k`` is the share of ``|Y Wo^T|^2``, of all heads together, that the best decoder finds in the first
+    ``k + 1`` channels of ``Y mix^T``: these are made uncorrelated one after the other (Cholesky), so that each adds a
+    square of its own.
     """
+    wo = wo.double()
     lower = torch.linalg.cholesky(mix @ covariance @ mix.T)
     found = torch.linalg.solve_triangular(lower, mix @ covariance @ wo.T, upper=False)
     total = (wo @ covariance * wo).sum()

@@ -32,8 +32,8 @@ class Targets:
         blocks: squared error behind chosen blocks as a share of their variance, mean over the blocks.
         block_indices: the blocks; None takes those with replaced layers.
         output: of the model's output.
-        output_loss: ``kl`` of logits ``(B, classes, ...)``, a mean over images and positions, ``mse`` as a share of the mean square of the
-            teacher's output for the image, ``binary`` cross-entropy above its minimum for maps in [0, 1]; ``auto``
+        output_loss: ``kl`` of logits ``(B, classes, ...)``, a mean over images and positions, ``mse`` as a share of the mean
+            square of the teacher's output for the image, ``binary`` cross-entropy above its minimum for maps in [0, 1]; ``auto``
             takes ``kl`` for two dimensions and ``mse`` otherwise.
         temperature: of ``kl``.
     """
