@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from dwattn.errors import DataError, UnsupportedAttentionError
@@ -79,6 +80,8 @@ class CallConvention:
     foreign_rotary: tuple[str, ...] = ("position_embeddings", "rope")
     #: Of models whose configuration may ask for attention weights in place of the call.
     config: Any = None
+    #: Whether the library gives every layer a mask while a model is exported, whoever asked for one.
+    masks_exports: bool = False
 
     def rotary(self, kwargs: dict[str, Any]) -> Rotary | None:
         """The rotary position embedding of a call, or None."""
@@ -102,7 +105,7 @@ class CallConvention:
                 or asks for the attention weights.
         """
         for name in self.mask_arguments:
-            if kwargs.get(name) is not None:
+            if self._may_hide(kwargs.get(name)):
                 raise cannot(
                     f"with {name}=...",
                     "aggregates a fixed 3x3 neighbourhood and cannot apply masks",
@@ -120,11 +123,10 @@ class CallConvention:
         )
         # Positions after the tokens are masks, biases and flags in every library: only None and
         # False are neutral.
-        if any(argument is not None and argument is not False for argument in rest):
+        hiding = [argument for argument in rest if self._may_hide(argument)]
+        if hiding:
             raise cannot(
-                "with a "
-                f"{type(next(a for a in rest if a is not None and a is not False)).__name__} after "
-                "the tokens",
+                f"with a {type(hiding[0]).__name__} after the tokens",
                 "cannot apply a mask, bias or causal flag",
             )
         if not isinstance(tokens, Tensor):
@@ -133,6 +135,19 @@ class CallConvention:
                 "nested or packed inputs are not supported."
             )
         return tokens
+
+    def _may_hide(self, argument: Any) -> bool:
+        """Whether an argument in the place of a mask, bias or flag may keep tokens from each other."""
+        if argument is None or argument is False:
+            return False
+        if not (
+            self.masks_exports and isinstance(argument, Tensor) and torch.compiler.is_exporting()
+        ):
+            return True
+        # Its values are not known yet. The exported program looks at them when it runs.
+        kept = argument if argument.dtype == torch.bool else argument == 0
+        torch._assert_async(kept.all(), "A replaced layer cannot apply masks.")
+        return False
 
     def pack(self, output: Tensor) -> Any:
         """Wrap the layer's output as the block expects it."""

@@ -148,6 +148,7 @@ class TransformersAttentionAdapter(AttentionAdapter):
     def convention(self, module: nn.Module) -> CallConvention:
         convention = _convention(module)
         convention.config = getattr(_projections(module), "config", None)
+        convention.masks_exports = True
         return convention
 
 
