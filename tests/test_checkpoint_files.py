@@ -70,6 +70,12 @@ def test_only_converted_models_can_be_saved(path: Path) -> None:
     assert not path.exists()
 
 
+def test_a_model_without_values_cannot_be_loaded_into(path: Path) -> None:
+    dwattn.save(convert(), path)
+    with pytest.raises(CheckpointError, match=r"of the model is on the meta device.*on the CPU"):
+        dwattn.load(timm_vit().to("meta"), path)
+
+
 def test_state_that_is_not_a_tensor_is_refused(path: Path) -> None:
     class Stateful(nn.Sequential):
         def get_extra_state(self) -> dict[str, int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import dwattn
 from dwattn.conversion import conversion
-from dwattn.errors import CheckpointError, GeometryError, PlanError
+from dwattn.errors import CheckpointError, GeometryError, PlanError, UnsupportedAttentionError
 from support.models import hf_model, hub_vit, timm_vit
 from support.surgery import Snapshot, plan_for, shims
 
@@ -262,6 +262,19 @@ def test_converted_models_compile_and_export(dynamic: bool) -> None:
     program = torch.export.export(model, (images,), dynamic_shapes={"x": {0: batch}})
     more = torch.randn(5, 3, 32, 24)
     torch.testing.assert_close(program.module()(more), model(more), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_replaced_layers_are_single_nodes_of_fx_graphs() -> None:
+    """As feature extractors of torchvision and timm trace models."""
+    model, images = timm_vit(), torch.randn(2, 3, 32, 24)
+    dwattn.replace(model, plan_for(model, [0, 2], [None, [0, 2]]))
+    graph = torch.fx.symbolic_trace(model)
+    assert torch.equal(graph(images), model(images))
+    nodes = {node.target for node in graph.graph.nodes if node.op == "call_module"}
+    assert shims(model).keys() <= nodes
+    with pytest.raises(UnsupportedAttentionError, match="attn_mask"):
+        graph(images, attn_mask=torch.ones(13, 13))
 
 
 def test_autocast_and_gradients_of_a_converted_model() -> None:

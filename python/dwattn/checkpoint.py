@@ -212,7 +212,7 @@ def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str
 
     Raises:
         CheckpointError: missing, truncated or foreign file, another schema version, another
-            architecture, or keys and shapes that do not match, by name.
+            architecture, keys and shapes that do not match, by name, or a model on the meta device.
     """
     name = os.fspath(path)
     with _opened(path) as file:
@@ -355,6 +355,12 @@ def _match(
     targets = {k: v for k, v in _state(model).items() if not k.startswith(prefixes)}
     for name, shim in shims.items():
         targets.update({f"{name}.{key}": tensor for key, tensor in _state(shim).items()})
+    absent = next((name for name, tensor in targets.items() if tensor.is_meta), None)
+    if absent is not None:
+        raise CheckpointError(
+            f"{absent} of the model is on the meta device, which holds no values: build the model on the CPU or a GPU, "
+            f"with any weights, and load {path!r} into that."
+        )
     stored = set(file.keys())
     saved = stored | set(record.aliases)
     _names(path, "lacks", sorted(set(targets) - saved))

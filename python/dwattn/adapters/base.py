@@ -185,12 +185,19 @@ class ConvertedAttention(nn.Module):
         self.original_print: dict[str, Any] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        traced = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.fx.Proxy)), None)
+        if traced is not None:
+            return self._as_leaf(traced.tracer, args, kwargs)
         tokens, rotary = self.convention.tokens(args, kwargs), self.convention.rotary(kwargs)
         configured = getattr(self.convention.config, "output_attentions", False)
         if kwargs.get("output_attentions", configured):
             raise cannot("with config.output_attentions=True", "forms no attention weights")
         turned = {} if rotary is None else {"rotary": rotary}
         return self.convention.pack(self.layer(tokens, **turned))
+
+    def _as_leaf(self, tracer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One node of a graph of ``torch.fx``, which cannot look into a layer that checks its call."""
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
 
 
 class AttentionAdapter(ABC):
