@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -344,6 +345,37 @@ def test_mistakes_are_one_sentence_and_an_exit_code(
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
     assert [p.name for p in tmp_path.iterdir()] in (["images"], [])
+
+
+def test_damaged_images_end_no_work_that_has_begun(
+    place: Path, scored: Path, tmp_path: Path
+) -> None:
+    """Each command names all of them at once, before the slow model was called."""
+    images, marker, labelled = tmp_path / "images", tmp_path / "called", tmp_path / "labelled"
+    shutil.copytree(place / "images", images)
+    for number in (5, 8):
+        data = (images / f"{number}.png").read_bytes()
+        (images / f"{number}.png").write_bytes(data[: len(data) // 2])
+    for name in ("a", "b"):
+        shutil.copytree(images, labelled / name)
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    student = tmp_path / "student.safetensors"
+    invoke("select", scored, "--blocks", 1, "--out", plan)
+    quick, model = f"{place / 'factory.py'}:make", f"{place / 'factory.py'}:slow?marker={marker}"
+    invoke("replace", quick, plan, "--out", student, "--size", 56)
+    for command_line in (
+        ("score", model, "--images", images, "--size", 56),
+        ("refine", model, scored, "--images", images, "--blocks", 1, "--size", 56),
+        ("replace", model, plan, "--calibrate", images, "--size", 56),
+        ("finetune", quick, student, "--images", images, "--size", 56, "--steps", 1),
+        ("finetune", model, "--task", "classify", "--images", labelled, "--size", 56, "--steps", 1),
+    ):
+        found = " ".join(invoke(*command_line, "--out", out, code=1).stderr.split())
+        assert "images cannot be read" in found, (command_line, found)
+        assert "5.png" in found
+        assert "8.png" in found
+        assert not marker.exists()
+        assert not out.exists()
 
 
 def test_sizes() -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dwattn.data import count_images, is_reiterable, iterate, require_reiterable
 from dwattn.errors import DataError
-from dwattn.image_files import image_folder
+from dwattn.image_files import image_folder, require_readable
 
 IMAGES = torch.arange(10 * 3 * 4 * 6, dtype=torch.float32).view(10, 3, 4, 6)
 LABELS = torch.arange(10)
@@ -266,3 +266,32 @@ def test_folders_that_cannot_be_read(photos: Path) -> None:
     (photos / "broken.png").write_bytes((photos / "broken.png").read_bytes()[:800])
     with pytest.raises(DataError, match=r"broken\.png cannot be read"):
         list(image_folder(photos, 8))
+
+
+def test_damaged_files_are_found_before_work_begins(photos: Path) -> None:
+    whole = image_folder(photos, 8)
+    require_readable(whole.files)
+    noise = Image.effect_noise((400, 300), 80)
+    for mode, kind in (("L", "jpg"), ("CMYK", "jpg"), ("RGB", "webp"), ("RGB", "png")):
+        noise.convert(mode).save(photos / f"{mode}-whole.{kind}")
+    noise.convert("RGB").save(photos / "late.jpg", progressive=True)
+    Image.new("RGB", (3, 2)).save(photos / "tiny.jpg")
+    require_readable(image_folder(photos, 8).files)
+    for name in ("late.jpg", "L-whole.jpg"):
+        data = (photos / name).read_bytes()
+        (photos / name).write_bytes(data[: len(data) * 98 // 100])
+    files = image_folder(photos, 8).files
+    seen = []
+    with pytest.raises(DataError) as caught:
+        require_readable(files, lambda found: (seen.append(one) or one for one in found))
+    assert len(seen) == len(files)
+    assert str(caught.value).startswith(f"2 of {len(files)} images cannot be read. ")
+    assert all(
+        f"{name} cannot be read as an image" in str(caught.value)
+        for name in ("late.jpg", "L-whole.jpg")
+    )
+    (photos / "late.jpg").unlink()
+    with pytest.raises(
+        DataError, match=r"^\S*L-whole\.jpg cannot be read.*Remove or replace the file\.$"
+    ):
+        require_readable(image_folder(photos, 8).files)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 #: The largest 16-bit grey value.
 _WHITE = 65535
+#: Damaged files that an error names.
+_LISTED = 5
 
 
 class ImageFolder:
@@ -72,8 +75,47 @@ class ImageFolder:
         return (pixels.permute(2, 0, 1).float() / 255 - self.mean) / self.std
 
 
-def open_image(path: Path) -> Any:
+def require_readable(
+    files: Sequence[Path],
+    watch: Callable[[Iterable[DataError | None]], Iterable[DataError | None]] = iter,
+) -> None:
+    """Decode every file once, before long work begins that a damaged one would end.
+
+    JPEGs are decoded at an eighth of their size, for which all of their data are read too.
+
+    Args:
+        watch: gets what was found file by file and passes it on, as progress bars do.
+
+    Raises:
+        DataError: files cannot be decoded or have grey values of unknown range; names them.
+    """
+    # Decoders release the interpreter's lock.
+    with ThreadPoolExecutor() as threads:
+        faults = [fault for fault in watch(threads.map(_fault, files)) if fault is not None]
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        more = f" And {len(faults) - _LISTED} more." if len(faults) > _LISTED else ""
+        raise DataError(
+            f"{len(faults)} of {len(files)} images cannot be read. "
+            + " ".join(str(fault) for fault in faults[:_LISTED])
+            + more
+        )
+
+
+def _fault(path: Path) -> DataError | None:
+    try:
+        _coloured(open_image(path, coarse=True), path)
+    except DataError as error:
+        return error
+    return None
+
+
+def open_image(path: Path, *, coarse: bool = False) -> Any:
     """The PIL image of a file, decoded and turned upright.
+
+    Args:
+        coarse: JPEGs at an eighth of their size, which is several times faster.
 
     Raises:
         DataError: the file cannot be decoded; names it.
@@ -82,6 +124,8 @@ def open_image(path: Path) -> Any:
 
     try:
         with Image.open(path) as opened:
+            if coarse:
+                opened.draft(None, (max(1, opened.width // 8), max(1, opened.height // 8)))
             opened.load()
             try:
                 return ImageOps.exif_transpose(opened)

@@ -21,8 +21,9 @@ from dwattn.errors import DataError, DwattnError
 from dwattn.files import printing, stopped_in_order, strict_json
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
+    from dwattn.image_files import ImageFolder
     from dwattn.models import Preprocessing
 
 P = ParamSpec("P")
@@ -30,6 +31,8 @@ R = TypeVar("R")
 
 #: Columns of tables that go to no terminal.
 PIPED_WIDTH = 160
+#: Images that are looked at without a progress bar, and the most that are looked at beforehand.
+FEW_FILES, MOST_CHECKED = 200, 20_000
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 
@@ -214,10 +217,27 @@ def read_images(
     images = image_folder(
         folder, pixels, norm.mean, norm.std, batch_size=batch_size, limit=num_images
     )
+    require_readable(images)
     note(
         f"{len(images.files)} images from {folder} at {pixels[0]} x {pixels[1]}, normalised with {norm.source}."
     )
     return images
+
+
+def require_readable(images: ImageFolder | Tensor) -> None:
+    """Name the damaged files of a folder before long work begins on them, unless there are so many that looking at all is
+    long work too.
+    """
+    from rich.progress import track
+
+    from dwattn import image_files
+
+    files = images.files if isinstance(images, image_files.ImageFolder) else []
+    if len(files) > MOST_CHECKED:
+        return
+    bar: dict[str, Any] = {"console": Console(stderr=True), "transient": True}
+    bar |= {"total": len(files), "disable": len(files) < FEW_FILES}
+    image_files.require_readable(files, lambda found: track(found, "looking at the images", **bar))
 
 
 def parse_rank(text: str | None) -> int | float | dict[str, float] | None:

@@ -23,6 +23,7 @@ from dwattn.cli.common import (
     image_size,
     normalisation,
     note,
+    require_readable,
 )
 from dwattn.errors import CheckpointError, TrainingError
 from dwattn.files import require_apart
@@ -239,13 +240,16 @@ class Folders:
 
         common: dict[str, Any] = {"augment": augment, "seed": self.seed}
         if self.task == "distill":
-            return Views(image_folder(images, self.size, self.mean, self.std), **common)
+            photos = image_folder(images, self.size, self.mean, self.std)
+            require_readable(photos)
+            return Views(photos, **common)
         common |= {"mean": self.mean, "std": self.std}
         if self.task == "segment":
             assert masks is not None
             assert self.classes is not None
             return MaskFolder(images, masks, self.size, self.classes, **common)
         data, names = labelled_folder(images, self.size, classes=self.names, **common)
+        require_readable(data.images)
         self.names, self.classes = names, len(names)
         return data
 
