@@ -28,8 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dwattn.demo import machine
 from dwattn.demo.pretrained import DEPTH, DESCRIPTION, HEADS, PATCH, timm_backbone
 from dwattn.finetune import (
-    Grid,
     Recipe,
+    StudyGrid,
     StudyResult,
     Task,
     Views,
@@ -79,7 +79,7 @@ def make(task: str, classes: int, size: int, seed: int) -> Task:
     return segmenter(timm_backbone(size), classes, widths=WIDTHS, seed=seed)
 
 
-def grid(options: argparse.Namespace) -> Grid:
+def grid(options: argparse.Namespace) -> StudyGrid:
     """The comparisons and the recipes that the options say."""
     first = Recipe.of(
         steps=options.steps,
@@ -172,7 +172,7 @@ def setting(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(
-    options: argparse.Namespace, study: Grid, result: StudyResult, work: Path
+    options: argparse.Namespace, study: StudyGrid, result: StudyResult, work: Path
 ) -> list[dict[str, Any]]:
     """Time what was not timed yet on this machine, write the page, and return the times."""
     where, size = options.device or "cpu", options.latency_size

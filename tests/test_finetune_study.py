@@ -22,9 +22,9 @@ from dwattn.errors import TrainingError
 from dwattn.finetune import (
     Augment,
     Callback,
-    Grid,
     LabelledViews,
     Recipe,
+    StudyGrid,
     StudyResult,
     Trainer,
     classifier,
@@ -44,7 +44,7 @@ pytest.importorskip("torchmetrics", reason="evaluation needs the train extra")
 
 FAMILY = BY_NAME["hub-reg4"]
 RECIPE = Recipe(steps=4, batch_size=4, lr=1e-3)
-GRID = Grid(
+GRID = StudyGrid(
     comparisons={
         "all": {
             "kinds": ({"variant": "dw"}, {"variant": "lowrank_dw", "rank": 16}),
@@ -73,7 +73,11 @@ OPTIONS = {"device": "cpu", "progress": False}
 
 
 def run(
-    folder: Path, grid: Grid = GRID, images: int = 12, build: Any = FAMILY.build, **options: Any
+    folder: Path,
+    grid: StudyGrid = GRID,
+    images: int = 12,
+    build: Any = FAMILY.build,
+    **options: Any,
 ) -> StudyResult:
     data = LabelledViews(*coloured(images), 3, Augment())
     test = LabelledViews(*coloured(9), 3)
@@ -88,7 +92,7 @@ def measured(result: StudyResult) -> list[dict[str, Any]]:
 
 
 def test_head_and_second_stage_have_recipes_of_their_own(tmp_path: Path) -> None:
-    grid = Grid(
+    grid = StudyGrid(
         comparisons={"one": {"blocks": (2,), "kernel_inits": ("gaussian",)}},
         seeds=(0,), score_images=8, recipe=RECIPE,
         head=Recipe(steps=3, batch_size=6, lr=1e-2), second=Recipe(steps=2, batch_size=6, lr=1e-4),
@@ -224,7 +228,7 @@ def test_refined_sets_are_searched_once_for_each_kind_and_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dw, narrow = {"variant": "dw"}, {"variant": "lowrank_dw", "rank": 16}
-    grid = Grid(
+    grid = StudyGrid(
         comparisons={
             "a": {"kinds": (dw, narrow), "blocks": (2,), "criteria": ("refine", "residual")},
             "b": {"blocks": (2,), "criteria": ("refine",), "kernel_inits": ("mean-attention",)},
@@ -259,7 +263,7 @@ def test_refined_sets_are_searched_once_for_each_kind_and_seed(
     assert searches[2]["written"] == searches[0]["written"]
 
 
-SHORT = Grid(
+SHORT = StudyGrid(
     comparisons={"one": {"blocks": (2,), "kernel_inits": ("gaussian",)}},
     seeds=(0,), score_images=8, recipe=RECIPE.but(steps=12),
 )  # fmt: skip
@@ -339,10 +343,10 @@ def test_the_patch_grid_of_replace_is_an_option_of_a_study(tmp_path: Path) -> No
 def test_a_grid_file_is_checked(tmp_path: Path) -> None:
     path = tmp_path / "grid.json"
     with pytest.raises(TrainingError, match="No such file"):
-        Grid.load(path)
+        StudyGrid.load(path)
     path.write_text("{")
     with pytest.raises(TrainingError, match="malformed"):
-        Grid.load(path)
+        StudyGrid.load(path)
     two = {"a": {"blocks": [2]}}
     for wrong, match in (
         ({"recipe": {}}, r"recipe\.steps: Field required"),
@@ -368,15 +372,15 @@ def test_a_grid_file_is_checked(tmp_path: Path) -> None:
     ):
         path.write_text(json.dumps({"comparisons": two, "recipe": {"steps": 2}, **wrong}))
         with pytest.raises(TrainingError, match=match):
-            Grid.load(path)
+            StudyGrid.load(path)
     odd = {"steps": 2, "batch_size": 3}
     path.write_text(json.dumps({"comparisons": two, "recipe": odd}))
     with pytest.raises(TrainingError, match="batch_size=3 cannot be halved"):
-        Grid.load(path)
-    assert Grid(comparisons={"a": {"blocks": [2], "stages": ["one-stage"]}}, recipe=odd)
-    assert Grid(comparisons=two, recipe=odd, second={"steps": 1})
+        StudyGrid.load(path)
+    assert StudyGrid(comparisons={"a": {"blocks": [2], "stages": ["one-stage"]}}, recipe=odd)
+    assert StudyGrid(comparisons=two, recipe=odd, second={"steps": 1})
     path.write_text(GRID.model_dump_json())
-    assert Grid.load(path) == GRID
+    assert StudyGrid.load(path) == GRID
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -386,7 +390,7 @@ def test_the_command(tmp_path: Path) -> None:
         save_image(tmp_path / "images" / "ab"[index % 2] / f"{index}.png", (60, 64), seed=index)
     some = {"some": {"kinds": ({"variant": "dw"}, {"variant": "lowrank_dw", "rank": 16}), "blocks": (2,),
                      "kernel_inits": ("gaussian",)}}  # fmt: skip
-    grid = Grid(**{**GRID.model_dump(), "comparisons": some})
+    grid = StudyGrid(**{**GRID.model_dump(), "comparisons": some})
     (tmp_path / "grid.json").write_text(grid.model_dump_json())
     arguments = [
         "study", f"{tmp_path / 'factory.py'}:make", tmp_path / "grid.json", "--task", "classify",

@@ -167,7 +167,7 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         states = run.optimizer.state.values()
         assert {value.device for state in states for value in state.values()} == {GPU}
     assert tokens(family, student).device == GPU
-    grid = finetune.Grid(
+    grid = finetune.StudyGrid(
         comparisons={
             "gates": {"blocks": (2,), "criteria": ("dsp-e2e",), "kernel_inits": ("gaussian",)},
             "sets": {"blocks": (2,), "criteria": ("dsp",)},

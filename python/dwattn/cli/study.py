@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,9 +27,9 @@ from dwattn.cli.common import (
 from dwattn.cli.training import TASKS, Folders, build_task, check_usage
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-    from dwattn.finetune import Estimate, Grid, Task
+    from dwattn.finetune import Estimate, StudyGrid, StudyResult, Task
 
 
 @command
@@ -112,23 +112,37 @@ def study(
     emit(result, as_json)
     written = [out / "results.json", out / "results.csv"]
     if report:
-        import torch
-
-        from dwattn.finetune.study_latency import study_latency
-        from dwattn.report.study import StudyReport, write_study
-
+        setting = {**wanted.shared()["recipe"], "images": len(data), "test images": len(test)}
         image = test[0, 0]["pixels"][None]
-        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        entries = study_latency(wanted, first.to(where), image.to(where), out)
-        page = StudyReport.of(
-            out, result, command=shlex.join(["dwattn", *sys.argv[1:]]), latency=entries, machine=where,
-            setting={**wanted.shared()["recipe"], "images": len(data), "test images": len(test)},
-        )  # fmt: skip
-        written.append(write_study(page, out / "report.html"))
+        written.append(_report(out, result, wanted, first, image, device, setting))
     note(f"Wrote {', '.join(str(path) for path in written)}.")
 
 
-def _plan(grid: Grid, only: list[str] | None, out: Path, one: Estimate, as_json: bool) -> None:
+def _report(
+    out: Path,
+    result: StudyResult,
+    grid: StudyGrid,
+    model: nn.Module,
+    image: Tensor,
+    device: str | None,
+    setting: dict[str, Any],
+) -> Path:
+    """Time the study's models on one image ``(1, 3, H, W)``, and write tables and figures."""
+    import torch
+
+    from dwattn.finetune.study_latency import study_latency
+    from dwattn.report.study import StudyReport, write_study
+
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    entries = study_latency(grid, model.to(where), image.to(where), out)
+    command_line = shlex.join(["dwattn", *sys.argv[1:]])
+    page = StudyReport.of(
+        out, result, command=command_line, setting=setting, latency=entries, machine=where
+    )
+    return write_study(page, out / "report.html")
+
+
+def _plan(grid: StudyGrid, only: list[str] | None, out: Path, one: Estimate, as_json: bool) -> None:
     """Say which runs are left and how long their training takes here."""
     cells = grid.cells(only or None)
     left = [cell for cell in cells if not (out / "cells" / f"{cell.name}.json").exists()]
@@ -146,12 +160,12 @@ def _plan(grid: Grid, only: list[str] | None, out: Path, one: Estimate, as_json:
     )
 
 
-def _grid(name: str, model: nn.Module, recipe: object, seeds: int) -> Grid:
+def _grid(name: str, model: nn.Module, recipe: object, seeds: int) -> StudyGrid:
     from dwattn.adapters import describe
-    from dwattn.finetune import Grid, paper_grid
+    from dwattn.finetune import StudyGrid, paper_grid
     from dwattn.finetune.features import head_count
 
     if name != "paper":
-        return Grid.load(name)
+        return StudyGrid.load(name)
     depth = len(describe(model).blocks)
     return paper_grid(depth, head_count(model), recipe, seeds=tuple(range(seeds)))  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from dwattn.finetune.labelled import LabelledViews, MaskedViews, MaskFolder, lab
 from dwattn.finetune.recipe import Recipe, steps_for
 from dwattn.finetune.stages import StagedResult, second_stage, train_in_stages
 from dwattn.finetune.study import run_study
-from dwattn.finetune.study_grid import Comparison, Grid, Kind, paper_grid
+from dwattn.finetune.study_grid import Comparison, Kind, StudyGrid, paper_grid
 from dwattn.finetune.study_results import StudyResult
 from dwattn.finetune.tasks import Task, classifier, evaluate, segmenter
 from dwattn.finetune.trainer import Callback, Evaluate, Trainer, TrainingResult
@@ -38,7 +38,6 @@ __all__ = [
     "Evaluate",
     "FeatureReader",
     "Features",
-    "Grid",
     "Head",
     "Kind",
     "LabelledViews",
@@ -50,6 +49,7 @@ __all__ = [
     "SegmentationDecoder",
     "SplitHead",
     "StagedResult",
+    "StudyGrid",
     "StudyResult",
     "SubsetGate",
     "Targets",

@@ -25,7 +25,7 @@ from dwattn.finetune.gates import Annealing, add_gates, learned_plan, settle
 from dwattn.finetune.recipe import Recipe
 from dwattn.finetune.stages import train_in_stages
 from dwattn.finetune.state import STATE_FILE, remove_leftovers
-from dwattn.finetune.study_grid import Cell, Grid
+from dwattn.finetune.study_grid import Cell, StudyGrid
 from dwattn.finetune.study_results import StudyResult
 from dwattn.finetune.tasks import Task, evaluate
 from dwattn.finetune.trainer import Callback, Trainer
@@ -45,7 +45,7 @@ MAP_TOKENS = 300
 
 
 def run_study(
-    grid: Grid,
+    grid: StudyGrid,
     make: Callable[[int], Task],
     data: Views,
     test: Views,
@@ -93,7 +93,7 @@ def run_study(
 class _Study:
     """What the cells share."""
 
-    grid: Grid
+    grid: StudyGrid
     make: Callable[[int], Task]
     data: Views
     test: Views
@@ -264,7 +264,7 @@ def _require_whole(complete: bool) -> None:
 
 
 def _claim(
-    root: Path, grid: Grid, task: Task, images: list[Views], replace_options: dict[str, Any]
+    root: Path, grid: StudyGrid, task: Task, images: list[Views], replace_options: dict[str, Any]
 ) -> None:
     """Note what the folder holds, or check that it is this."""
     path = root / "study.json"

@@ -89,7 +89,7 @@ class Comparison(BaseModel):
                             yield Cell(seed, stages, kind, criterion, count, unit, init)
 
 
-class Grid(BaseModel):
+class StudyGrid(BaseModel):
     """A study: comparisons, and the unconverted model (``mhsa``) trained as long, for every seed.
 
     Args:
@@ -116,7 +116,7 @@ class Grid(BaseModel):
     head: Recipe | None = None
 
     @model_validator(mode="after")
-    def _has_a_second_stage(self) -> Grid:
+    def _has_a_second_stage(self) -> StudyGrid:
         """Refuse a batch that has no half now, not when the first stage is done."""
         if any(comparison.needs_second for comparison in self.comparisons.values()):
             self.second_recipe(0)
@@ -127,7 +127,7 @@ class Grid(BaseModel):
         return (self.second or second_stage(self.recipe)).but(seed=seed)
 
     @classmethod
-    def load(cls, path: str | Path) -> Grid:
+    def load(cls, path: str | Path) -> StudyGrid:
         """Read a grid file (JSON).
 
         Raises:
@@ -199,12 +199,12 @@ class Cell:
         return f"{words}-seed{self.seed}"
 
 
-def paper_grid(depth: int, heads: int, recipe: Recipe, **shared: Any) -> Grid:
+def paper_grid(depth: int, heads: int, recipe: Recipe, **shared: Any) -> StudyGrid:
     """The paper's comparisons with its counts of 24 blocks scaled to ``depth``, and ours.
 
     Args:
         depth, heads: of the model: blocks, and heads a block.
-        shared: other fields of :class:`Grid`.
+        shared: other fields of :class:`StudyGrid`.
     """
 
     def blocks(of_24: int) -> int:
@@ -214,7 +214,7 @@ def paper_grid(depth: int, heads: int, recipe: Recipe, **shared: Any) -> Grid:
     dw, quarter = Kind(variant="dw"), Kind(variant="lowrank_dw", rank=0.25)
     narrow = [Kind(variant="lowrank_dw", rank=rank) for rank in (0.5, 0.125)]
     ensemble = Kind(variant="ens_dw")
-    return Grid(
+    return StudyGrid(
         comparisons={
             # What the project is for: half of the blocks and three quarters.
             "main": Comparison(kinds=(dw, quarter), blocks=(half, most), criteria=("residual",)),

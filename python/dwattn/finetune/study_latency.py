@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from dwattn.errors import DwattnError
 from dwattn.files import write_atomically
-from dwattn.finetune.study_grid import Cell, Grid
+from dwattn.finetune.study_grid import Cell, StudyGrid
 from dwattn.latency import fold_ensembles, times_in_turns
 from dwattn.plan import Plan
 from dwattn.surgery import replace
 
 
 def study_latency(
-    grid: Grid, backbone: nn.Module, pixels: Tensor, folder: str | Path, /, **options: Any
+    grid: StudyGrid, backbone: nn.Module, pixels: Tensor, folder: str | Path, /, **options: Any
 ) -> list[dict[str, Any]]:
     """:func:`measure_cells` of all cells of a study's folder that are done; measured once for each size of images, kept in
     ``latency.json``.
