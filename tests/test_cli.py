@@ -424,6 +424,12 @@ def test_help_is_short_and_whole(name: str) -> None:
     assert name or "..." not in shown.output.partition("Commands:")[2]
 
 
+def test_shells_complete_commands() -> None:
+    asked = {"_DWATTN_COMPLETE": "complete_bash", "COMP_WORDS": "dwattn s", "COMP_CWORD": "1"}
+    result = CliRunner().invoke(app, env=asked, prog_name="dwattn")
+    assert result.stdout.split() == ["score", "select", "study"]
+
+
 def test_help_imports_no_torch() -> None:
     code = (
         "import sys, dwattn.cli\n"

@@ -6,9 +6,11 @@
 namespace dwattn::cuda {
 
 constexpr int kMeanWarps = 16;
+// Tokens that a warp adds up in a row: errors grow with the length of a chain of sums.
+constexpr int kMeanRun = 64;
 
-// A block owns 64 features of an image; its warps take every 16th token, and their sums are added
-// in the order of the warps.
+// A block owns 64 features of an image; its warps take every 16th token, add them in runs, then
+// the runs, and their sums are added in the order of the warps.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kMeanWarps* kWarp)
     patch_mean_kernel(const T* tokens, int64_t stride_batch, int64_t stride_token, int64_t count,
@@ -21,9 +23,14 @@ __global__ void __launch_bounds__(kMeanWarps* kWarp)
   const int64_t valid = dim - feature;
   const T* const from = tokens + image * stride_batch + feature;
   float2 sum = zero2();
+  for (int64_t t = warp; t < count;) {
+    const int64_t end = min(count, t + kMeanRun * kMeanWarps);
+    float2 run = zero2();
 #pragma unroll 4
-  for (int64_t t = warp; t < count; t += kMeanWarps) {
-    sum = add2(sum, load_pair<T, kAligned>(from + t * stride_token, valid));
+    for (; t < end; t += kMeanWarps) {
+      run = add2(run, load_pair<T, kAligned>(from + t * stride_token, valid));
+    }
+    sum = add2(sum, run);
   }
   sums[threadIdx.x] = sum;
   __syncthreads();

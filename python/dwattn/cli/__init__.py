@@ -19,7 +19,6 @@ __all__ = ["app"]
 app = typer.Typer(
     name="dwattn",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
