@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import dwattn
+from dwattn.adapters import ConvertedAttention
 from dwattn.conversion import conversion
-from dwattn.errors import CheckpointError, GeometryError, PlanError
+from dwattn.errors import CheckpointError, GeometryError, PlanError, UnsupportedAttentionError
 from support.models import hf_model, hub_vit, timm_vit
 from support.surgery import Snapshot, plan_for, shims
 
@@ -271,3 +272,36 @@ def test_autocast_and_gradients_of_a_converted_model() -> None:
         loss = model(torch.randn(2, 3, 56, 56)).float().square().mean()
     loss.backward()
     assert all(p.grad is not None for s in shims(model).values() for p in s.parameters())
+
+
+@torch.no_grad()
+def test_symbolic_traces_take_replaced_layers_as_leaves() -> None:
+    def trace(model: nn.Module, *leaves: type[nn.Module]) -> nn.Module:
+        class Tracer(torch.fx.Tracer):
+            def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+                return isinstance(module, leaves) or super().is_leaf_module(module, name)
+
+        return torch.fx.GraphModule(model, Tracer().trace(model))
+
+    model, images = timm_vit(reg_tokens=4), torch.randn(2, 3, 32, 24)
+    dwattn.replace(model, plan_for(model, [0, 1], [None, [1]]))
+    with pytest.raises(UnsupportedAttentionError, match=r"torch.fx .*leaf_modules=\[.*Converted"):
+        trace(model)
+    traced = trace(model, ConvertedAttention)
+    torch.testing.assert_close(traced(images), model(images), rtol=1e-4, atol=1e-5)
+    model = timm_vit(dynamic_img_size=True)
+    dwattn.replace(model, plan_for(model), dynamic_grid=True)
+    with pytest.raises(GeometryError, match="would not know the patch grid"):
+        trace(model, ConvertedAttention)
+
+
+@torch.no_grad()
+def test_block_masks_of_flex_attention_are_refused_with_the_remedy() -> None:
+    model, images = hf_model("Dinov2"), torch.randn(2, 3, 32, 32)
+    dwattn.replace(model, plan_for(model))
+    expected = model(images).last_hidden_state
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(UnsupportedAttentionError, match=r"set_attn_implementation\('sdpa'\)"):
+        model(images)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(model(images).last_hidden_state, expected)

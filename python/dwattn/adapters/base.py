@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from dwattn.errors import DataError, UnsupportedAttentionError
 from dwattn.geometry import Geometry
@@ -31,6 +32,13 @@ def defined_in(module: nn.Module, package: str, *class_names: str) -> bool:
         and (cls.__module__ == package or cls.__module__.startswith(package + "."))
         for cls in type(module).__mro__
     )
+
+
+def kind(module: nn.Module) -> str:
+    """The name of the module's class, also where FSDP2 (``fully_shard``) put a subclass of its own in the class's place."""
+    name = type(module).__name__
+    sharded = any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+    return name.removeprefix("FSDP") if sharded else name
 
 
 def in_repository(module: nn.Module, name: str) -> bool:
@@ -101,8 +109,20 @@ class CallConvention:
             UnsupportedAttentionError: the call has a mask, a bias or a rotary embedding, is causal,
                 or asks for the attention weights.
         """
+        if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
+            raise cannot(
+                "while torch.fx traces the model symbolically",
+                "has to be a leaf of the trace (leaf_modules=[dwattn.adapters.ConvertedAttention] of "
+                "torchvision's create_feature_extractor)",
+            )
         for name in self.mask_arguments:
             if kwargs.get(name) is not None:
+                if type(kwargs[name]).__name__ == "BlockMask":
+                    raise cannot(
+                        f"with {name}=..., a block mask of flex attention",
+                        "cannot apply masks; transformers makes one at every call, also where nothing is "
+                        "masked, until model.set_attn_implementation('sdpa')",
+                    )
                 raise cannot(
                     f"with {name}=...",
                     "aggregates a fixed 3x3 neighbourhood and cannot apply masks",
