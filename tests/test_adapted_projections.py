@@ -25,7 +25,7 @@ from dwattn.attention import (
     LowRankDWAttention,
     SPViTAttention,
 )
-from dwattn.errors import CalibrationError, CheckpointError, PlanError, UnsupportedAttentionError
+from dwattn.errors import CheckpointError, PlanError, UnsupportedAttentionError
 from dwattn.scattered import ScatteredDWAttention
 from support.models import timm_vit
 
@@ -315,14 +315,34 @@ def test_multilayer_perceptrons_whose_weights_are_computed_are_left_as_they_are(
         dwattn.save(model, tmp_path / "model.safetensors")
 
 
-def test_pruned_layers_must_be_made_permanent_before_calibration() -> None:
-    model, images = timm_vit(depth=2), torch.randn(12, 3, 32, 24)
-    prune.l1_unstructured(model.blocks[0].mlp.fc2, "weight", amount=0.3)
-    plan = dwattn.Plan.for_layers(model, [0])
-    with pytest.raises(CalibrationError, match=r"blocks.0 could not be copied.*prune.remove"):
+COMPUTED = {
+    "pruned": lambda linear: prune.l1_unstructured(linear, "weight", amount=0.3),
+    "weight norm": nn.utils.weight_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_layers_whose_weights_are_computed_at_each_call_are_calibrated(kind: str) -> None:
+    """Calibration makes of them what it makes of the same layers with these weights as plain ones."""
+    images, models = torch.randn(12, 3, 32, 24), (timm_vit(depth=2), timm_vit(depth=2))
+    linears = [m.blocks[0].attn.qkv for m in models] + [m.blocks[0].mlp.fc1 for m in models]
+    for linear in linears:
+        COMPUTED[kind](linear)
+    with torch.no_grad():
+        models[0](images)
+    for linear in (linears[1], linears[3]):
+        prune.remove(linear, "weight") if kind == "pruned" else nn.utils.remove_weight_norm(linear)
+    plans = [dwattn.Plan.for_layers(model, [0]) for model in models]
+    for model, plan in zip(models, plans, strict=True):
         dwattn.replace(model, plan, calibrate=images, progress=False)
-    prune.remove(model.blocks[0].mlp.fc2, "weight")
-    dwattn.replace(model, plan, calibrate=images, progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(models[0](images), models[1](images), atol=1e-4, rtol=1e-4)
+    assert all(p.requires_grad for model in models for p in model.parameters())
+    layer = dwattn.restore(models[0]).blocks[0].attn.qkv
+    assert "weight" not in dict(layer.named_parameters())
+    models[0](images).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
 
 
 @torch.no_grad()

@@ -159,7 +159,7 @@ def test_a_wrapper_s_file_loads_into_a_wrapper(path: Path) -> None:
     model = convert(build)
     dwattn.save(model, path)
     assert torch.equal(dwattn.load(build, path)(IMAGES), model(IMAGES))
-    with pytest.raises(CheckpointError, match=r"lacks blocks.0.attn.layer.beta.* and 62 more"):
+    with pytest.raises(CheckpointError, match=r"as its part '0': it lacks blocks.0.* same way"):
         dwattn.load(timm_vit, path)
 
 
@@ -208,3 +208,12 @@ def test_a_clip_with_both_towers(path: Path) -> None:
     loaded = dwattn.load(fresh(clip_both), path)
     inputs = {"input_ids": torch.tensor([[1, 2, 3]]), "pixel_values": torch.randn(1, 3, 32, 32)}
     assert torch.equal(loaded(**inputs).logits_per_image, model(**inputs).logits_per_image)
+
+
+def test_averages_of_weights_are_saved_as_the_model_in_them(path: Path) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(convert(timm_vit))
+    averaged.update_parameters(averaged.module)
+    dwattn.save(averaged, path)
+    with torch.no_grad():
+        assert torch.equal(dwattn.load(timm_vit, path)(IMAGES), averaged(IMAGES))
+    dwattn.restore(averaged)

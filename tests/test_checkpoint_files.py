@@ -70,12 +70,6 @@ def test_only_converted_models_can_be_saved(path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_model_without_values_cannot_be_loaded_into(path: Path) -> None:
-    dwattn.save(convert(), path)
-    with pytest.raises(CheckpointError, match=r"of the model is on the meta device.*on the CPU"):
-        dwattn.load(timm_vit().to("meta"), path)
-
-
 def test_state_that_is_not_a_tensor_is_refused(path: Path) -> None:
     class Stateful(nn.Sequential):
         def get_extra_state(self) -> dict[str, int]:
@@ -336,3 +330,29 @@ def test_a_loaded_model_can_be_fine_tuned_copied_and_saved(saved: Path, tmp_path
     model.eval()
     dwattn.save(model, tmp_path / "tuned.safetensors")
     assert torch.equal(dwattn.load(timm_vit, tmp_path / "tuned.safetensors")(IMAGES), model(IMAGES))
+
+
+def test_a_model_on_the_meta_device_is_not_filled(path: Path) -> None:
+    dwattn.save(convert(), path)
+    model = timm_vit().to("meta")
+    with pytest.raises(CheckpointError, match=r"on the meta device.*Make the model on the CPU"):
+        dwattn.load(model, path)
+    assert conversion(model) is None
+
+
+def test_saving_a_sharded_model_says_how_to_gather_it(path: Path) -> None:
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = convert()
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        with pytest.raises(CheckpointError, match=r"is a DTensor.*get_model_state_dict"):
+            dwattn.save(model, path)
+    finally:
+        destroy_process_group()

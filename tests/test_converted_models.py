@@ -275,6 +275,10 @@ def test_replaced_layers_are_single_nodes_of_fx_graphs() -> None:
     assert shims(model).keys() <= nodes
     with pytest.raises(UnsupportedAttentionError, match="attn_mask"):
         graph(images, attn_mask=torch.ones(13, 13))
+    model = timm_vit(dynamic_img_size=True)
+    dwattn.replace(model, plan_for(model), dynamic_grid=True)
+    with pytest.raises(GeometryError, match="would not know the patch grid"):
+        torch.fx.symbolic_trace(model)
 
 
 def test_autocast_and_gradients_of_a_converted_model() -> None:
@@ -284,3 +288,15 @@ def test_autocast_and_gradients_of_a_converted_model() -> None:
         loss = model(torch.randn(2, 3, 56, 56)).float().square().mean()
     loss.backward()
     assert all(p.grad is not None for s in shims(model).values() for p in s.parameters())
+
+
+@torch.no_grad()
+def test_block_masks_of_flex_attention_are_refused_with_the_remedy() -> None:
+    model, images = hf_model("Dinov2"), torch.randn(2, 3, 32, 32)
+    dwattn.replace(model, plan_for(model))
+    expected = model(images).last_hidden_state
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(UnsupportedAttentionError, match=r"set_attn_implementation\('sdpa'\)"):
+        model(images)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(model(images).last_hidden_state, expected)

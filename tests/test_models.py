@@ -93,6 +93,23 @@ def test_weights_from_safetensors_and_from_a_tensor_pickle(tmp_path: Path) -> No
         assert all(torch.equal(state[k], v) for k, v in loaded.state_dict().items())
 
 
+def test_weights_that_were_saved_in_a_wrapper(tmp_path: Path) -> None:
+    source = load_model(TINY)
+    state = source.state_dict()
+    averaged = torch.optim.swa_utils.AveragedModel(source)
+    wrapped = {
+        "compiled": torch.compile(source),
+        "parallel": nn.DataParallel(torch.compile(source)),
+        "average": averaged,
+    }
+    for name, wrapper in wrapped.items():
+        torch.save(wrapper.state_dict(), tmp_path / f"{name}.pth")
+        save_file(wrapper.state_dict(), tmp_path / f"{name}.safetensors")
+        for ending in ("pth", "safetensors"):
+            loaded = load_model(TINY, tmp_path / f"{name}.{ending}").state_dict()
+            assert all(torch.equal(state[k], v) for k, v in loaded.items())
+
+
 def test_weights_of_another_model_are_named(tmp_path: Path) -> None:
     state = dict(load_model(TINY).state_dict())
     save_file({**state, "extra": torch.zeros(1)}, tmp_path / "extra.safetensors")

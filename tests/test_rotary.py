@@ -272,3 +272,17 @@ def test_static_prefix_rows_need_no_keys(tmp_path: Path) -> None:
     dwattn.replace(model, plan, prefix="static")
     report = dwattn.export(model, tmp_path / "static.onnx", size=(32, 24), lowering="conv2d")
     assert report.parity
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_autocast_and_half_precision(name: str) -> None:
+    model = BUILDS[name]()
+    images = images_for(model)
+    dwattn.replace(model, dwattn.Plan.for_layers(model, [0, 2]))
+    expected = tokens(model, images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = tokens(model, images)
+    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
+    half = tokens(copy.deepcopy(model).bfloat16(), images.bfloat16())
+    torch.testing.assert_close(half.float(), expected, rtol=0.1, atol=0.1)

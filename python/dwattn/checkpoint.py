@@ -151,6 +151,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         UnsupportedAttentionError: a projection of a replaced layer is an adapter or quantised.
     """
     model = unwrap(model)
+    sharded = next((n for n, p in model.named_parameters() if type(p).__name__ == "DTensor"), None)
+    if sharded is not None:
+        raise CheckpointError(
+            f"{sharded} is a DTensor, of which this process has a part. Gather the weights "
+            f"(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True), load them into "
+            f"a copy of the converted model that is not sharded, and save that."
+        )
     record = record_of(model)
     tensors, record.aliases = _distinct(model.state_dict())
     # One key only: safetensors writes several in random order, and equal models should give equal
@@ -355,14 +362,21 @@ def _match(
     targets = {k: v for k, v in _state(model).items() if not k.startswith(prefixes)}
     for name, shim in shims.items():
         targets.update({f"{name}.{key}": tensor for key, tensor in _state(shim).items()})
-    absent = next((name for name, tensor in targets.items() if tensor.is_meta), None)
-    if absent is not None:
-        raise CheckpointError(
-            f"{absent} of the model is on the meta device, which holds no values: build the model on the CPU or a GPU, "
-            f"with any weights, and load {path!r} into that."
-        )
     stored = set(file.keys())
     saved = stored | set(record.aliases)
+    holder = _holder(set(targets), saved)
+    if holder is not None:
+        raise CheckpointError(
+            f"{path!r} was saved from a model that holds one like this as its part {holder!r}: it lacks "
+            f"{min(targets)} and has {holder}.{min(targets)}. Load it into a model that holds this one in the "
+            f"same way, or convert and save that part alone."
+        )
+    empty = next((name for name, tensor in targets.items() if tensor.is_meta), None)
+    if empty is not None:
+        raise CheckpointError(
+            f"{empty} of the model is on the meta device, which keeps no values. Make the model on the CPU or a "
+            f"GPU, then load {path!r} into it."
+        )
     _names(path, "lacks", sorted(set(targets) - saved))
     _names(path, "also holds", sorted(saved - set(targets)))
     _names(path, "lacks", sorted(set(record.aliases.values()) - stored))
@@ -375,6 +389,15 @@ def _match(
             wrong.append(f"{name} as {found} instead of {tensor.dtype} {tuple(tensor.shape)}")
     _names(path, "holds", wrong)
     return targets
+
+
+def _holder(wanted: set[str], saved: set[str]) -> str | None:
+    """Dotted path of the part of the saved model whose keys are the wanted ones; None if they are there as they are."""
+    if not wanted or wanted & saved:
+        return None
+    first = min(wanted)
+    parts = {name.removesuffix(f".{first}") for name in saved if name.endswith(f".{first}")}
+    return next((p for p in sorted(parts) if {f"{p}.{name}" for name in wanted} <= saved), None)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from dwattn.errors import GeometryError
 from dwattn.token_grid import Grid, GridSource
@@ -31,6 +32,11 @@ class GridHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         pixels = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(pixels, Proxy) and self.fixed is None:
+            raise GeometryError(
+                "A model that was converted with dynamic_grid=True cannot be traced symbolically (torch.fx): the "
+                "traced one would not know the patch grid of its images. Replace with a fixed grid for that."
+            )
         if not isinstance(pixels, Tensor) or pixels.dim() != 4:
             return
         rows, columns = self.patch_size

@@ -8,7 +8,6 @@ lowest scores, one chosen block at a time is exchanged with one that was not, as
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -35,7 +34,7 @@ from dwattn.printed import Printed
 from dwattn.scores import Scores
 from dwattn.selection import rank_blocks, select
 from dwattn.surgery import replace
-from dwattn.untouched import untouched
+from dwattn.untouched import deep_copy, untouched
 
 KIND, SCHEMA_VERSION = "dwattn-trials", 1
 #: Of the batches of ``images``, every so many is kept to compare on, where ``judge`` is not given.
@@ -189,7 +188,7 @@ class _Search:
         """Convert a copy and note its drift, unless that is known."""
         if blocks in self.drift:
             return
-        student = copy.deepcopy(self.model)
+        student = deep_copy(self.model)
         images = [batch.inputs for batch in self.fitted]
         replace(student, self.plan(blocks), calibrate=images, progress=False, **self.options)
         layout = describe(student)

@@ -274,14 +274,21 @@ def finish(shim: ConvertedAttention, site: BlockSite, source: GridSource) -> Non
         weights = adapter.weights(site.attention)
     shim.train(site.attention.training)
     shim.layer.grid_source = source
-    fresh = weights.wv.requires_grad or weights.wo.requires_grad
+    # Pruned and normed weights are plain tensors, which a call without gradients leaves without a flag.
+    computed = any(
+        "weight" in vars(part) and any(p.requires_grad for p in part.parameters(recurse=False))
+        for part in site.attention.modules()
+    )
+    fresh = weights.wv.requires_grad or weights.wo.requires_grad or computed
     for name, parameter in shim.layer.named_parameters():
         owner = name.split(".")[-2] if "." in name else ""
         if owner in ("q_norm", "k_norm") or ".q_norm." in name or ".k_norm." in name:
             continue  # copies, which brought their flags along
         role = _SOURCES.get(owner.removeprefix("prefix_"))
         like = None if role is None else getattr(weights, role[name.endswith(".bias")])
-        parameter.requires_grad_(fresh if like is None else like.requires_grad)
+        trains = like is not None and like.requires_grad
+        own = like is None or (computed and name.endswith(".weight"))
+        parameter.requires_grad_(fresh if own else trains)
 
 
 _SOURCES = {"query": ("wq", "bq"), "key": ("wk", "bk"), "value": ("wv", "bv"), "proj": ("wo", "bo")}

@@ -5,11 +5,13 @@ afterwards.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 _ABSENT = object()
 
@@ -37,6 +39,19 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
+def deep_copy(module: nn.Module) -> nn.Module:
+    """A deep copy, also of what holds a weight that was computed: torch copies no tensor with a history, but pruning and
+    the older weight and spectral norms compute theirs again from its parts at every call.
+    """
+    computed = (
+        value
+        for part in module.modules()
+        for value in vars(part).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    )
+    return copy.deepcopy(module, {id(value): value.detach().clone() for value in computed})
+
+
 @contextlib.contextmanager
 def instance_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let ``forward`` stand in for the forward of this instance; its class and its hooks are not
@@ -54,13 +69,13 @@ def instance_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile`` and the data-parallel wrappers, whose layer names it
-    keeps.
+    """The model inside ``torch.compile``, the data-parallel wrappers and averages of weights, whose layer
+    names it keeps.
     """
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and isinstance(
-            model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
+            model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
         ):
             inner = model.module
         if not isinstance(inner, nn.Module):

@@ -40,7 +40,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
                 f"{path} was written by dwattn: it holds a converted model, or scores, and not the weights of an "
                 "original one. Load a converted model with dwattn.load(model, path), or name it as STUDENT behind MODEL."
             )
-        return tensors
+        return _unwrapped(tensors)
     if path.suffix not in _PICKLED:
         raise CheckpointError(
             f"{path} has the ending {path.suffix or '(none)'!r}; weights are read from "
@@ -72,8 +72,22 @@ def _state_dict_in(loaded: Any, path: Path) -> dict[str, Tensor]:
             f"{path} holds {type(loaded).__name__}, not a state dict of tensors (alone or under "
             "'state_dict', 'model' or 'teacher')."
         )
-    # DistributedDataParallel's prefix.
-    return {str(name).removeprefix("module."): tensor for name, tensor in loaded.items()}
+    return _unwrapped({str(name): tensor for name, tensor in loaded.items()})
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefixes of the wrappers that a model was saved in: of data parallelism and averages (which count in
+    ``n_averaged``), and of ``torch.compile``.
+    """
+    while True:
+        names = [name for name in state if name != "n_averaged"]
+        prefix = next(
+            (p for p in ("module.", "_orig_mod.") if names and all(n.startswith(p) for n in names)),
+            None,
+        )
+        if prefix is None:
+            return state
+        state = {name.removeprefix(prefix): state[name] for name in names}
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:

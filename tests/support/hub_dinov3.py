@@ -71,12 +71,16 @@ class SelfAttention(nn.Module):
 
     @staticmethod
     def turn(t: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-        """Pairs of channels as complex numbers, where the originals add a rotated copy."""
-        count, half = len(sin), t.shape[-1] // 2
+        """Pairs of channels as complex numbers, where the originals add a rotated copy; in the dtype of the angles, of
+        which bf16 has no complex numbers, and back to that of the tokens, as there.
+        """
+        count, half, dtype = len(sin), t.shape[-1] // 2, t.dtype
+        wide = torch.promote_types(sin.dtype, torch.float32)
+        t, sin, cos = t.to(wide), sin.to(wide), cos.to(wide)
         prefix, patches = t[..., :-count, :], t[..., -count:, :]
         pairs = torch.complex(patches[..., :half], patches[..., half:])
         pairs = pairs * torch.complex(cos[:, :half], sin[:, :half])
-        return torch.cat([prefix, torch.cat([pairs.real, pairs.imag], -1)], -2)
+        return torch.cat([prefix, torch.cat([pairs.real, pairs.imag], -1)], -2).to(dtype)
 
     def forward_list(self, x_list: list[Tensor], rope_list: list[Rope]) -> list[Tensor]:
         return [self.forward(x, rope=rope) for x, rope in zip(x_list, rope_list, strict=True)]

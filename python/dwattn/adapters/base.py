@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from dwattn.errors import DataError, UnsupportedAttentionError
 from dwattn.geometry import Geometry
@@ -32,6 +33,13 @@ def defined_in(module: nn.Module, package: str, *class_names: str) -> bool:
         and (cls.__module__ == package or cls.__module__.startswith(package + "."))
         for cls in type(module).__mro__
     )
+
+
+def kind(module: nn.Module) -> str:
+    """The name of the module's class, also where FSDP2 (``fully_shard``) put a subclass of its own in the class's place."""
+    name = type(module).__name__
+    sharded = any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+    return name.removeprefix("FSDP") if sharded else name
 
 
 def in_repository(module: nn.Module, name: str) -> bool:
@@ -106,6 +114,12 @@ class CallConvention:
         """
         for name in self.mask_arguments:
             if self._may_hide(kwargs.get(name)):
+                if type(kwargs[name]).__name__ == "BlockMask":
+                    raise cannot(
+                        f"with {name}=..., a block mask of flex attention",
+                        "cannot apply masks; transformers makes one at every call, also where nothing is "
+                        "masked, until model.set_attn_implementation('sdpa')",
+                    )
                 raise cannot(
                     f"with {name}=...",
                     "aggregates a fixed 3x3 neighbourhood and cannot apply masks",
@@ -185,7 +199,7 @@ class ConvertedAttention(nn.Module):
         self.original_print: dict[str, Any] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        traced = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.fx.Proxy)), None)
+        traced = next((a for a in (*args, *kwargs.values()) if isinstance(a, Proxy)), None)
         if traced is not None:
             return self._as_leaf(traced.tracer, args, kwargs)
         tokens, rotary = self.convention.tokens(args, kwargs), self.convention.rotary(kwargs)

@@ -16,6 +16,7 @@ from dwattn.adapters.base import (
     BackboneLayout,
     BlockSite,
     in_repository,
+    kind,
     refuse_projections,
 )
 from dwattn.adapters.timm import split_fused
@@ -84,9 +85,9 @@ class HubBackboneAdapter(BackboneAdapter):
         )
 
     def _site(self, name: str, block: Any) -> BlockSite:
-        if type(block).__name__ not in self.block_classes:
+        if kind(block) not in self.block_classes:
             raise UnsupportedAttentionError(
-                f"{name} is a {type(block).__name__}; of hub {self.title} only "
+                f"{name} is a {kind(block)}; of hub {self.title} only "
                 f"{' and '.join(self.block_classes)} can be replaced (causal blocks see only earlier tokens)."
             )
         out = next((getattr(block.mlp, n) for n in ("fc2", "w3") if hasattr(block.mlp, n)), None)

@@ -18,6 +18,7 @@ from dwattn.adapters.base import (
     TupleConvention,
     cannot,
     defined_in,
+    kind,
     refuse_projections,
 )
 from dwattn.errors import UnsupportedAttentionError
@@ -149,9 +150,9 @@ def _blocks(name: str, path: str, blocks: nn.Module, attention: str) -> tuple[Bl
 
 
 def _site(name: str, block: Any, attention: str) -> BlockSite:
-    if type(block).__name__ not in ("EncoderBlock", "ResidualAttentionBlock"):
+    if kind(block) not in ("EncoderBlock", "ResidualAttentionBlock"):
         raise UnsupportedAttentionError(
-            f"{name} is a {type(block).__name__}; of torchvision's and OpenCLIP's blocks only the plain ones, with "
+            f"{name} is a {kind(block)}; of torchvision's and OpenCLIP's blocks only the plain ones, with "
             "nn.MultiheadAttention, can be replaced."
         )
     linears = [child for child in block.mlp.children() if isinstance(child, nn.Linear)]

@@ -18,6 +18,7 @@ from dwattn.adapters.base import (
     BackboneLayout,
     BlockSite,
     defined_in,
+    kind,
     refuse_projections,
 )
 from dwattn.errors import UnsupportedAttentionError
@@ -130,9 +131,9 @@ def vit_layout(name: str, model: Any, site: Callable[[str, Any], BlockSite]) -> 
 
 
 def _block(name: str, block: Any) -> BlockSite:
-    if type(block).__name__ not in ("Block", "ResPostBlock"):
+    if kind(block) not in ("Block", "ResPostBlock"):
         raise UnsupportedAttentionError(
-            f"{name} is a {type(block).__name__}; only timm's sequential Block (and ResPostBlock) "
+            f"{name} is a {kind(block)}; only timm's sequential Block (and ResPostBlock) "
             "has an attention layer of its own that can be replaced."
         )
     mlp = getattr(block, "mlp", None)
@@ -145,5 +146,5 @@ def _block(name: str, block: Any) -> BlockSite:
         attention_scale=getattr(getattr(block, "ls1", None), "gamma", None),
         mlp_out=out if isinstance(out, nn.Linear) else None,
         mlp_scale=getattr(getattr(block, "ls2", None), "gamma", None),
-        pre_norm=type(block).__name__ == "Block",
+        pre_norm=kind(block) == "Block",
     )

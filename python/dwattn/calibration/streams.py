@@ -7,7 +7,6 @@ moved through one block at a time. Blocks are run as private fp32 copies, so the
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from dwattn.adapters import BackboneLayout, BlockSite, CallConvention
 from dwattn.amp import Amp, autocast
 from dwattn.errors import CalibrationError
 from dwattn.rotary import Rotary
+from dwattn.untouched import deep_copy
 
 
 class _Captured(Exception):
@@ -221,11 +221,11 @@ class BlockRunner:
 
 def _private_copy(site: BlockSite) -> nn.Module:
     try:
-        return copy.deepcopy(site.module)
+        return deep_copy(site.module)
     except Exception as error:
         raise CalibrationError(
-            f"{site.name} could not be copied for calibration ({error}). Make what was pruned permanent with "
-            "torch.nn.utils.prune.remove(), and take other tensors that were computed off its layers."
+            f"{site.name} could not be copied for calibration ({error}). Take off its modules what cannot be "
+            "copied: handles, locks, tensors with a history in lists or dictionaries."
         ) from error
 
 
