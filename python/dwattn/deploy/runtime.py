@@ -95,9 +95,17 @@ class Runtime:
     def failure(self, what: str) -> DeployError:
         """An error that says what failed, why (from TensorRT's log) and what helps.
 
-        Warnings count only where there is no error: a tactic that was skipped is no reason.
+        Warnings count only where there is no error: a tactic that was skipped is no reason. Nor is
+        a missing GPU for TensorRT-RTX, which says so at every start, unless nothing else was said.
         """
-        return DeployError(explain(what, self.errors or self.warnings))
+        log = self.errors or self.warnings
+        if self.name == "tensorrt-rtx":
+            said = (
+                [m for m in lines if not _NO_GPU.search(m)]
+                for lines in (self.errors, self.warnings)
+            )
+            log = next(filter(None, said), log)
+        return DeployError(explain(what, log))
 
 
 def load_runtime(name: str, *, verbose: bool = False) -> Runtime:
@@ -141,6 +149,10 @@ def _make_logger(trt: Any, errors: list[str], warnings: list[str], verbose: bool
     return Logger()
 
 
+_NO_GPU = re.compile(
+    r"no CUDA-capable device|CUDA initialization failure|cudaGetDevice|CUDA driver version is "
+    r"insufficient|forward compatibility|libcuda"
+)
 #: What TensorRT writes, and what it means for the person. The first that matches is told.
 _MEANINGS = (
     (
@@ -159,8 +171,7 @@ _MEANINGS = (
         "smaller --batch, and on a board with 8 GB stop the desktop (docs/jetson.md).",
     ),
     (
-        r"no CUDA-capable device|CUDA initialization failure|cudaGetDevice|CUDA driver version is "
-        r"insufficient|forward compatibility|libcuda",
+        _NO_GPU,
         "No usable GPU: engines of TensorRT are built and run on the device they are for; "
         "--runtime tensorrt-rtx builds without one.",
     ),
