@@ -300,8 +300,26 @@ def test_a_test_file_that_cannot_be_imported_does_not_end_the_check(tmp_path: Pa
     "target", ["gpu-hopper", "gpu-test-kernels", "gpu-test-operators", "gpu-test-triton"]
 )
 def test_every_tested_part_of_the_check_has_a_limit(target: str) -> None:
+    """Of SIGINT, at which pytest still prints its failures; SIGTERM would lose them."""
     done = subprocess.run(
         ["make", "--dry-run", target],
         cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert re.search(r"^timeout -k 10 \d+ ", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^timeout -s INT -k 10 \d+ ", done.stdout, re.MULTILINE), done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_a_part_beyond_its_limit_prints_what_had_failed(tmp_path: Path) -> None:
+    (tmp_path / "test_slow.py").write_text(
+        "import time\ndef test_wrong():\n    assert 1 == 2\ndef test_long():\n    time.sleep(60)\n"
+    )
+    makefile = Path(__file__).parents[1] / "Makefile"
+    rule = (
+        f"include {makefile}\ntried:\n\t$(LIMIT) 6 $(GPU_PYTEST) -p no:cacheprovider {tmp_path}\n"
+    )
+    done = subprocess.run(
+        ["make", "-f", "-", "tried", f"GPU_PYTHON={sys.executable}"],
+        cwd=makefile.parent, input=rule, capture_output=True, text=True, check=False, timeout=50,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "assert 1 == 2" in done.stdout, done.stdout + done.stderr
