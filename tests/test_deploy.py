@@ -317,6 +317,9 @@ def test_a_missing_gpu_is_no_reason_where_none_is_needed() -> None:
     no_gpu = "CUDA initialization failure with error: 35"
     needs_none = Runtime("tensorrt-rtx", fake_tensorrt, errors=[no_gpu, "node 7: bad shape"])
     assert str(needs_none.failure("It failed")) == "It failed: node 7: bad shape."
+    log = [f"node 7 (MatMul): bad shape\n{no_gpu}", no_gpu, *("ModelImporter.cpp:1: here",) * 3]
+    needs_none = Runtime("tensorrt-rtx", fake_tensorrt, errors=log)
+    assert str(needs_none.failure("It failed")) == "It failed: node 7 (MatMul): bad shape."
     needs_none = Runtime("tensorrt-rtx", fake_tensorrt, errors=[no_gpu], warnings=["a tactic"])
     assert str(needs_none.failure("It failed")) == "It failed: a tactic."
     needs_one = Runtime("tensorrt", fake_tensorrt, errors=[no_gpu, "node 7: bad shape"])

@@ -100,12 +100,14 @@ class Runtime:
         """
         log = self.errors or self.warnings
         if self.name == "tensorrt-rtx":
-            said = (
-                [m for m in lines if not _NO_GPU.search(m)]
-                for lines in (self.errors, self.warnings)
-            )
-            log = next(filter(None, said), log)
+            log = _without_gpu(self.errors) or _without_gpu(self.warnings) or log
         return DeployError(explain(what, log))
+
+
+def _without_gpu(log: list[str]) -> list[str]:
+    """What a log says beside the missing GPU; the parser's words hold several messages, a line each."""
+    rest = ("\n".join(x for x in m.splitlines() if not _NO_GPU.search(x)) for m in log)
+    return [message for message in rest if message.strip()]
 
 
 def load_runtime(name: str, *, verbose: bool = False) -> Runtime:
@@ -208,5 +210,7 @@ def explain(what: str, log: list[str]) -> str:
     )
     if told is not None:
         return f"{what}. {told[1]} (TensorRT: {told[0][:300]})"
+    # Where the parser stopped: its own words, in front, name the node.
+    errors = [line for line in errors if not line.startswith("ModelImporter.cpp")] or errors
     reasons = "; ".join(dict.fromkeys(line[:300] for line in errors[-3:]))
     return f"{what}" + (f": {reasons}." if reasons else "; --verbose shows what TensorRT says.")
