@@ -278,3 +278,48 @@ def test_parts_of_the_check_start_pytest(target: str) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\d+ (skipped|passed)", done.stdout), done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_a_test_file_that_cannot_be_imported_does_not_end_the_check(tmp_path: Path) -> None:
+    """A machine with a GPU may lack a package that only other tests need."""
+    (tmp_path / "test_broken.py").write_text("import no_such_package\n")
+    (tmp_path / "test_whole.py").write_text("def test_it():\n    pass\n")
+    makefile = Path(__file__).parents[1] / "Makefile"
+    rule = f"include {makefile}\ntried:\n\t$(GPU_PYTEST) -p no:cacheprovider {tmp_path}\n"
+    done = subprocess.run(
+        ["make", "-f", "-", "tried", f"GPU_PYTHON={sys.executable}"],
+        cwd=makefile.parent, input=rule, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "1 passed, 1 error" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    "target", ["gpu-hopper", "gpu-test-kernels", "gpu-test-operators", "gpu-test-triton"]
+)
+def test_every_tested_part_of_the_check_has_a_limit(target: str) -> None:
+    """Of SIGINT, at which pytest still prints its failures; SIGTERM would lose them."""
+    done = subprocess.run(
+        ["make", "--dry-run", target],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert re.search(r"^timeout -s INT -k 10 \d+ ", done.stdout, re.MULTILINE), done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_a_part_beyond_its_limit_prints_what_had_failed(tmp_path: Path) -> None:
+    (tmp_path / "test_slow.py").write_text(
+        "import time\ndef test_wrong():\n    assert 1 == 2\ndef test_long():\n    time.sleep(60)\n"
+    )
+    makefile = Path(__file__).parents[1] / "Makefile"
+    rule = (
+        f"include {makefile}\ntried:\n\t$(LIMIT) 6 $(GPU_PYTEST) -p no:cacheprovider {tmp_path}\n"
+    )
+    done = subprocess.run(
+        ["make", "-f", "-", "tried", f"GPU_PYTHON={sys.executable}"],
+        cwd=makefile.parent, input=rule, capture_output=True, text=True, check=False, timeout=50,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "assert 1 == 2" in done.stdout, done.stdout + done.stderr

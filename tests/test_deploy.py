@@ -27,9 +27,10 @@ from dwattn.deploy import options, trtexec
 from dwattn.deploy.builder import shape_profile
 from dwattn.deploy.commands import SUMMARIES, _parsed, main
 from dwattn.deploy.provider import pinned
-from dwattn.deploy.runtime import explain
+from dwattn.deploy.runtime import Runtime, explain
 from dwattn.deploy.sidecar import model_digests, record_of, sha256
 from dwattn.deploy.verification import VerifyResult, differences
+from support import fake_tensorrt
 
 onnx = pytest.importorskip("onnx")
 TensorProto, helper = onnx.TensorProto, onnx.helper
@@ -310,6 +311,19 @@ def test_the_plugin_s_own_words_come_first() -> None:
 def test_unknown_complaints_are_passed_on() -> None:
     assert explain("It failed", ["a", "b   c"]) == "It failed: a; b c."
     assert "--verbose" in explain("It failed", [])
+
+
+def test_a_missing_gpu_is_no_reason_where_none_is_needed() -> None:
+    no_gpu = "CUDA initialization failure with error: 35"
+    needs_none = Runtime("tensorrt-rtx", fake_tensorrt, errors=[no_gpu, "node 7: bad shape"])
+    assert str(needs_none.failure("It failed")) == "It failed: node 7: bad shape."
+    log = [f"node 7 (MatMul): bad shape\n{no_gpu}", no_gpu, *("ModelImporter.cpp:1: here",) * 3]
+    needs_none = Runtime("tensorrt-rtx", fake_tensorrt, errors=log)
+    assert str(needs_none.failure("It failed")) == "It failed: node 7 (MatMul): bad shape."
+    needs_none = Runtime("tensorrt-rtx", fake_tensorrt, errors=[no_gpu], warnings=["a tactic"])
+    assert str(needs_none.failure("It failed")) == "It failed: a tactic."
+    needs_one = Runtime("tensorrt", fake_tensorrt, errors=[no_gpu, "node 7: bad shape"])
+    assert "No usable GPU" in str(needs_one.failure("It failed"))
 
 
 # Records -------------------------------------------------------------------------------------

@@ -95,9 +95,19 @@ class Runtime:
     def failure(self, what: str) -> DeployError:
         """An error that says what failed, why (from TensorRT's log) and what helps.
 
-        Warnings count only where there is no error: a tactic that was skipped is no reason.
+        Warnings count only where there is no error: a tactic that was skipped is no reason. Nor is
+        a missing GPU for TensorRT-RTX, which says so at every start, unless nothing else was said.
         """
-        return DeployError(explain(what, self.errors or self.warnings))
+        log = self.errors or self.warnings
+        if self.name == "tensorrt-rtx":
+            log = _without_gpu(self.errors) or _without_gpu(self.warnings) or log
+        return DeployError(explain(what, log))
+
+
+def _without_gpu(log: list[str]) -> list[str]:
+    """What a log says beside the missing GPU; the parser's words hold several messages, a line each."""
+    rest = ("\n".join(x for x in m.splitlines() if not _NO_GPU.search(x)) for m in log)
+    return [message for message in rest if message.strip()]
 
 
 def load_runtime(name: str, *, verbose: bool = False) -> Runtime:
@@ -141,6 +151,10 @@ def _make_logger(trt: Any, errors: list[str], warnings: list[str], verbose: bool
     return Logger()
 
 
+_NO_GPU = re.compile(
+    r"no CUDA-capable device|CUDA initialization failure|cudaGetDevice|CUDA driver version is "
+    r"insufficient|forward compatibility|libcuda"
+)
 #: What TensorRT writes, and what it means for the person. The first that matches is told.
 _MEANINGS = (
     (
@@ -159,8 +173,7 @@ _MEANINGS = (
         "smaller --batch, and on a board with 8 GB stop the desktop (docs/jetson.md).",
     ),
     (
-        r"no CUDA-capable device|CUDA initialization failure|cudaGetDevice|CUDA driver version is "
-        r"insufficient|forward compatibility|libcuda",
+        _NO_GPU,
         "No usable GPU: engines of TensorRT are built and run on the device they are for; "
         "--runtime tensorrt-rtx builds without one.",
     ),
@@ -197,5 +210,7 @@ def explain(what: str, log: list[str]) -> str:
     )
     if told is not None:
         return f"{what}. {told[1]} (TensorRT: {told[0][:300]})"
+    # Where the parser stopped: its own words, in front, name the node.
+    errors = [line for line in errors if not line.startswith("ModelImporter.cpp")] or errors
     reasons = "; ".join(dict.fromkeys(line[:300] for line in errors[-3:]))
     return f"{what}" + (f": {reasons}." if reasons else "; --verbose shows what TensorRT says.")
