@@ -6,9 +6,10 @@
 namespace dwattn::cuda {
 
 constexpr int kMeanWarps = 16;
+constexpr int kMeanRun = 64;  // tokens that a warp sums before it adds them to the others
 
-// A block owns 64 features of an image; its warps take every 16th token, and their sums are added
-// in the order of the warps.
+// A block owns 64 features of an image; its warps take every 16th token, in runs: the error of a
+// sum grows with its length. The warps' sums are added in the order of the warps.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kMeanWarps* kWarp)
     patch_mean_kernel(const T* tokens, int64_t stride_batch, int64_t stride_token, int64_t count,
@@ -21,9 +22,14 @@ __global__ void __launch_bounds__(kMeanWarps* kWarp)
   const int64_t valid = dim - feature;
   const T* const from = tokens + image * stride_batch + feature;
   float2 sum = zero2();
+  for (int64_t t = warp; t < count;) {
+    const int64_t next = t + kMeanWarps * kMeanRun, end = next < count ? next : count;
+    float2 run = zero2();
 #pragma unroll 4
-  for (int64_t t = warp; t < count; t += kMeanWarps) {
-    sum = add2(sum, load_pair<T, kAligned>(from + t * stride_token, valid));
+    for (; t < end; t += kMeanWarps) {
+      run = add2(run, load_pair<T, kAligned>(from + t * stride_token, valid));
+    }
+    sum = add2(sum, run);
   }
   sums[threadIdx.x] = sum;
   __syncthreads();
