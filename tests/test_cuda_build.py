@@ -232,3 +232,18 @@ assert "CUDA: registered" in torch._C._dispatch_dump("dwattn::dw_attention")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert str(ROOT).encode() not in library.read_bytes(), "the binary holds a path of the build"
+
+
+def test_a_launch_leaves_an_error_of_other_code_alone(tmp_path: Path) -> None:
+    need_nvcc()
+    folder = ROOT / cuda_sources.PROGRAMS
+    built, program = tmp_path / "foreign_error.o", tmp_path / "foreign_error"
+    flags = ["-std=c++17", "-arch=sm_80", "-I", str(ROOT / "csrc")]
+    for command in (
+        ["nvcc", *flags, "-c", str(folder / "foreign_error.cu"), "-o", str(built)],
+        ["g++", str(built), str(folder / "foreign_error_runtime.cpp"), "-o", str(program)],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=True)
+    assert done.stdout == "status 0, pending 704\n"

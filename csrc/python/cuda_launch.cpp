@@ -66,6 +66,33 @@ void order(cudaStream_t earlier, cudaStream_t later) {
   check(error, "Ordering two streams");
 }
 
+// Memory for one call, in the order of its stream. A device without memory pools gets it from
+// cudaMalloc, and giving that back waits for the work.
+class Workspace {
+ public:
+  Workspace(int64_t bytes, cudaStream_t stream) : stream_(stream) {
+    if (bytes <= 0) return;
+    const auto size = static_cast<size_t>(bytes);
+    cudaError_t error = cudaMallocAsync(&data_, size, stream);
+    if (error == cudaErrorNotSupported) {
+      cudaGetLastError();  // or the next launch would report it
+      pooled_ = false;
+      error = cudaMalloc(&data_, size);
+    }
+    check(error, "Taking " + std::to_string(bytes) + " bytes of GPU memory");
+  }
+  void* data() const { return data_; }
+  void give_back() {
+    if (data_ == nullptr) return;
+    check(pooled_ ? cudaFreeAsync(data_, stream_) : cudaFree(data_), "Returning GPU memory");
+  }
+
+ private:
+  cudaStream_t stream_;
+  void* data_ = nullptr;
+  bool pooled_ = true;
+};
+
 }  // namespace
 
 void launch(const Launch& work) {
@@ -82,13 +109,9 @@ void launch(const Launch& work) {
                             static_cast<size_t>(rows.count), cudaMemcpyDeviceToDevice, stream),
           "Copying the prefix rows");
   }
-  void* workspace = nullptr;
-  if (work.workspace_bytes > 0) {
-    check(cudaMallocAsync(&workspace, static_cast<size_t>(work.workspace_bytes), stream),
-          "Taking " + std::to_string(work.workspace_bytes) + " bytes of GPU memory");
-  }
-  const Status status = work.kernel(workspace, stream);
-  if (workspace != nullptr) check(cudaFreeAsync(workspace, stream), "Returning GPU memory");
+  Workspace workspace(work.workspace_bytes, stream);
+  const Status status = work.kernel(workspace.data(), stream);
+  workspace.give_back();
   if (status != Status::kOk) {
     throw std::runtime_error("The CUDA kernel failed: " + failure_text(status) + ".");
   }

@@ -30,7 +30,8 @@ struct Launch {
 // Queues the work and returns. It runs on the caller's stream, else on that of the last array, else
 // on the legacy default stream, after what the owners' streams hold now; the owners of what is
 // written continue after it. The workspace comes from the stream's memory pool and goes back to it
-// in the order of the stream, so the host never waits.
+// in the order of the stream, so the host does not wait; a device without memory pools makes it
+// wait for the work.
 void launch(const Launch& work);
 
 }  // namespace dwattn::python

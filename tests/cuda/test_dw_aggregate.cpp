@@ -96,6 +96,30 @@ const Case kCases[] = {
     {1, 1, 1, 0, 1, true, true, 4, kPacked, kPacked},
 };
 
+// The mean over very many patches, all of one value: what a long sum loses adds up.
+void check_long_mean() {
+  constexpr int64_t kPatches = 65536;
+  const float value = 0.1f, mu = 1.0f;
+  const std::vector<float> v(kPatches, value), kernel(9, 0.0f);
+  std::vector<float> y(kPatches), workspace;
+  DwAggregateParams p{};
+  p.v = v.data();
+  p.y = y.data();
+  p.v_dtype = p.y_dtype = dwattn::DType::kFloat32;
+  p.v_stride_token = p.y_stride_token = 1;
+  p.v_stride_batch = p.y_stride_batch = kPatches;
+  p.kernel = kernel.data();
+  p.mu = &mu;
+  p.batch = p.height = p.channels = 1;
+  p.width = kPatches;
+  workspace = poisoned(dwattn::cuda::dw_aggregate_workspace(p));
+  expect(dwattn::cuda::dw_aggregate(p, workspace.data(), nullptr) == Status::kOk, "a long row");
+  const double error = std::abs(y[kPatches / 2] / static_cast<double>(value) - 1);
+  char what[80];
+  std::snprintf(what, sizeof what, "the mean of 65536 patches is off by %.1e", error);
+  expect(error < 1e-6, what);
+}
+
 }  // namespace
 
 int main() {
@@ -103,6 +127,7 @@ int main() {
   p.batch = p.height = p.width = p.channels = 1;
   expect(dwattn::cuda::dw_aggregate(p, nullptr, nullptr) == Status::kInvalidArgument,
          "null pointers are refused");
+  check_long_mean();
   return run_schedules([] {
     for (const Case& c : kCases) {
       check<float>(c);

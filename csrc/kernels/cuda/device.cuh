@@ -300,9 +300,8 @@ Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, c
     if (error != cudaSuccess) return refused(error);
   }
   void* pointers[] = {&arguments...};
-  const cudaError_t launched = cudaLaunchKernel(function, grid, block, pointers, shared, stream);
-  const cudaError_t pending = cudaGetLastError();
-  const cudaError_t error = launched == cudaSuccess ? pending : launched;
+  // It returns its own error. The last error may be one that other code has left.
+  const cudaError_t error = cudaLaunchKernel(function, grid, block, pointers, shared, stream);
   return error == cudaSuccess ? Status::kOk : refused(error);
 #endif
 }

@@ -282,7 +282,7 @@ DWATTN_DEVICE PairCoefficients load_coefficients(const DwAttentionParams& p, con
   return k;
 }
 
-// Two halves of the channels, and for each of them four runs of tokens.
+// Two halves of the channels, and for each of them three runs of tokens.
 template <class T>
 DWATTN_DEVICE void aggregate_pieces(const DwAttentionParams& p, const Work& work, const float* ctx,
                                     const Shared& shared) {

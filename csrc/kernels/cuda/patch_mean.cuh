@@ -6,11 +6,10 @@
 namespace dwattn::cuda {
 
 constexpr int kMeanWarps = 16;
-// Tokens that a warp adds up in a row: errors grow with the length of a chain of sums.
-constexpr int kMeanRun = 64;
+constexpr int kMeanRun = 64;  // tokens that a warp sums before it adds them to the others
 
-// A block owns 64 features of an image; its warps take every 16th token, add them in runs, then
-// the runs, and their sums are added in the order of the warps.
+// A block owns 64 features of an image; its warps take every 16th token, in runs: the error of a
+// sum grows with its length. The warps' sums are added in the order of the warps.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kMeanWarps* kWarp)
     patch_mean_kernel(const T* tokens, int64_t stride_batch, int64_t stride_token, int64_t count,
@@ -24,7 +23,7 @@ __global__ void __launch_bounds__(kMeanWarps* kWarp)
   const T* const from = tokens + image * stride_batch + feature;
   float2 sum = zero2();
   for (int64_t t = warp; t < count;) {
-    const int64_t end = min(count, t + kMeanRun * kMeanWarps);
+    const int64_t next = t + kMeanWarps * kMeanRun, end = next < count ? next : count;
     float2 run = zero2();
 #pragma unroll 4
     for (; t < end; t += kMeanWarps) {
