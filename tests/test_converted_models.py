@@ -300,3 +300,22 @@ def test_block_masks_of_flex_attention_are_refused_with_the_remedy() -> None:
         model(images)
     model.set_attn_implementation("sdpa")
     assert torch.equal(model(images).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["ordinary model", "model of inference mode"])
+def test_models_that_are_converted_in_inference_mode(inside: bool, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        with torch.inference_mode(inside):
+            return timm_vit()
+
+    images = torch.randn(4, 3, 32, 24)
+    model, loaded, plan = build(), build(), plan_for(timm_vit())
+    with torch.inference_mode():
+        dwattn.replace(model, plan, calibrate=images, progress=False)
+        dwattn.save(model, tmp_path / "model.safetensors")
+        dwattn.load(loaded, tmp_path / "model.safetensors")
+        assert torch.equal(model(images), loaded(images))
+    if not inside:
+        for trained in (model, loaded):
+            trained(images).sum().backward()
+            assert all(p.grad is not None for p in trained.parameters())

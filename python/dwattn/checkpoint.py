@@ -35,7 +35,7 @@ from dwattn.projections import is_wrapped, require_linear
 from dwattn.shims import build_shim, finish
 from dwattn.surgery import install
 from dwattn.token_grid import Grid, GridSource
-from dwattn.untouched import unwrap
+from dwattn.untouched import ordinary_tensors, unwrap
 
 METADATA_KEY = "dwattn"
 _LISTED = 8
@@ -204,6 +204,7 @@ def _distinct(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
     return tensors, aliases
 
 
+@ordinary_tensors
 def load(model: nn.Module | Callable[[], nn.Module], path: str | os.PathLike[str]) -> nn.Module:
     """Convert a fresh model as the file says and load all its weights, or leave it exactly as it
     was.

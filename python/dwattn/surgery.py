@@ -45,7 +45,7 @@ from dwattn.shims import (
 )
 from dwattn.surgery_report import ReplacementReport, ReplacementRow
 from dwattn.token_grid import Grid, GridSource
-from dwattn.untouched import unwrap
+from dwattn.untouched import ordinary_tensors, unwrap
 
 __all__ = ["ReplacementReport", "conversion", "replace", "restore"]
 
@@ -53,6 +53,7 @@ __all__ = ["ReplacementReport", "conversion", "replace", "restore"]
 RESTING_HOOKS = "its hooks are not called until it is restored"
 
 
+@ordinary_tensors
 def replace(
     model: nn.Module,
     plan: Plan | str | os.PathLike[str],

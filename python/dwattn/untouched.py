@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _ABSENT = object()
 
 
@@ -37,6 +40,23 @@ def untouched(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
+
+
+def ordinary_tensors(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function of a model make tensors that can be trained, also under ``torch.inference_mode``, whose tensors never
+    can be; unless the model itself was made there: only inside may its tensors be overwritten.
+    """
+
+    @functools.wraps(function)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> R:
+        model: Any = args[0] if args else kwargs.get("model")
+        own = model.parameters() if isinstance(model, nn.Module) else ()
+        if not torch.is_inference_mode_enabled() or any(p.is_inference() for p in own):
+            return function(*args, **kwargs)
+        with torch.inference_mode(False):
+            return function(*args, **kwargs)
+
+    return outside
 
 
 def deep_copy(module: nn.Module) -> nn.Module:
