@@ -17,7 +17,7 @@ from dwattn.adapters import adapter_for, describe
 from dwattn.calibration.journal import CalibrationResult, LayerNote
 from dwattn.calibration.layer_fit import true_rows
 from dwattn.calibration.streams import BlockRunner, embed
-from dwattn.calibration.views import Views
+from dwattn.calibration.views import PhotoViews
 from dwattn.data import Batch
 from dwattn.errors import CalibrationError, DataError, DwattnError
 from dwattn.plan import Plan
@@ -281,13 +281,13 @@ def test_views_are_not_counted_as_photos() -> None:
 
 def test_rounds_of_views_keep_a_photo_on_one_side(monkeypatch: pytest.MonkeyPatch) -> None:
     sides: list[bool] = []
-    views_of = Views.of
+    views_of = PhotoViews.of
 
-    def noting(self: Views, batch: Batch, held_out: Tensor) -> Any:
+    def noting(self: PhotoViews, batch: Batch, held_out: Tensor) -> Any:
         sides.extend(held_out.tolist())
         return views_of(self, batch, held_out)
 
-    monkeypatch.setattr(Views, "of", noting)
+    monkeypatch.setattr(PhotoViews, "of", noting)
     report = replace(tiny_vit(), [1], calibrate=images(30), photos=10, views=1, batch_size=7)
     assert sides == [photo % 4 == 3 for photo in range(10)] * 3
     assert report.calibration.photos == 10
@@ -295,8 +295,8 @@ def test_rounds_of_views_keep_a_photo_on_one_side(monkeypatch: pytest.MonkeyPatc
 
 def test_views_do_not_depend_on_batches() -> None:
     x, held_out = images(6), torch.tensor([False, False, False, True, False, False])
-    whole = [view.pixels for view in Views(4, seed=1).of(Batch(x, 6, x), held_out)]
-    views = Views(4, seed=1)
+    whole = [view.pixels for view in PhotoViews(4, seed=1).of(Batch(x, 6, x), held_out)]
+    views = PhotoViews(4, seed=1)
     halves = [
         [view.pixels for view in views.of(Batch(part, 3, part), held_out[3 * i : 3 * i + 3])]
         for i, part in enumerate(x.split(3))
@@ -312,7 +312,7 @@ def test_mosaics_never_mix_held_out_photos_with_fitted_ones() -> None:
     held_out = torch.arange(12) % 3 == 0
     x = torch.where(held_out, 1.0, 0.0)[:, None, None, None].expand(12, 3, 28, 28).clone()
     x += 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    for view in list(Views(4, seed=0).of(Batch(x, 12, x), held_out))[2:]:
+    for view in list(PhotoViews(4, seed=0).of(Batch(x, 12, x), held_out))[2:]:
         assert view.pixels is not None
         # A mosaic of photos of one side has no step between its parts.
         assert view.pixels.std((1, 2, 3)).max() < 0.05
@@ -320,7 +320,7 @@ def test_mosaics_never_mix_held_out_photos_with_fitted_ones() -> None:
 
 def test_mosaics_show_other_photos() -> None:
     x = torch.arange(8.0)[:, None, None, None].expand(8, 3, 28, 28).clone()
-    *_, mosaic = Views(3, seed=0).of(Batch(x, 8, x), torch.zeros(8, dtype=torch.bool))
+    *_, mosaic = PhotoViews(3, seed=0).of(Batch(x, 8, x), torch.zeros(8, dtype=torch.bool))
     assert mosaic.pixels is not None
     assert len(mosaic.pixels[7].unique()) > 1
 

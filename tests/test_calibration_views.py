@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dwattn.calibration.views import CROP, LIGHT, Views
+from dwattn.calibration.views import CROP, LIGHT, PhotoViews
 from dwattn.data import Batch
 
 
 def views(x: torch.Tensor, count: int) -> list[torch.Tensor]:
     """The images, then their views."""
     held_out = torch.zeros(len(x), dtype=torch.bool)
-    found = [view.pixels for view in Views(count, seed=0).of(Batch(x, len(x), x), held_out)]
+    found = [view.pixels for view in PhotoViews(count, seed=0).of(Batch(x, len(x), x), held_out)]
     assert all(view is not None for view in found)
     return found  # type: ignore[return-value]
 

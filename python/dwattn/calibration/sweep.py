@@ -30,7 +30,7 @@ from dwattn.calibration.layer_fit import Samples, choose_rank, fit_layer, true_r
 from dwattn.calibration.options import CalibrationOptions
 from dwattn.calibration.ridge import Correction, CorrectionFit
 from dwattn.calibration.streams import BlockCall, BlockRunner, embed
-from dwattn.calibration.views import Views
+from dwattn.calibration.views import PhotoViews
 from dwattn.errors import CalibrationError
 from dwattn.fidelity import drift
 from dwattn.geometry import Geometry
@@ -111,7 +111,7 @@ class _Sweep:
         parts: tuple[list[Tensor], list[Tensor]] = ([], [])
         call: BlockCall | None = None
         every = max(2, round(1 / self.options.held_out))
-        views = Views(self.options.views, self.options.seed)
+        views = PhotoViews(self.options.views, self.options.seed)
         parameter = next(model.parameters())
         batches = image_data.iterate(
             data, batch_size=self.options.batch_size or IMAGES_TOGETHER, num_images=self.options.num_images,

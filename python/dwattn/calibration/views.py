@@ -26,7 +26,7 @@ LIGHT = 0.25
 MEMORY = 64
 
 
-class Views:
+class PhotoViews:
     """Makes views of photos that arrive batch by batch, in order.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Timing:
+class TurnTiming:
     """Milliseconds of one call: median and the 20th and 80th percentile of ``rounds`` calls."""
 
     median_ms: float
@@ -29,7 +29,7 @@ def interleaved(
     rounds: int = 40,
     warmup: int = 3,
     budget_s: float = 60.0,
-) -> dict[str, Timing]:
+) -> dict[str, TurnTiming]:
     """Time the calls in turn, round by round, so that a busy moment of the machine falls on all of
     them alike.
 
@@ -57,9 +57,9 @@ def interleaved(
     return {name: _summary(values) for name, values in times.items()}
 
 
-def _summary(values: list[float]) -> Timing:
+def _summary(values: list[float]) -> TurnTiming:
     fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return Timing(statistics.median(values), fifths[0], fifths[-1], len(values))
+    return TurnTiming(statistics.median(values), fifths[0], fifths[-1], len(values))
 
 
 class RemovedAttention(nn.Module):
