@@ -77,12 +77,13 @@ def run(
     grid: StudyGrid = GRID,
     images: int = 12,
     build: Any = FAMILY.build,
+    pool: str = "mean",
     **options: Any,
 ) -> StudyResult:
     data = LabelledViews(*coloured(images), 3, Augment())
     test = LabelledViews(*coloured(9), 3)
     return run_study(
-        grid, lambda seed: classifier(build(), 3, seed=seed), data, test, folder,
+        grid, lambda seed: classifier(build(), 3, pool=pool, seed=seed), data, test, folder,
         trainer_options=OPTIONS, **options,
     )  # fmt: skip
 
@@ -166,6 +167,8 @@ def test_a_study_is_of_one_model_with_one_set_of_options(tmp_path: Path) -> None
         run(tmp_path, **none, dynamic_grid=True)
     with pytest.raises(TrainingError, match="another model"):
         run(tmp_path, **none, build=lambda: scaled(1.5), dynamic_grid=True, prefix="static")
+    with pytest.raises(TrainingError, match="another head"):
+        run(tmp_path, **none, pool="cls", dynamic_grid=True, prefix="static")
     kept = json.loads((tmp_path / "study.json").read_text())
     (tmp_path / "study.json").write_text(json.dumps({k: kept[k] for k in ("grid", "images")}))
     run(tmp_path, **none)

@@ -261,6 +261,41 @@ def test_a_stage_that_was_stopped_goes_on(tmp_path: Path) -> None:
     assert whole.complete
 
 
+def test_a_run_is_resumed_with_the_head_it_had(tmp_path: Path) -> None:
+    """Heads that read other tokens have the same weights, so that the state alone does not tell them apart."""
+    pytest.importorskip("accelerate", reason="training needs the train extra")
+
+    def trainer(pool: str) -> Trainer:
+        task = classifier(FAMILY.build(), 3, pool=pool)
+        data = LabelledViews(*coloured(6), 3)
+        recipe = RECIPE.but(steps=1, batch_size=2)
+        return Trainer(task, data, recipe, folder=tmp_path, device="cpu", progress=False)
+
+    trainer("mean").fit()
+    with pytest.raises(TrainingError, match=r"'pool': 'mean'.*'pool': 'cls'"):
+        trainer("cls").fit(resume=True)
+    assert trainer("mean").fit(resume=True).complete
+
+
+def test_what_changes_pixels_or_masks_makes_other_images(tmp_path: Path) -> None:
+    save_image(tmp_path / "images" / "0.jpg")
+    save_mask(tmp_path / "masks" / "0.png", 1)
+
+    def printed(**options: Any) -> str:
+        return MaskFolder(
+            tmp_path / "images", tmp_path / "masks", (8, 8), 2, **options
+        ).fingerprint()
+
+    assert printed() == printed()
+    others = [
+        printed(),
+        printed(mean=(0.5,) * 3),
+        printed(std=(0.5,) * 3),
+        printed(mask_size=(4, 4)),
+    ]
+    assert len(set(others)) == 4
+
+
 def test_stages_refuse_what_does_not_fit() -> None:
     task, data = classifier(FAMILY.build(), 3), LabelledViews(*coloured(6), 3)
     plan = plan_for(task.backbone)

@@ -13,10 +13,13 @@ from dwattn.errors import DataError, DwattnError
 from dwattn.finetune.views import Key, Order, Views, collate
 from dwattn.ranks import Ranks
 
+#: What :func:`dwattn.finetune.views.collate` makes of views.
+Collated = dict[str, Any]
+
 
 def read_batches(
     data: Views, order: Order, *, workers: int = 0, pin: bool = False
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Collated]:
     """The batches of ``order``, each :func:`dwattn.finetune.views.collate` of its views.
 
     Args:
@@ -37,8 +40,8 @@ def read_batches(
 
 
 def in_step(
-    batches: Iterator[dict[str, Any]], ranks: Ranks, agreed: Callable[[bool], bool]
-) -> Iterator[dict[str, Any]]:
+    batches: Iterator[Collated], ranks: Ranks, agreed: Callable[[bool], bool]
+) -> Iterator[Collated]:
     """The batches of each process; if one of them cannot read its next one, all processes raise before that step.
 
     Args:
@@ -62,13 +65,13 @@ def in_step(
         yield batch
 
 
-class _Batches(Dataset["dict[str, Any] | DwattnError"]):
+class _Batches(Dataset["Collated | DwattnError"]):
     """Batches by their keys. An error is returned: a worker's would be raised as the text of its traceback."""
 
     def __init__(self, data: Views) -> None:
         self.data = data
 
-    def __getitem__(self, keys: list[Key]) -> dict[str, Any] | DwattnError:
+    def __getitem__(self, keys: list[Key]) -> Collated | DwattnError:
         try:
             return collate([self.data[key] for key in keys])
         except DwattnError as error:

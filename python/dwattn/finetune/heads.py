@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,10 @@ class Head(nn.Module):
 
     def forward(self, features: Features, geometry: Geometry) -> Tensor:
         raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """What it reads and how, as far as its weights do not tell; JSON-able."""
+        return {"kind": type(self).__name__, "blocks": list(self.blocks)}
 
 
 def patch_map(tokens: Tensor, geometry: Geometry) -> Tensor:
@@ -58,6 +63,9 @@ class LinearHead(Head):
         pooled = tokens[:, 0] if self.pool == "cls" else tokens[:, geometry.num_prefix :].mean(1)
         logits: Tensor = self.linear(pooled)
         return logits
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "pool": self.pool}
 
 
 class SegmentationDecoder(Head):
@@ -152,6 +160,9 @@ class SplitHead(Head):
         fused = self.fuse(torch.cat([task, prior], 1)).flatten(2).transpose(1, 2)
         logits: Tensor = self.inner(Features(fused), Geometry(geometry.height, geometry.width, 0))
         return logits
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "inner": self.inner.settings()}
 
 
 def _copy(block: nn.Module) -> nn.Module:

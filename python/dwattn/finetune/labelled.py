@@ -98,7 +98,7 @@ class MaskedViews(Views):
         return self.masks[index]
 
     def fingerprint(self) -> str:
-        return _with_targets(super().fingerprint(), self.masks)
+        return _with_targets(f"{super().fingerprint()} {self.mask_size}", self.masks)
 
 
 class MaskFolder(MaskedViews):

@@ -274,12 +274,15 @@ def _claim(
     mine = {
         "grid": grid.shared(), "images": [data.fingerprint() for data in images],
         "replace_options": json.loads(options), "model": model.model_dump(mode="json"),
+        "head": task.settings(),
     }  # fmt: skip
     if not path.exists():
         _write(path, json.dumps(mine, indent=1))
         return
     found = {**mine, **json.loads(path.read_text(encoding="utf-8"))}
-    other = [key for key in ("images", "grid", "replace_options") if found[key] != mine[key]]
+    other = [
+        key for key in ("images", "grid", "replace_options", "head") if found[key] != mine[key]
+    ]
     kept = Fingerprint.model_validate(found["model"])
     if kept.architecture_difference(model) or kept.weight_distance(model)[0] > WEIGHT_TOLERANCE:
         other.append("model")

@@ -47,6 +47,10 @@ class Task(nn.Module):
             self.backbone.eval()
         return self
 
+    def settings(self) -> dict[str, Any]:
+        """What a run that is resumed must have in common with its beginning."""
+        return {"head": self.head.settings(), "frozen": self.frozen}
+
     def predict(self, pixels: Tensor) -> Tensor:
         """Logits ``(B, classes)`` or ``(B, classes, h, w)``."""
         grid = self._layout.grid_of(pixels.shape[-2], pixels.shape[-1])

@@ -279,15 +279,16 @@ class Trainer:
             )
         # Read back as those in the folder were: a tuple is a list then.
         mine = Progress.model_validate_json(self._progress().model_dump_json())
-        if found.settings != mine.settings:
+        # Older states hold less; what they do not say is taken to be as it is now.
+        if {**mine.settings, **found.settings} != mine.settings:
             raise TrainingError(
                 f"{self.folder} holds a run with the settings {found.settings}, now they are {mine.settings}; "
                 f"resume it with its own."
             )
         if (found.data, found.images) != (self._fingerprint, len(self.data)):
             raise TrainingError(
-                f"{self.folder} was trained on {found.images} other images than these {len(self.data)}; resume with "
-                f"the same ones, or start in an empty folder."
+                f"{self.folder} was trained on {found.images} other images than these {len(self.data)}, or with another size, "
+                f"normalisation, augmentation, seed or labels of theirs; resume with the same, or start in an empty folder."
             )
         load_state(self.folder, self.module, self.optimizer, self.average)
         if found.scaler:

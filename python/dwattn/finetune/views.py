@@ -156,12 +156,13 @@ class Views(Dataset[Item]):
                 yield pixels
 
     def fingerprint(self) -> str:
-        """Changes with the images (a folder's by their names and sizes), the augmentation and the seed."""
+        """Changes with the images (a folder's by their names and sizes), normalisation, augmentation and seed."""
         digest = hashlib.sha256(repr((self.augment, self.seed, len(self))).encode())
         if isinstance(self.images, Tensor):
             digest.update(self.images[:: max(1, len(self) // 16)].float().cpu().numpy().tobytes())
         else:
-            digest.update(repr(self.images.size).encode())
+            mean, std = (t.flatten().tolist() for t in (self.images.mean, self.images.std))
+            digest.update(repr((self.images.size, mean, std)).encode())
             for path in self.images.files:
                 digest.update(f"{Path(path).name} {Path(path).stat().st_size}\n".encode())
         return digest.hexdigest()[:16]
