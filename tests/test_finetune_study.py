@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from dwattn.finetune import (
 )
 from dwattn.finetune import study as study_module
 from dwattn.finetune import study_latency as latency_module
+from dwattn.finetune.study_grid import Cell
 from dwattn.report.study import StudyReport
 from dwattn.report.study_figures import aligned
 from support.models import BY_NAME
@@ -424,6 +426,21 @@ def test_the_command(tmp_path: Path) -> None:
     assert "0 of 4 runs are left" in left.output
     wrong = CliRunner().invoke(app, [*map(str, arguments), "--task", "distill"])
     assert wrong.exit_code == 2
+
+
+def test_the_steps_that_a_run_adds_to_the_shared_first_stage() -> None:
+    grid = GRID.model_copy(
+        update={"recipe": GRID.recipe.but(steps=10), "second": GRID.recipe.but(steps=3)}
+    )
+    dw = next(cell for cell in grid.cells() if cell.kind is not None)
+    steps = {
+        (stages, criterion): grid.own_steps(replace(dw, stages=stages, criterion=criterion))
+        for stages in ("two-stage", "frozen", "one-stage")
+        for criterion in ("variance", "dsp")
+    }
+    assert list(steps.values()) == [3, 6, 3, 6, 10, 13]
+    plain = [grid.own_steps(Cell(0, stages)) for stages in ("one-stage", "two-stage")]
+    assert plain == [0, 3]
 
 
 def test_models_are_timed_once_for_each_size_of_images(

@@ -368,7 +368,9 @@ def test_masks_of_few_bits_keep_their_classes(bits: int, highest: int, tmp_path:
 
 def test_as_many_classes_as_a_byte_has_values() -> None:
     masks = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
-    assert MaskedViews(torch.zeros(1, 3, 16, 16), masks, 256)[0, 0]["mask"].max() == 255
+    assert MaskedViews(torch.zeros(1, 3, 16, 16), masks, 255)[0, 0]["mask"].max() == 255
+    with pytest.raises(DataError, match="255 marks pixels without a class, so that 256 classes"):
+        MaskedViews(torch.zeros(1, 3, 16, 16), masks, 256)
 
 
 def test_faults_of_masks_are_named(tmp_path: Path) -> None:

@@ -147,8 +147,8 @@ def _plan(grid: StudyGrid, only: list[str] | None, out: Path, one: Estimate, as_
     cells = grid.cells(only or None)
     left = [cell for cell in cells if not (out / "cells" / f"{cell.name}.json").exists()]
     firsts = {cell.seed for cell in left if not (out / f"first-seed{cell.seed}").exists()}
-    # A first stage is shared; a second one sees half as many images.
-    seconds = one.seconds * (len(firsts) + len(left) / 2)
+    steps = len(firsts) * grid.recipe.steps + sum(grid.own_steps(cell) for cell in left)
+    seconds = one.seconds / grid.recipe.steps * steps
     names = [cell.name for cell in left]
     if as_json:
         emit({"left": names, "runs": len(cells), "seconds": seconds, "memory": one.memory}, True)

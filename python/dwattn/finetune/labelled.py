@@ -220,6 +220,10 @@ def _spread(path: Path) -> int:
 
 
 def _check_range(values: Tensor, classes: int, what: str, ignore: int | None = None) -> None:
+    if ignore is not None and classes > ignore:
+        raise DataError(
+            f"{ignore} marks pixels without a class, so that {classes} classes are too many."
+        )
     found = values.unique().long()  # 256 classes are more than bytes can be compared with
     wrong = found[(found < 0) | (found >= classes)]
     if ignore is not None:

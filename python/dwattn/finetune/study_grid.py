@@ -126,6 +126,14 @@ class StudyGrid(BaseModel):
         """Of the second stage of the cells with this seed."""
         return (self.second or second_stage(self.recipe)).but(seed=seed)
 
+    def own_steps(self, cell: Cell) -> int:
+        """Optimiser steps of a run, without the head's and the first stage, which the runs of a seed share."""
+        second = self.second_recipe(cell.seed).steps
+        learned = second if cell.criterion == "dsp" else 0
+        if cell.stages != "one-stage":
+            return learned + second
+        return 0 if cell.kind is None else learned + self.recipe.steps
+
     @classmethod
     def load(cls, path: str | Path) -> StudyGrid:
         """Read a grid file (JSON).
