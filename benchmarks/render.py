@@ -347,9 +347,9 @@ def _study(task: str, kind: str = "") -> str:
     return _lines(columns, study_page.table(found, study_page.TASKS[task]))
 
 
-def study_claims() -> str:
+def study_claims(kind: str = "") -> str:
     """The paper's orderings beside ours."""
-    found = studies()
+    found = studies(kind)
     columns = ["first minus second, points", "the paper's", *found, "verdict"]
     rows = study_page.claims(found)
     return _lines(columns, rows) if rows else NOT_RUN
@@ -418,7 +418,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "limits_classify": lambda: _study("classify", LIMITS),
     "limits_segment": lambda: _study("segment", LIMITS),
     "selection_setting": lambda: study_setting(SELECTION),
+    "selection_claims": lambda: study_claims(SELECTION),
     "selection_classify": lambda: _study("classify", SELECTION),
+    "selection_segment": lambda: _study("segment", SELECTION),
     "peers": peers,
     "peers_all": peers_all,
     "models": models,
