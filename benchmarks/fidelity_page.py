@@ -12,7 +12,7 @@ LAYERS = (
     ("lowrank_dw", "`lowrank_dw`, width C/4", "residual-6-lowrank_dw-r96-calibrated", "lowrank-6"),
     ("ens_dw", "`ens_dw`, the paper's Gaussian start", "residual-6-ens_dw-gaussian", None),
 )
-SUMMARY = ("six of twelve blocks", "time", "fitted: all photos", "with an object", "distilled: all photos", "with an object")  # fmt: skip
+SUMMARY = ("six of twelve blocks as", "time", "fitted: all photos", "fitted: with an object", "distilled: all photos", "distilled: with an object")  # fmt: skip
 FITTED = ("replaced", "layer", "chosen by", "all photos", "with an object")
 DISTILLED = ("replaced", "layer", "how", "images", "minutes", "all photos", "with an object")
 DRAWN = ("draw", "blocks", "images", "products", "minutes", "and to choose", "all photos", "with an object")  # fmt: skip
@@ -28,7 +28,7 @@ CONVERSIONS = {
     "residual-6-dw-gaussian": "`dw`, the paper's Gaussian start",
     "residual-6-ens_dw-gaussian": "`ens_dw`, Gaussian",
 }
-REMOVED = "removed altogether: the most that any replacement can save"
+REMOVED = "nothing (attention removed): the most that any replacement can save"
 
 
 def small(demo: Document, fidelity: Document, distill: Document) -> list[list[str]]:
@@ -40,7 +40,7 @@ def small(demo: Document, fidelity: Document, distill: Document) -> list[list[st
     def saved(key: str) -> str:
         return f"{times[key]:.1f} ms ({times[key] / times['original'] - 1:+.0%})"
 
-    rows = [["none", f"{times['original']:.1f} ms", *[""] * 4]]
+    rows = [["attention (the original)", f"{times['original']:.1f} ms", *[""] * 4]]
     for key, label, closed, case in LAYERS:
         later = kept(distilled[case]) if case else ("", "")
         rows.append([label, saved(key), *kept(fitted[closed]), *later])

@@ -71,13 +71,13 @@ def summary() -> str:
     small = _lines(fidelity_page.SUMMARY, fidelity_page.small(demo, fitted, distilled))
     large = _lines(("ViT-L/14, 336 px, of 24 blocks", "12", "18"), fidelity_page.large(vit_l))
     return (
-        f"One thread of an {demo['environment']['CPU']} ({link('demo')}). Beside the time the cosine of the patch\n"
-        f"features with the original's / overlap (IoU) of the saliency maps, on {photos['held_out']} held-out photos and "
-        f"on the {photos['with_object']} of them\nwith one object of known outline: fitted in closed form to "
-        f"{photos['calibration']} photos ({link('fidelity')}),\nand by label-free distillation of up to 15 minutes "
-        f"({link('distill')}).\n\n{small}\n\n"
-        f"The same layers in a large model (its weights are random, which does not change the time: "
-        f"{fidelity_page.original_seconds(vit_l):.1f} s on\none thread of an "
+        f"- **time**: the backbone on one thread of an {demo['environment']['CPU']} ({link('demo')});\n"
+        f"- **a / b**: a is the cosine of the patch features with the original's, b the overlap (IoU) of the saliency maps,\n"
+        f"  on {photos['held_out']} held-out photos and on those {photos['with_object']} of them that show one object of known outline;\n"
+        f"- **fitted**: in closed form on {photos['calibration']} photos ({link('fidelity')});\n"
+        f"- **distilled**: from the original without labels, in at most 15 minutes ({link('distill')}).\n\n{small}\n\n"
+        f"Change in time of a large model, with random weights, which do not affect the time "
+        f"({fidelity_page.original_seconds(vit_l):.1f} s before, on one\nthread of an "
         f"{vit_l['machine']['CPU']}, {link('vit-l')}):\n\n{large}"
     )
 
@@ -165,8 +165,8 @@ def _projection() -> str:
         return span(c["cpp/torch"] for c in cases if f" {dtype} " in c["case"])
 
     return (
-        f"- Value projection and aggregation, compiled over the fastest plain PyTorch form: {ratios('fp32')} in fp32 and "
-        f"{ratios('bf16')}\n  in bf16, at n=256/D=384 and n=576/D=1024, batch 1 and 8, 1 and 2 threads\n"
+        f"- Value projection and aggregation: time of the compiled kernel over the fastest plain PyTorch form is "
+        f"{ratios('fp32')} in fp32\n  and {ratios('bf16')} in bf16, at n=256/D=384 and n=576/D=1024, batch 1 and 8, 1 and 2 threads\n"
         f"  ({link('cpu-dw')}; {_cpu(document['machine'])})."
     )
 
@@ -186,8 +186,8 @@ def _layers() -> list[str]:
     """Whole layers over their two products, on every machine that has measured them."""
     sizes = {"n=256,D=384": 384, "n=576,D=1024": 1024, "n=1369,D=1024": 1024}
     lines = [
-        "A whole layer over its two products alone: `dw` on 1 thread at batch 1 / on 2 threads at batch 8; `lowrank_dw` of",
-        "width 64 to 256 and plain PyTorch over all of these cases:",
+        "Time of a whole layer over that of its two matrix products alone. `dw` columns: 1 thread at batch 1 / 2 threads at",
+        "batch 8; `lowrank_dw` (width 64 to 256) and plain PyTorch (all layers): the range over all of these cases.",
         "",
         row("CPU", "dtype", *(f"`dw`, {s.replace(',', ', ')}" for s in sizes), "`lowrank_dw`", "PyTorch"),
         row("---", "---", *["---:"] * 5),
@@ -233,10 +233,10 @@ def _scoring() -> str:
         faster.setdefault(row["tokens"], []).append(row["ways"]["compiled"]["hooks_over_this"])
     alone = " and ".join(f"{min(f):.1f} to {max(f):.1f} times (N={n})" for n, f in faster.items())
     return (
-        f"- Scoring over a plain forward pass of the same images: {ours[0]} (224 px) and {ours[1]} (336 px) with a peak of "
-        f"{peak[0]} and {peak[1]} MiB\n  beyond it, {state[0]} and {state[1]} MiB of which are the result; hooks that "
-        f"materialise the maps: {hooks[0]} and {hooks[1]}.\n  Attention and statistics of a layer alone, 6 heads of 64, "
-        f"on 1 and 2 threads: {alone}\n  as fast as such hooks ({link('cpu-scoring')}; "
+        f"- Scoring: its time over a plain forward pass of the same images is {ours[0]} (224 px) and {ours[1]} (336 px), with "
+        f"{peak[0]} and {peak[1]} MiB\n  of additional peak memory, of which {state[0]} and {state[1]} MiB are the result; with hooks that "
+        f"materialise the maps it is {hooks[0]} and {hooks[1]}.\n  Attention and statistics of one layer, 6 heads of width 64, "
+        f"on 1 and 2 threads: {alone}\n  as fast as with such hooks ({link('cpu-scoring')}; "
         f"{_cpu(found['machine'])}, {found['threads']} threads)."
     )
 
