@@ -1,5 +1,5 @@
-"""Pretrained Vision Transformers with softmax attention replaced by fixed 3x3 aggregation, where it
-is fixed anyway.
+"""Faster pretrained Vision Transformers: attention that hardly varies between images is replaced by a
+fixed 3x3 aggregation of the values.
 
 ::
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         SPViTAttention,
     )
     from dwattn.checkpoint import load, save
+    from dwattn.conversion import restore
     from dwattn.costs import flops, params
     from dwattn.errors import DwattnError
     from dwattn.export import export
@@ -38,9 +39,10 @@ if TYPE_CHECKING:
     from dwattn.plan import Plan
     from dwattn.refinement import refine
     from dwattn.scattered import ScatteredDWAttention, SelfAttention
-    from dwattn.scoring import Scores, score
+    from dwattn.scores import Scores
+    from dwattn.scoring import score
     from dwattn.selection import select
-    from dwattn.surgery import replace, restore
+    from dwattn.surgery import replace
 
 _WHERE = {
     "ConvAttention": "attention",
@@ -50,6 +52,7 @@ _WHERE = {
     "SPViTAttention": "attention",
     "load": "checkpoint",
     "save": "checkpoint",
+    "restore": "conversion",
     "flops": "costs",
     "params": "costs",
     "DwattnError": "errors",
@@ -59,11 +62,10 @@ _WHERE = {
     "refine": "refinement",
     "ScatteredDWAttention": "scattered",
     "SelfAttention": "scattered",
-    "Scores": "scoring",
+    "Scores": "scores",
     "score": "scoring",
     "select": "selection",
     "replace": "surgery",
-    "restore": "surgery",
 }
 _MODULES = ("adapters", "finetune", "variance")
 
