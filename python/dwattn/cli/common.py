@@ -31,7 +31,7 @@ R = TypeVar("R")
 
 #: Columns of tables that go to no terminal.
 PIPED_WIDTH = 160
-#: Images that are looked at without a progress bar, and the most that are looked at beforehand.
+#: Folders of fewer images are checked without a progress bar; larger ones than the second number are not checked.
 FEW_FILES, MOST_CHECKED = 200, 20_000
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -75,7 +75,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    """A warning is a sentence for the person; those that libraries address to programmers are not."""
+    """Show a warning as a note, except those that libraries address to programmers."""
     if not issubclass(category, (DeprecationWarning, FutureWarning)):
         note(f"Note: {message}")
 
@@ -109,13 +109,13 @@ def _plain(value: Any) -> Any:
 
 
 def note(text: str) -> None:
-    """A line for the person, on stderr."""
+    """Print one line on stderr."""
     err().print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 @contextlib.contextmanager
 def busy(text: str) -> Iterator[None]:
-    """A spinner on stderr for work without countable steps; nothing where it is no terminal."""
+    """A spinner on stderr for work without countable steps; nothing if stderr is not a terminal."""
     console = err()
     if not console.is_terminal:
         yield
@@ -225,8 +225,8 @@ def read_images(
 
 
 def require_readable(images: ImageFolder | Tensor) -> None:
-    """Name the damaged files of a folder before long work begins on them, unless there are so many that looking at all is
-    long work too.
+    """Name the damaged files of a folder before long work begins on it; a folder so large that this check would be long
+    work itself is not checked.
     """
     from rich.progress import track
 
@@ -285,9 +285,9 @@ StdOption = Annotated[
     str | None,
     typer.Option(metavar="R,G,B", help="Pixel standard deviation; default as for --mean."),
 ]
-DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
-BatchOption = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
-AmpOption = Annotated[str, typer.Option(help="Compute in no (fp32), bf16 or fp16.")]
+DeviceOption = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1, ...")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Images per batch.")]
+AmpOption = Annotated[str, typer.Option(help="Mixed precision: no (fp32), bf16 or fp16.")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on stdout and nothing else there.")
 ]
@@ -295,9 +295,12 @@ ImagesOption = Annotated[
     Path, typer.Option(metavar="DIR", help="Folder of images, searched with its subfolders.")
 ]
 ProgressOption = Annotated[
-    bool, typer.Option("--progress/--no-progress", help="Progress with time left, on stderr.")
+    bool,
+    typer.Option("--progress/--no-progress", help="Show progress and the time left, on stderr."),
 ]
-VariantOption = Annotated[str, typer.Option(help="dw, lowrank_dw, conv, ens_dw or spvit.")]
+VariantOption = Annotated[
+    str, typer.Option(help="Layer to put in: dw, lowrank_dw, conv, ens_dw or spvit.")
+]
 RankOption = Annotated[
     str | None,
     typer.Option(

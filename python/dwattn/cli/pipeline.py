@@ -50,20 +50,24 @@ def score(
     ] = Path("scores.safetensors"),
     num_images: Annotated[
         int,
-        typer.Option(min=2, help="How many images to look at, at most; evenly over the folder."),
+        typer.Option(min=2, help="Images at most, spread evenly over the folder."),
     ] = 1000,
     size: SizeOption = None,
     weights: WeightsOption = None,
     batch_size: BatchOption = 16,
     amp: AmpOption = "no",
     entries: Annotated[
-        str, typer.Option(help="Attention entries that count: patches, or all with prefix tokens.")
+        str,
+        typer.Option(
+            help="Attention entries that count: patches, or all (also those of prefix tokens)."
+        ),
     ] = "patches",
     residual: Annotated[bool, typer.Option(help="Also compute the residual criterion.")] = True,
     memory_budget: Annotated[
         float | None,
         typer.Option(
-            metavar="MB", help="Memory for the statistics; blocks are spread over passes."
+            metavar="MB",
+            help="Memory for the statistics; blocks that do not fit are scored in further passes.",
         ),
     ] = None,
     mean: MeanOption = None,
@@ -99,7 +103,9 @@ def select(
     ] = None,
     target_speedup: Annotated[
         float | None,
-        typer.Option(help="Replace as many blocks as this speed-up of the model needs."),
+        typer.Option(
+            help="Replace the fewest blocks that make the model this many times as fast, for example 1.2."
+        ),
     ] = None,
     criterion: Annotated[
         str, typer.Option(help="variance, residual or perturbation.")
@@ -203,7 +209,7 @@ def replace(
         bool | None,
         typer.Option(
             "--context/--no-context",
-            help="Let patches see prefix tokens, the mean and a constant; default: yes, but not for spvit.",
+            help="Add terms of the prefix tokens, the mean patch and a constant to the patches; default: yes, except for spvit.",
         ),
     ] = None,
     calibrate: Annotated[
@@ -213,12 +219,12 @@ def replace(
         ),
     ] = None,
     num_images: Annotated[
-        int, typer.Option(min=1, help="Calibration images, at most; evenly over the folder.")
+        int, typer.Option(min=1, help="Calibration images at most, spread evenly over the folder.")
     ] = 120,
     size: SizeOption = None,
     weights: WeightsOption = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images in a batch; default: as many as are fastest.")
+        int | None, typer.Option(min=1, help="Images per batch; default: the fastest number.")
     ] = None,
     amp: AmpOption = "no",
     mean: MeanOption = None,
@@ -234,7 +240,10 @@ def replace(
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be replaced and refused, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Show what would be replaced and what is refused, then stop."
+        ),
     ] = False,
     progress: ProgressOption = True,
     as_json: JsonOption = False,
@@ -285,7 +294,7 @@ def export(
         Path | None,
         typer.Argument(
             metavar="[STUDENT]",
-            help="File written by dwattn replace; without it the model as it is.",
+            help="File written by dwattn replace; without it MODEL is exported as it is.",
         ),
     ] = None,
     size: SizeOption = None,
@@ -299,7 +308,10 @@ def export(
         bool, typer.Option("--fp32-io", help="With --fp16, take and return fp32 tensors.")
     ] = False,
     dynamic_size: Annotated[
-        bool, typer.Option("--dynamic-size", help="Leave the image size open, in whole patches.")
+        bool,
+        typer.Option(
+            "--dynamic-size", help="Leave the image size open, to any number of whole patches."
+        ),
     ] = False,
     static_batch: Annotated[
         bool, typer.Option("--static-batch", help="Fix the batch at 1.")
@@ -311,16 +323,16 @@ def export(
     lowering: Annotated[
         str,
         typer.Option(
-            help="What becomes of replaced layers. native: standard operators; plugin: nodes of the "
+            help="How replaced layers are written. native: standard operators; plugin: nodes of the "
             "TensorRT plugin library; function: the same nodes, defined for onnxruntime; conv2d: a "
             "static graph of 4-D convolutions."
         ),
     ] = "native",
     output: Annotated[
-        str | None, typer.Option(help="Export one output only, for example last_hidden_state.")
+        str | None, typer.Option(help="Export only this output, for example last_hidden_state.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="What to call, for example forward_features.")
+        str, typer.Option(help="Method to export, for example forward_features.")
     ] = "forward",
     check: Annotated[
         bool, typer.Option(help="Compare with PyTorch on onnxruntime before the file appears.")

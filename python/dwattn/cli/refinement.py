@@ -1,4 +1,4 @@
-"""``dwattn refine``: choose blocks by trying sets of them out."""
+"""``dwattn refine``: choose blocks by trying out whole sets of them."""
 
 from __future__ import annotations
 
@@ -43,24 +43,33 @@ def refine(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Images to compare on, of other scenes; default: every fourth batch of --images.",
+            help="Images on which sets are compared, of other scenes; default: every fourth batch of --images.",
         ),
     ] = None,
     variant: VariantOption = "dw",
     rank: RankOption = None,
     criterion: Annotated[
-        str, typer.Option(help="Where the search starts: variance, residual or perturbation.")
+        str,
+        typer.Option(
+            help="Criterion of the set the search starts from: variance, residual or perturbation."
+        ),
     ] = "residual",
     width: Annotated[
-        int, typer.Option(min=1, help="Blocks on either side of the border that are exchanged.")
+        int,
+        typer.Option(
+            min=1, help="How many chosen and how many other blocks are tried in an exchange."
+        ),
     ] = 3,
-    rounds: Annotated[int, typer.Option(min=1, help="Exchanges, at most.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Exchanges at most.")] = 2,
     num_images: Annotated[
         int, typer.Option(min=1, help="Calibration images, at most; evenly over the folder.")
     ] = 80,
     trials: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Keep what was tried, to go on after a stop."),
+        typer.Option(
+            metavar="FILE",
+            help="File of the sets tried so far; a search that was stopped is continued from it.",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Plan to write.")] = Path("plan.json"),
     size: SizeOption = None,
@@ -73,7 +82,7 @@ def refine(
     progress: ProgressOption = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose blocks by what their set loses together: sets are calibrated and compared in turn."""
+    """Choose blocks by what they lose together: whole sets are calibrated and compared."""
     import dwattn
 
     require_writable(out, DwattnError, [scores, weights, trials])

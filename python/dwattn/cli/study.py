@@ -24,7 +24,18 @@ from dwattn.cli.common import (
     normalisation,
     note,
 )
-from dwattn.cli.training import TASKS, Folders, build_task, check_usage
+from dwattn.cli.tasks import (
+    LABELLED,
+    ClassesOption,
+    ColourOption,
+    MasksOption,
+    PoolOption,
+    TaskImages,
+    TestMasksOption,
+    TrainingDeviceOption,
+    WorkersOption,
+    check_labels,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,38 +50,39 @@ def study(
         str,
         typer.Argument(
             metavar="GRID",
-            help="JSON file that says what is compared, or paper: the paper's comparisons for this model.",
+            help="JSON file that declares the comparisons, or paper: those of the paper, for this model.",
         ),
     ],
     *,
     task: Annotated[str, typer.Option(help="classify or segment.")],
     images: Annotated[
-        Path, typer.Option(metavar="DIR", help="Training images; for classify a folder a class.")
+        Path,
+        typer.Option(metavar="DIR", help="Training images; for classify one subfolder per class."),
     ],
-    test_images: Annotated[Path, typer.Option(metavar="DIR", help="Images to measure on.")],
-    masks: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="segment: masks of the same names (.png).")
-    ] = None,
-    test_masks: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="segment: masks of --test-images.")
-    ] = None,
-    classes: Annotated[int | None, typer.Option(min=2, help="segment: number of classes.")] = None,
-    pool: Annotated[
-        str, typer.Option(help="classify: mean of the patch tokens, or cls (Table A.2).")
-    ] = "mean",
+    test_images: Annotated[
+        Path, typer.Option(metavar="DIR", help="Images on which the results are measured.")
+    ],
+    masks: MasksOption = None,
+    test_masks: TestMasksOption = None,
+    classes: ClassesOption = None,
+    pool: PoolOption = "mean",
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder of the runs; the same one goes on.")
+        Path,
+        typer.Option(
+            metavar="DIR", help="Folder of the runs; a study that was stopped is continued there."
+        ),
     ] = Path("study"),
     only: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Run this comparison; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Run only this comparison; may be repeated."),
     ] = None,
-    epochs: Annotated[float, typer.Option(help="paper: of the first stage.")] = 10,
+    epochs: Annotated[float, typer.Option(help="paper: epochs of the first stage.")] = 10,
     batch_size: BatchOption = 16,
     lr: Annotated[float, typer.Option(help="paper: peak learning rate.")] = 2e-5,
     seeds: Annotated[int, typer.Option(min=1, help="paper: number of seeds.")] = 3,
-    colour: Annotated[float, typer.Option(help="Colour jitter, from 0 to below 1.")] = 0.0,
+    colour: ColourOption = 0.0,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the runs that are left, and stop.")
+        bool, typer.Option("--dry-run", help="List the runs that are left, then stop.")
     ] = False,
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Time the models and write report.html.")
@@ -79,28 +91,28 @@ def study(
     weights: WeightsOption = None,
     mean: MeanOption = None,
     std: StdOption = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: what is there.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
+    device: TrainingDeviceOption = None,
+    workers: WorkersOption = 0,
     progress: ProgressOption = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare variants, selections and recipes on a task, over several seeds, as a grid says."""
+    """Compare variants, selections and recipes on a task, over several seeds, as GRID declares."""
     from dwattn.finetune import Augment, Recipe, estimate, run_study, steps_for
     from dwattn.models import load_model
 
-    if task not in TASKS[1:]:
+    if task not in LABELLED:
         raise typer.BadParameter(f"--task {task} must be classify or segment.")
-    check_usage(task, None, masks, classes, test_images, test_masks, None, None, None)
+    check_labels(task, masks, classes, test_images, test_masks)
     first = load_model(model, weights)
     pixels, norm = image_size(first, size), normalisation(first, model, mean, std)
-    folder = Folders(task, pixels, norm.mean, norm.std, classes, 0)
-    data = folder.read(images, masks, Augment(colour=colour))
-    test = folder.read(test_images, test_masks, None)
+    reader = TaskImages(task, pixels, norm, classes, seed=0)
+    data = reader.read(images, masks, Augment(colour=colour))
+    test = reader.read(test_images, test_masks, None)
     steps = steps_for(epochs, len(data), batch_size)
     wanted = _grid(grid, first, Recipe.of(steps=steps, batch_size=batch_size, lr=lr), seeds)
 
     def make(seed: int) -> Task:
-        return build_task(task, load_model(model, weights), folder, pool, False, seed)
+        return reader.task_of(load_model(model, weights), pool, split=False, seed=seed)
 
     if dry_run:
         _plan(wanted, only, out, estimate(make(0), data, wanted.recipe, device=device), as_json)

@@ -23,7 +23,18 @@ from dwattn.cli.common import (
     image_size,
     normalisation,
     note,
-    require_readable,
+)
+from dwattn.cli.tasks import (
+    TASKS,
+    ClassesOption,
+    ColourOption,
+    MasksOption,
+    PoolOption,
+    TaskImages,
+    TestMasksOption,
+    TrainingDeviceOption,
+    WorkersOption,
+    check_labels,
 )
 from dwattn.errors import CheckpointError, TrainingError
 from dwattn.files import require_apart
@@ -31,9 +42,7 @@ from dwattn.files import require_apart
 if TYPE_CHECKING:
     from torch import nn
 
-    from dwattn.finetune import Recipe, Task, TrainingResult, Views
-
-TASKS = ("distill", "classify", "segment")
+    from dwattn.finetune import Recipe, TrainingResult, Views
 
 
 @command
@@ -44,13 +53,13 @@ def finetune(
         Path | None,
         typer.Argument(
             metavar="[STUDENT]",
-            help="File written by dwattn replace; without it (tasks only) the model as it is.",
+            help="File written by dwattn replace; without it (tasks only) MODEL is trained as it is.",
         ),
     ] = None,
     *,
     images: Annotated[
         Path,
-        typer.Option(metavar="DIR", help="Training images; for classify one folder a class in it."),
+        typer.Option(metavar="DIR", help="Training images; for classify one subfolder per class."),
     ],
     out: Annotated[
         Path,
@@ -59,71 +68,88 @@ def finetune(
         ),
     ] = Path("finetune"),
     task: Annotated[
-        str, typer.Option(help="distill (no labels, from the original), classify or segment.")
+        str, typer.Option(help="distill (learn from MODEL, without labels), classify or segment.")
     ] = "distill",
-    masks: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="segment: masks of the same names (.png).")
-    ] = None,
-    classes: Annotated[int | None, typer.Option(min=2, help="segment: number of classes.")] = None,
+    masks: MasksOption = None,
+    classes: ClassesOption = None,
     test_images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Tasks: images to measure on at the end.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Tasks: images on which the result is measured."),
     ] = None,
-    test_masks: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="segment: masks of --test-images.")
-    ] = None,
-    pool: Annotated[str, typer.Option(help="classify: mean of the patch tokens, or cls.")] = "mean",
+    test_masks: TestMasksOption = None,
+    pool: PoolOption = "mean",
     split: Annotated[
-        bool,
-        typer.Option(
-            "--split", help="Tasks: ViT-Split heads beside a backbone that stays as it is."
-        ),
+        bool, typer.Option("--split", help="Tasks: ViT-Split heads beside a frozen backbone.")
     ] = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Times each image is seen, instead.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Length in optimiser steps.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Length in epochs; default: 10.")] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(help="As many steps as this machine makes in this time, instead."),
+        typer.Option(help="Length in minutes: the steps that this machine makes in that time."),
     ] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-5,
-    kernel_lr: Annotated[float, typer.Option(help="Factor on it for kernels.")] = 10.0,
+    kernel_lr: Annotated[float, typer.Option(help="Factor on --lr for the kernels.")] = 10.0,
     weight_decay: Annotated[
-        float | None, typer.Option(help="Default: 0 for distill, 0.05 for tasks.")
+        float | None, typer.Option(help="Weight decay; default: 0 for distill, 0.05 for tasks.")
     ] = None,
-    warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.05,
+    warmup: Annotated[float, typer.Option(help="Warm-up, as a share of the steps.")] = 0.05,
     train: Annotated[
-        str, typer.Option(help="all, blocks (with replaced layers), replaced, or head.")
+        str,
+        typer.Option(
+            help="What is trained: all, blocks (those with replaced layers), replaced (these layers alone) or head."
+        ),
     ] = "all",
     batch_size: BatchOption = 8,
     micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Images at once in a process, to save memory.")
+        int | None,
+        typer.Option(min=1, help="Images per forward pass of a process; fewer need less memory."),
     ] = None,
-    ema: Annotated[float | None, typer.Option(help="Average the weights with this decay.")] = None,
+    ema: Annotated[
+        float | None,
+        typer.Option(help="Keep an exponential moving average of the weights, with this decay."),
+    ] = None,
     amp: AmpOption = "no",
     views: Annotated[
         int | None,
-        typer.Option(min=1, help="Different crops of an image before they repeat; default: never."),
+        typer.Option(
+            min=1, help="Number of different crops of an image; default: a new one each time."
+        ),
     ] = None,
-    features: Annotated[float, typer.Option(help="distill: weight of the feature error.")] = 0.0,
-    blocks: Annotated[float, typer.Option(help="distill: weight of the error by block.")] = 0.0,
-    output: Annotated[float, typer.Option(help="distill: weight of the model's output.")] = 0.0,
-    output_loss: Annotated[str, typer.Option(help="auto, kl, mse or binary.")] = "auto",
+    features: Annotated[
+        float, typer.Option(help="distill: weight of the error of the final features.")
+    ] = 0.0,
+    blocks: Annotated[
+        float, typer.Option(help="distill: weight of the error after each block.")
+    ] = 0.0,
+    output: Annotated[
+        float, typer.Option(help="distill: weight of the error of the model's output.")
+    ] = 0.0,
+    output_loss: Annotated[
+        str, typer.Option(help="Loss of --output: auto, kl, mse or binary.")
+    ] = "auto",
     cache: Annotated[
-        int, typer.Option(min=0, metavar="MB", help="distill: memory for the original's features.")
+        int,
+        typer.Option(
+            min=0, metavar="MB", help="distill: memory in which the original's features are kept."
+        ),
     ] = 0,
-    colour: Annotated[float, typer.Option(help="Colour jitter, from 0 to below 1.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    colour: ColourOption = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     size: SizeOption = None,
     weights: WeightsOption = None,
     mean: MeanOption = None,
     std: StdOption = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: what is there.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
-    save_minutes: Annotated[float, typer.Option(min=0.0, help="Between checkpoints.")] = 5.0,
+    device: TrainingDeviceOption = None,
+    workers: WorkersOption = 0,
+    save_minutes: Annotated[
+        float, typer.Option(min=0.0, help="Minutes between checkpoints.")
+    ] = 5.0,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out, with its own recipe.")
+        bool,
+        typer.Option("--resume", help="Continue the run in --out, with the recipe it began with."),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Measure time and memory of a run, and stop.")
+        bool, typer.Option("--dry-run", help="Measure the time and memory of the run, then stop.")
     ] = False,
     progress: ProgressOption = True,
     as_json: JsonOption = False,
@@ -133,9 +159,8 @@ def finetune(
 
     for name in ("student", "backbone"):
         require_apart(out / f"{name}.safetensors", CheckpointError, (student, weights))
-    check_usage(task, student, masks, classes, test_images, test_masks, steps, epochs, minutes)
-    if split and task == "distill":
-        raise typer.BadParameter("--split is for tasks; distill has no head.")
+    _check_usage(task, student, test_images, split, (steps, epochs, minutes))
+    check_labels(task, masks, classes, test_images, test_masks)
     targets = None
     if task == "distill":
         targets = Targets(
@@ -145,14 +170,14 @@ def finetune(
     pixels = image_size(trained, size)
     norm = normalisation(trained, model, mean, std)
     note(f"Images from {images} at {pixels[0]} x {pixels[1]}, normalised with {norm.source}.")
-    folder = Folders(task, pixels, norm.mean, norm.std, classes, seed)
-    data = folder.read(images, masks, Augment(colour=colour))
-    tested = None if test_images is None else folder.read(test_images, test_masks, None)
+    reader = TaskImages(task, pixels, norm, classes, seed)
+    data = reader.read(images, masks, Augment(colour=colour))
+    tested = None if test_images is None else reader.read(test_images, test_masks, None)
     module: nn.Module
     if targets is not None:
         module = Distillation(trained, original, targets=targets, cache=cache * 2**20)
     else:
-        module = build_task(task, trained, folder, pool, split, seed)
+        module = reader.task_of(trained, pool, split, seed)
     if weight_decay is None:
         weight_decay = 0.05 if targets is None else 0.0
     options: dict[str, Any] = {
@@ -175,17 +200,14 @@ def finetune(
         _finish(out, module, trained, tested, result, recipe, as_json)
 
 
-def check_usage(
+def _check_usage(
     task: str,
     student: Path | None,
-    masks: Path | None,
-    classes: int | None,
     test_images: Path | None,
-    test_masks: Path | None,
-    steps: int | None,
-    epochs: float | None,
-    minutes: float | None,
+    split: bool,
+    lengths: tuple[int | None, float | None, float | None],
 ) -> None:
+    """Raise a usage error for options that contradict the task; ``lengths``: steps, epochs, minutes."""
     if task not in TASKS:
         raise typer.BadParameter(f"--task {task} must be one of {', '.join(TASKS)}.")
     if task == "distill" and student is None:
@@ -194,12 +216,9 @@ def check_usage(
         )
     if task == "distill" and test_images is not None:
         raise typer.BadParameter("--test-images measures tasks; distill has no labels.")
-    given = {masks is not None, classes is not None}
-    if given != {task == "segment"}:
-        raise typer.BadParameter("segment, and only segment, needs --masks DIR and --classes N.")
-    if task == "segment" and (test_images is None) != (test_masks is None):
-        raise typer.BadParameter("Give --test-images and --test-masks together.")
-    if sum(value is not None for value in (steps, epochs, minutes)) > 1:
+    if task == "distill" and split:
+        raise typer.BadParameter("--split is for tasks; distill has no head.")
+    if sum(value is not None for value in lengths) > 1:
         raise typer.BadParameter("Give one of --steps, --epochs and --minutes.")
 
 
@@ -215,54 +234,6 @@ def _models(
         assert original is not None
         return None, original
     return original, dwattn.load(load_model(spec, weights, pretrained=False), student)
-
-
-class Folders:
-    """Training and test images of a task, read alike."""
-
-    def __init__(
-        self,
-        task: str,
-        size: tuple[int, int],
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-        classes: int | None,
-        seed: int,
-    ) -> None:
-        self.task, self.size, self.mean, self.std, self.seed = task, size, mean, std, seed
-        self.classes = classes
-        self.names: list[str] | None = None
-
-    def read(self, images: Path, masks: Path | None, augment: Any) -> Views:
-        from dwattn.finetune import Views
-        from dwattn.finetune.labelled import MaskFolder, labelled_folder
-        from dwattn.image_files import image_folder
-
-        common: dict[str, Any] = {"augment": augment, "seed": self.seed}
-        if self.task == "distill":
-            photos = image_folder(images, self.size, self.mean, self.std)
-            require_readable(photos)
-            return Views(photos, **common)
-        common |= {"mean": self.mean, "std": self.std}
-        if self.task == "segment":
-            assert masks is not None
-            assert self.classes is not None
-            return MaskFolder(images, masks, self.size, self.classes, **common)
-        data, names = labelled_folder(images, self.size, classes=self.names, **common)
-        require_readable(data.images)
-        self.names, self.classes = names, len(names)
-        return data
-
-
-def build_task(
-    task: str, trained: nn.Module, folder: Folders, pool: str, split: bool, seed: int
-) -> Task:
-    from dwattn.finetune import classifier, segmenter
-
-    assert folder.classes is not None
-    if task == "classify":
-        return classifier(trained, folder.classes, pool=pool, split=split, seed=seed)
-    return segmenter(trained, folder.classes, split=split, seed=seed)
 
 
 def _resumed(
