@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -31,6 +29,7 @@ from dwattn.files import parse_json, write_atomically
 from dwattn.finite import all_finite
 from dwattn.plan import Plan
 from dwattn.printed import Printed
+from dwattn.progress import progress_bar
 from dwattn.scores import Scores
 from dwattn.selection import rank_blocks, select
 from dwattn.surgery import replace
@@ -130,9 +129,7 @@ def refine(
     options = {"variant": "dw", "views": 1, **replace_options, "seed": seed}
     search = _Search(model, scores, options, *_sides(model, images, judge, num_images))
     search.remember(trials, {"criterion": criterion, "blocks": blocks, "num_images": num_images})
-    columns = (TextColumn("refining"), BarColumn(), MofNCompleteColumn(), TextColumn("sets"), TimeRemainingColumn())  # fmt: skip
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not progress) as bar:
+    with progress_bar("refining", "sets", show=progress) as bar:
         task = bar.add_task("sets", total=1 + rounds * width**2)
         best = start
         search.try_out(best)

@@ -1,6 +1,4 @@
-"""``score``: how much the attention of each block varies between images, and what a static one
-would lose.
-"""
+"""``score``: how much the attention of each block varies between images, and what static attention would lose."""
 
 from __future__ import annotations
 
@@ -9,8 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from dwattn import data as images
@@ -18,12 +14,11 @@ from dwattn.adapters import describe
 from dwattn.amp import AMP_NAMES, Amp, autocast
 from dwattn.errors import ScoreError
 from dwattn.plan import ModelInfo
+from dwattn.progress import progress_bar
 from dwattn.ranks import Ranks
-from dwattn.scores import LayerScore, Scores
+from dwattn.scores import Scores
 from dwattn.scoring_run import ScoringRun, scoreable
 from dwattn.untouched import untouched, unwrap
-
-__all__ = ["LayerScore", "Scores", "score"]
 
 
 def score(
@@ -106,18 +101,7 @@ def score(
                     advance(batch.size, run.passes)
             run.finish_pass(ranks, keep_maps)
     assert run.geometry is not None
-    if run.total_images < num_images:
-        warnings.warn(
-            f"The data held {run.total_images} images, fewer than num_images={num_images}; the "
-            "scores are of these.",
-            stacklevel=2,
-        )
-    if not any(layer.sigma.any() for layer in run.results):
-        warnings.warn(
-            f"Every attention map is the same for all {run.total_images} images (each Sigma is 0), so that the scores "
-            "order nothing. Look whether the images differ from one another when they reach the model.",
-            stacklevel=2,
-        )
+    _warn_of_doubtful(run, num_images)
     return Scores(
         layers=sorted(run.results, key=lambda layer: layer.block),
         num_images=run.total_images,
@@ -129,18 +113,27 @@ def score(
     )
 
 
+def _warn_of_doubtful(run: ScoringRun, num_images: int) -> None:
+    """Warn the caller of :func:`score` about fewer images than asked for, and about images that are all alike."""
+    if run.total_images < num_images:
+        warnings.warn(
+            f"The data held {run.total_images} images, fewer than num_images={num_images}; the "
+            "scores are of these.",
+            stacklevel=3,
+        )
+    if not any(layer.sigma.any() for layer in run.results):
+        warnings.warn(
+            f"Every attention map is the same for all {run.total_images} images (each Sigma is 0), so the scores "
+            "cannot rank anything. Check that the images still differ from one another when they reach the model.",
+            stacklevel=3,
+        )
+
+
 @contextlib.contextmanager
 def _bar(show: bool, share: int, data: Any) -> Iterator[Callable[[int, int], None]]:
     """A progress bar over images and passes; yields ``advance(images, passes)``."""
     known = images.count_images(data)
-    columns = (
-        TextColumn("scoring"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
+    with progress_bar("scoring", "images", show=show, transient=True) as bar:
         task = bar.add_task("scoring", total=None)
 
         def advance(count: int, passes: int) -> None:

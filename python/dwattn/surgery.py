@@ -20,12 +20,10 @@ from dwattn.conversion import (
     Conversion,
     ReplacedLayer,
     Transaction,
-    conversion,
     find_conversion,
     of_another_record,
     placement,
     recorded_elsewhere,
-    restore,
 )
 from dwattn.errors import CalibrationError, DwattnError, PlanError
 from dwattn.fingerprint import relative_name
@@ -46,8 +44,6 @@ from dwattn.shims import (
 from dwattn.surgery_report import ReplacementReport, ReplacementRow
 from dwattn.token_grid import Grid, GridSource
 from dwattn.untouched import ordinary_tensors, unwrap
-
-__all__ = ["ReplacementReport", "conversion", "replace", "restore"]
 
 #: What hooks of a user get from a replaced layer: the module they are on is not called.
 RESTING_HOOKS = "its hooks are not called until it is restored"

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from dwattn import data as image_data
@@ -34,6 +32,7 @@ from dwattn.calibration.views import PhotoViews
 from dwattn.errors import CalibrationError
 from dwattn.fidelity import drift
 from dwattn.geometry import Geometry
+from dwattn.progress import progress_bar
 from dwattn.projections import AttentionWeights, is_correctable
 from dwattn.rotary import Rotary
 from dwattn.scattered import ScatteredDWAttention
@@ -162,10 +161,7 @@ class _Sweep:
         blocks = self.layout.blocks
         names = [site.attention_name for site in blocks]
         places = [names.index(name) for name in self.replacements]
-        columns = (TextColumn("calibrating"), BarColumn(), TextColumn("{task.completed}/{task.total} blocks"),
-                   TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-        console = Console(stderr=True)
-        with Progress(*columns, console=console, disable=not self.options.progress) as bar:
+        with progress_bar("calibrating", "blocks", show=self.options.progress) as bar:
             task = bar.add_task("blocks", total=len(blocks))
             for index, site in enumerate(blocks):
                 if index < min(places):

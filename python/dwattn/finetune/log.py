@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: CSV files for plots, a progress bar with the time left for people."""
+"""What a training run reports while it runs: a CSV file for plots, and a progress bar."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
+    Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.progress import Progress as Bar
 
 from dwattn.errors import CheckpointError
 from dwattn.files import write_atomically
@@ -84,9 +84,9 @@ def _line(row: list[str]) -> str:
     return line.getvalue()
 
 
-def progress_bar(show: bool) -> Bar:
+def training_bar(show: bool) -> Progress:
     """Steps with elapsed and remaining time and the loss, on stderr."""
-    return Bar(
+    return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True), disable=not show,
     )  # fmt: skip

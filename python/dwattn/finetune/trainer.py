@@ -21,7 +21,7 @@ from dwattn.finetune.batches import in_step, micro_batches, move, read_batches
 from dwattn.finetune.cache import TeacherCache
 from dwattn.finetune.ema import Average
 from dwattn.finetune.groups import param_groups
-from dwattn.finetune.log import CsvLog, progress_bar
+from dwattn.finetune.log import CsvLog, training_bar
 from dwattn.finetune.recipe import Recipe
 from dwattn.finetune.state import Progress, load_state, read_progress, remove_leftovers, save_state
 from dwattn.finetune.views import Order, Views, mix
@@ -222,7 +222,7 @@ class Trainer:
     def _loop(self, module: nn.Module) -> None:
         log = CsvLog(self._path("train.csv"), self.step)
         started, saved = time.perf_counter() - self._seconds, time.perf_counter()
-        with progress_bar(self.show_progress and self.main) as bar:
+        with training_bar(self.show_progress and self.main) as bar:
             task = bar.add_task("training", total=self.recipe.steps, completed=self.step, note="")
             for batch in self.batches():
                 self._losses = self.train_step(module, batch)
@@ -321,7 +321,7 @@ class Trainer:
             return
         cache.clear()
         items = (((index, view), self.data[index, view]["pixels"]) for index, view in keys)
-        with progress_bar(self.show_progress and self.main) as bar:
+        with training_bar(self.show_progress and self.main) as bar:
             task = bar.add_task("teacher", total=len(keys), note="")
             cache.fill(items, teach, self.device, lambda count: bar.advance(task, count))
         cache.source = source

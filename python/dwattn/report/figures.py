@@ -1,94 +1,11 @@
-"""The report's figures, drawn by matplotlib as SVG that takes its text colour from the page.
-
-Colours are distinguishable with the common colour-vision deficiencies, readable on light and dark,
-and never the only carrier: chosen blocks also have a hatch, lines have their own markers.
-"""
+"""Figures of the demo's report: scores, heads, kernels, fidelity, latency."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import numpy as np
 
-from dwattn.errors import DataError
+from dwattn.report.drawing import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, as_svg, pyplot
 from dwattn.report.results import BlockScore, Conversion, LatencyInfo
-
-BLUE, ORANGE, GREEN, RED, GREY = "#2a86c8", "#d98a00", "#12966f", "#d65a20", "#8b95a1"
-PURPLE = "#8a5cc2"
-# matplotlib knows no "inherit from the page": these stand in for it and are replaced in the SVG
-# text.
-_INK, _FAINT = "#010203", "#040506"
-_STYLE = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "text.color": _INK,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.6,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "hatch.color": _INK,
-    "hatch.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 10,
-}
-
-Draw = Callable[[Any], None]
-
-
-@contextmanager
-def _pyplot(name: str) -> Iterator[Any]:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise DataError(
-            f"The figures need matplotlib ({error}); install it with pip install 'dwattn[demo]'."
-        ) from error
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    # A fixed salt makes ids, and so the page, the same from run to run.
-    style: Any = {**_STYLE, "svg.hashsalt": name}
-    with matplotlib.rc_context(style):
-        yield pyplot
-
-
-def _svg(figure: Any, name: str, description: str) -> str:
-    """The figure as an ``<svg>`` element that scales with the page and has a text for screen
-    readers.
-    """
-    buffer = io.StringIO()
-    figure.savefig(
-        buffer,
-        format="svg",
-        transparent=True,
-        bbox_inches="tight",
-        pad_inches=0.04,
-        metadata={"Date": None},
-    )
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor").replace(_FAINT, "var(--line)")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg [^>]*?) ?width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg [^>]*?) ?height="[^"]*"', r"\1", text, count=1)
-    # All figures share one page and so one space of ids.
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'href="#|url\(#', lambda found: f"{found[0]}{name}-", text)
-    escaped = description.replace("&", "&amp;").replace('"', "&quot;")
-    return text.replace("<svg ", f'<svg role="img" aria-label="{escaped}" ', 1)
 
 
 def _blocks_label(blocks: list[int]) -> str:
@@ -102,7 +19,7 @@ def block_scores(scores: list[BlockScore], selected: dict[str, list[int]]) -> st
         panels.append(("residual", "Residual", [s.residual or 0.0 for s in scores]))
     if all(s.perturbation is not None for s in scores):
         panels.append(("perturbation", "Perturbation", [s.perturbation or 0.0 for s in scores]))
-    with _pyplot("scores") as plt:
+    with pyplot("scores") as plt:
         figure, axes = plt.subplots(len(panels), 1, figsize=(5.4, 2.1 * len(panels)), squeeze=False)
         for axis, (criterion, title, values) in zip(axes[:, 0], panels, strict=True):
             chosen = set(selected.get(criterion, []))
@@ -110,7 +27,7 @@ def block_scores(scores: list[BlockScore], selected: dict[str, list[int]]) -> st
                 picked = score.index in chosen
                 axis.bar(
                     score.index, value, width=0.78, color=BLUE if picked else GREY, hatch="///" if
-                    picked else None, edgecolor=_INK if picked else "none", linewidth=0.6,
+                    picked else None, edgecolor=INK if picked else "none", linewidth=0.6,
                 )  # fmt: skip
             axis.set_title(f"{title} (chosen: {_blocks_label(sorted(chosen))})")
             axis.set_xticks([s.index for s in scores])
@@ -122,7 +39,7 @@ def block_scores(scores: list[BlockScore], selected: dict[str, list[int]]) -> st
             + ", ".join(f"{s.index}: {v:.3g}" for s, v in zip(scores, values, strict=True))
             for _, title, values in panels
         )
-        svg = _svg(figure, "scores", description)
+        svg = as_svg(figure, "scores", description)
         plt.close(figure)
     return svg
 
@@ -138,7 +55,7 @@ def head_map(scores: list[BlockScore]) -> str:
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     values = np.array([s.head_sigma for s in scores]).T
-    with _pyplot("heads") as plt:
+    with pyplot("heads") as plt:
         figure, axis = plt.subplots(figsize=(5.6, 0.42 * values.shape[0] + 1.0))
         # Logarithmic: a single restless head would leave all others one colour.
         scale = LogNorm(max(values.min(), 1e-12), max(values.max(), 1e-12))
@@ -161,7 +78,7 @@ def head_map(scores: list[BlockScore]) -> str:
         )
         bar.ax.yaxis.set_minor_formatter(NullFormatter())
         bar.outline.set_visible(False)
-        svg = _svg(figure, "heads", "Variance score of every head of every block")
+        svg = as_svg(figure, "heads", "Variance score of every head of every block")
         plt.close(figure)
     return svg
 
@@ -173,7 +90,7 @@ def kernels(scores: list[BlockScore], blocks: list[int]) -> str:
     chosen = [s for s in scores if s.index in blocks]
     heads = max(len(s.mean_kernel) for s in chosen)
     top = max(float(np.max(s.mean_kernel)) for s in chosen)
-    with _pyplot("kernels") as plt:
+    with pyplot("kernels") as plt:
         figure, axes = plt.subplots(
             len(chosen),
             heads,
@@ -197,7 +114,7 @@ def kernels(scores: list[BlockScore], blocks: list[int]) -> str:
         figure.subplots_adjust(wspace=0.12, hspace=0.12)
         bar = figure.colorbar(mesh, ax=axes.ravel().tolist(), pad=0.03, aspect=24, fraction=0.04)
         bar.outline.set_visible(False)
-        svg = _svg(
+        svg = as_svg(
             figure,
             "kernels",
             f"Mean attention to the 3x3 neighbourhood, up to {top:.2g}, by block and head",
@@ -233,7 +150,7 @@ def fidelity_curve(conversions: list[Conversion], metric: str) -> str:
     """``cosine`` or ``iou`` against the number of replaced blocks."""
     name = f"fidelity-{metric}"
     told: list[str] = []
-    with _pyplot(name) as plt:
+    with pyplot(name) as plt:
         figure, axis = plt.subplots(figsize=(5.4, 3.0))
         for line, label, colour, marker in _LINES:
             points = {
@@ -251,7 +168,7 @@ def fidelity_curve(conversions: list[Conversion], metric: str) -> str:
         axis.set_xticks(sorted({0, *(len(c.blocks) for c in conversions)}))
         axis.grid(visible=True, axis="y")
         axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2, columnspacing=1.2)
-        svg = _svg(figure, name, "; ".join(told))
+        svg = as_svg(figure, name, "; ".join(told))
         plt.close(figure)
     return svg
 
@@ -261,7 +178,7 @@ def latency_bars(info: LatencyInfo, number: int = 0) -> str:
     line.
     """
     name = f"latency{number}"
-    with _pyplot(name) as plt:
+    with pyplot(name) as plt:
         figure, axis = plt.subplots(figsize=(5.6, 0.46 * len(info.entries) + 0.7))
         places = range(len(info.entries))[::-1]
         for place, entry in zip(places, info.entries, strict=True):
@@ -273,14 +190,14 @@ def latency_bars(info: LatencyInfo, number: int = 0) -> str:
                 color=GREY if entry.key in ("original", "removed") else BLUE,
             )
             axis.plot(
-                [entry.p20_ms, entry.p80_ms], [place, place], color=_INK, lw=1.2, marker="|", ms=7
+                [entry.p20_ms, entry.p80_ms], [place, place], color=INK, lw=1.2, marker="|", ms=7
             )
             axis.annotate(
                 f"{entry.median_ms:.1f}", (entry.p80_ms, place), xytext=(7, 0),
                 textcoords="offset points", va="center", ha="left",
             )  # fmt: skip
             if ceiling:
-                axis.axvline(entry.median_ms, color=_INK, lw=1, ls=(0, (4, 3)))
+                axis.axvline(entry.median_ms, color=INK, lw=1, ls=(0, (4, 3)))
         axis.set_yticks(list(places), [entry.label for entry in info.entries])
         axis.tick_params(axis="y", length=0)
         axis.spines["left"].set_visible(False)
@@ -289,6 +206,6 @@ def latency_bars(info: LatencyInfo, number: int = 0) -> str:
             f"ms per image, batch {info.batch}, {info.threads} thread{'s' * (info.threads > 1)}"
         )
         told = ", ".join(f"{entry.label}: {entry.median_ms:.1f} ms" for entry in info.entries)
-        svg = _svg(figure, name, told)
+        svg = as_svg(figure, name, told)
         plt.close(figure)
     return svg

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dwattn.report.figures import _INK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, _pyplot, _svg
+from dwattn.report.drawing import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, as_svg, pyplot
 from dwattn.scores import LayerScore, Scores
 
 _COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, "#7a7200", "#00838f", "#a0527a")
@@ -57,7 +57,7 @@ def by_count(points: Sequence[Point], metric: str) -> str:
         if point.blocks is not None:
             name = f"{point.attention}, {point.criterion}"
             lines.setdefault(name, []).append((point.blocks, point))
-    with _pyplot("by-count") as plt:
+    with pyplot("by-count") as plt:
         figure, axis = plt.subplots(figsize=(5.6, 3.4))
         for name, (colour, marker) in _styles(lines).items():
             found = sorted(lines[name], key=lambda pair: pair[0])
@@ -66,7 +66,7 @@ def by_count(points: Sequence[Point], metric: str) -> str:
                 yerr=[p.interval or 0.0 for _, p in found], color=colour, marker=marker, label=name, lw=1.4,
                 ms=5, capsize=2, elinewidth=0.8,
             )  # fmt: skip
-        axis.axhline(-1, color=_INK, lw=1, ls=(0, (4, 3)))
+        axis.axhline(-1, color=INK, lw=1, ls=(0, (4, 3)))
         axis.set_xticks(sorted({count for found in lines.values() for count, _ in found}))
         axis.set_xlabel("replaced blocks")
         axis.set_ylabel(f"{metric}, difference in points")
@@ -76,7 +76,7 @@ def by_count(points: Sequence[Point], metric: str) -> str:
             f"{name}: " + ", ".join(f"{count} blocks {p.difference:+.2f}" for count, p in found)
             for name, found in lines.items()
         )
-        svg = _svg(figure, "by-count", told)
+        svg = as_svg(figure, "by-count", told)
         plt.close(figure)
     return svg
 
@@ -97,7 +97,7 @@ def draw_pareto(axis: Any, points: Sequence[Point], metric: str) -> None:
     for number, (_, _, ratio, lost) in enumerate(PAPER):
         label = "the paper's (Orin Nano)" if number == 0 else None
         axis.plot(ratio, lost, color=GREY, marker="o", mfc="none", ls="none", ms=5, label=label)
-    axis.axhline(-1, color=_INK, lw=1, ls=(0, (4, 3)))
+    axis.axhline(-1, color=INK, lw=1, ls=(0, (4, 3)))
     axis.set_xlabel("time over the unconverted model's")
     axis.set_ylabel(f"{metric}, difference in points")
     axis.grid(visible=True, axis="y")
@@ -106,7 +106,7 @@ def draw_pareto(axis: Any, points: Sequence[Point], metric: str) -> None:
 
 def pareto(points: Sequence[Point], metric: str) -> str:
     """:func:`draw_pareto` as a figure of the page."""
-    with _pyplot("pareto") as plt:
+    with pyplot("pareto") as plt:
         figure, axis = plt.subplots(figsize=(5.6, 3.6))
         draw_pareto(axis, points, metric)
         told = "; ".join(
@@ -114,7 +114,7 @@ def pareto(points: Sequence[Point], metric: str) -> str:
             for p in points
             if p.ratio is not None
         )
-        svg = _svg(figure, "pareto", told)
+        svg = as_svg(figure, "pareto", told)
         plt.close(figure)
     return svg
 
@@ -127,7 +127,7 @@ def speedup(latency: Sequence[Mapping[str, Any]], heads: int) -> str:
         name = entry["attention"] + (", scattered" if unit else "")
         count = int(number) * (1 if unit else heads)
         lines.setdefault(name, [(0, 0.0)]).append((count, 100 * (1 - entry["ratio"])))
-    with _pyplot("speedup") as plt:
+    with pyplot("speedup") as plt:
         figure, axis = plt.subplots(figsize=(5.6, 3.2))
         for name, (colour, marker) in _styles(lines).items():
             counts, saved = zip(*sorted(lines[name]), strict=True)
@@ -141,7 +141,7 @@ def speedup(latency: Sequence[Mapping[str, Any]], heads: int) -> str:
             + ", ".join(f"{count} heads {value:.1f} %" for count, value in sorted(found))
             for name, found in lines.items()
         )
-        svg = _svg(figure, "speedup", told)
+        svg = as_svg(figure, "speedup", told)
         plt.close(figure)
     return svg
 
@@ -155,9 +155,9 @@ def chosen_blocks(chosen: Mapping[str, Sequence[Sequence[int]]], depth: int) -> 
     shares = np.array(
         [[np.mean([b in run for run in runs]) for b in range(depth)] for runs in chosen.values()]
     )
-    with _pyplot("chosen") as plt:
+    with pyplot("chosen") as plt:
         figure, axis = plt.subplots(figsize=(5.6, 0.34 * len(chosen) + 0.9))
-        axis.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1.2, edgecolors=_INK, linewidth=0.3)
+        axis.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1.2, edgecolors=INK, linewidth=0.3)
         for (row, block), share in np.ndenumerate(shares):
             if 0 < share < 1:
                 axis.text(
@@ -168,14 +168,14 @@ def chosen_blocks(chosen: Mapping[str, Sequence[Sequence[int]]], depth: int) -> 
         axis.invert_yaxis()
         axis.tick_params(length=0)
         axis.set_xlabel("block")
-        svg = _svg(figure, "chosen", "Share of the seeds that chose each block, by selection")
+        svg = as_svg(figure, "chosen", "Share of the seeds that chose each block, by selection")
         plt.close(figure)
     return svg
 
 
 def before_and_after(before: Scores, after: Scores) -> str:
     """Sigma of every block before and after fine-tuning, each relative to its mean over the blocks."""
-    with _pyplot("tuning") as plt:
+    with pyplot("tuning") as plt:
         figure, axis = plt.subplots(figsize=(5.6, 2.6))
         told = []
         for shift, (scores, label, colour) in zip(
@@ -190,7 +190,7 @@ def before_and_after(before: Scores, after: Scores) -> str:
         axis.set_ylabel("Σ over its mean")
         axis.grid(visible=True, axis="y")
         axis.legend()
-        svg = _svg(figure, "tuning", "; ".join(told))
+        svg = as_svg(figure, "tuning", "; ".join(told))
         plt.close(figure)
     return svg
 
@@ -222,7 +222,7 @@ def deviations(scores: Scores) -> str | None:
         return None
     heads = max(layer.num_heads for layer in shown)
     height, width = scores.grid
-    with _pyplot("deviations") as plt:
+    with pyplot("deviations") as plt:
         figure, axes = plt.subplots(
             len(shown), heads, figsize=(0.9 * heads + 1.0, 0.9 * len(shown) + 0.4), squeeze=False
         )
@@ -238,7 +238,7 @@ def deviations(scores: Scores) -> str | None:
                 axis.add_patch(box)
             row[0].set_ylabel(f"block {layer.block}", rotation=0, ha="right", va="center")
         figure.subplots_adjust(wspace=0.1, hspace=0.1)
-        svg = _svg(
+        svg = as_svg(
             figure, "deviations", "Standard deviation of attention by displacement from the query"
         )
         plt.close(figure)
@@ -258,7 +258,7 @@ def heads_by_score(scores: Scores, chosen: Mapping[str, set[tuple[int, int]]]) -
     Args:
         chosen: ``(block, head)`` pairs by selection.
     """
-    with _pyplot("head-scores") as plt:
+    with pyplot("head-scores") as plt:
         figure, axis = plt.subplots(figsize=(5.6, 3.2))
         for layer in scores.layers:
             axis.plot(
@@ -288,6 +288,6 @@ def heads_by_score(scores: Scores, chosen: Mapping[str, set[tuple[int, int]]]) -
         axis.set_ylabel("Σ of a head")
         if chosen:
             axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=3)
-        svg = _svg(figure, "head-scores", "Variance score of every head, and which were chosen")
+        svg = as_svg(figure, "head-scores", "Variance score of every head, and which were chosen")
         plt.close(figure)
     return svg
