@@ -252,7 +252,7 @@ def _triton_dw_layer(
     bo: Tensor | None,
     prefix_out: Tensor | None,
 ) -> Tensor:
-    """Patch rows straight into the output, behind the finished prefix rows."""
+    """Patch rows straight into the output, after the finished prefix rows."""
     prefix = 0 if prefix_out is None else prefix_out.shape[1]
     out = x.new_empty(x.shape[0], prefix + geometry.num_patches, wo.shape[0])
     if prefix_out is not None:

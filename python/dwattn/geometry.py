@@ -15,7 +15,7 @@ from dwattn.errors import GeometryError
 
 @dataclass(frozen=True)
 class Geometry:
-    """A patch grid behind ``num_prefix`` prefix tokens (CLS first, then registers).
+    """A patch grid after ``num_prefix`` prefix tokens (CLS first, then registers).
 
     Args:
         height: patch rows ``H >= 1``.

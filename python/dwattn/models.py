@@ -59,7 +59,7 @@ class ModelSpec:
         kind: ``timm``, ``hf``, ``hub`` or ``python``.
         name: what follows the colon; for ``python`` the module or file.
         function: the factory's name, for ``python`` only.
-        options: keyword arguments behind the question mark.
+        options: keyword arguments after the question mark.
     """
 
     kind: str

@@ -70,7 +70,7 @@ class AttentionWeights:
         scale: factor of the logits, usually ``1 / sqrt(d_h)``.
         wq, wk, wv: ``(C, D)``; wo: ``(D, C)``; biases ``(C,)`` or ``(D,)`` or None.
         q_norm, k_norm: modules applied to ``(B, n_h, N, d_h)`` queries and keys, or None.
-        rotary: whether queries and keys of patches are turned behind the norms, by what comes with each call (see
+        rotary: whether queries and keys of patches are turned after the norms, by what comes with each call (see
             :class:`dwattn.rotary.Rotary`).
     """
 

@@ -2,7 +2,7 @@
 
 A score judges a block alone. What a set loses depends on the others too: attention that stays can restore what layers in
 front of it lost, so layers that stay do more when they stand apart. Here a set is judged as a whole: a copy of the model is
-replaced and calibrated on some images, and compared with the original behind its last block on others. Starting from the
+replaced and calibrated on some images, and compared with the original after its last block on others. Starting from the
 lowest scores, one chosen block at a time is exchanged with one that was not, as long as that brings the two nearer.
 """
 
@@ -50,7 +50,7 @@ class Refinement(Printed):
     Args:
         plan: of the best set.
         start: the blocks of the lowest scores, where the search began; blocks: the best set.
-        drift: by set, share by which the converted model's patch tokens differ from the original's behind the last
+        drift: by set, share by which the converted model's patch tokens differ from the original's after the last
             block: ``|t' - t|^2 / |t - mean(t)|^2``.
     """
 
@@ -273,7 +273,7 @@ def _sides(
 
 @torch.inference_mode()
 def _tokens(model: nn.Module, layout: BackboneLayout, batches: Sequence[Batch]) -> Tensor:
-    """Tokens ``(M, N, D)`` behind the last block, fp32 on the CPU.
+    """Tokens ``(M, N, D)`` after the last block, fp32 on the CPU.
 
     Raises:
         DataError: they are not finite, or images have several sizes.

@@ -38,7 +38,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if written_here:
             raise CheckpointError(
                 f"{path} was written by dwattn: it holds a converted model, or scores, and not the weights of an "
-                "original one. Load a converted model with dwattn.load(model, path), or name it as STUDENT behind MODEL."
+                "original one. Load a converted model with dwattn.load(model, path), or name it as STUDENT after MODEL."
             )
         return _unwrapped(tensors)
     if path.suffix not in _PICKLED:

@@ -283,7 +283,7 @@ class BackboneLayout:
         grid: patch grid ``(H, W)`` of the configured image size, or None where there is none.
         patch_size: ``(rows, columns)`` of a patch in pixels.
         patch_embed: the module that is called with the pixel tensor.
-        final_norm: the norm behind the last block, or None.
+        final_norm: the norm after the last block, or None.
         padded: whether images are padded up to whole patches, instead of cut down to them.
         raster_order: ``(module, override)`` of a model whose patches would otherwise arrive in
             another order: while ``override`` is set on the module as its attribute

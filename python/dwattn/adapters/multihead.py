@@ -127,7 +127,7 @@ class OpenClipBackboneAdapter(BackboneAdapter):
         model: Any = module
         rows, columns = model.grid_size
         height, width = model.patch_size
-        # Where it stands behind the pooling it is no norm of all tokens.
+        # Where it stands after the pooling it is no norm of all tokens.
         pooled_first = getattr(model, "final_ln_after_pool", False)
         return BackboneLayout(
             family=f"open_clip {type(module).__name__}",

@@ -2,7 +2,7 @@
 
 Blocks go in depth order. Each replaced layer gets its kernels and context terms from a ridge regression of the
 true attention output of its own (already converted) input; then every linear layer that writes to the residual
-stream behind the first replacement - the output projections and the last layer of the MLPs - is corrected
+stream after the first replacement - the output projections and the last layer of the MLPs - is corrected
 towards the original model's residual stream, shrunk towards its pretrained weights. None of this costs latency.
 """
 

@@ -36,7 +36,7 @@ class CalibrationResult:
     Args:
         updates: new values by dotted parameter name, in the parameters' own dtype and device.
         notes: one entry a fitted layer, in depth order.
-        drift: share by which the converted model's patch tokens differ from the original's behind each block,
+        drift: share by which the converted model's patch tokens differ from the original's after each block,
             on held-out images: ``|t' - t|^2 / |t - mean(t)|^2``.
         photos: calibration images, flips not counted; seconds: wall time.
     """

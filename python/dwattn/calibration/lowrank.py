@@ -18,7 +18,7 @@ from torch import Tensor
 class OutputCovariance:
     """Accumulates ``cov(Y)`` of ``(..., C)`` attention outputs in fp64; second moments if not ``centred``.
 
-    They are centred where a bias behind Wo takes the mean, which the kept directions need not keep then.
+    They are centred where a bias after Wo takes the mean, which the kept directions need not keep then.
     """
 
     def __init__(self, channels: int, device: torch.device, *, centred: bool = True) -> None:

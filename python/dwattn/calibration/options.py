@@ -22,7 +22,7 @@ class CalibrationOptions:
         photos: how many photos there are, where ``data`` brings rounds of views of them (``views`` is then 1): image
             ``i`` shows photo ``i % photos``, and all views of a photo stand on one side of the split.
         views: how often each photo is used: itself, as a mirrored random crop, then in mosaics of four photos.
-        refit: which linear layers are corrected: ``all`` that write to the residual stream behind the first
+        refit: which linear layers are corrected: ``all`` that write to the residual stream after the first
             replacement, those of ``replaced`` blocks, only the ``attention`` output of replaced layers, or ``none``.
             A correction serves all tokens, most of which are patches: if only the last block is replaced and CLS alone
             is used, ``attention`` leaves CLS as it was.

@@ -203,7 +203,7 @@ class BlockRunner:
             handle.remove()
         raise CalibrationError(f"The block never called its attention layer {self.path!r}.")
 
-    def behind_attention(
+    def after_attention(
         self, tokens: Tensor, attention: Tensor, convention: CallConvention, *watched: nn.Module
     ) -> tuple[Tensor, list[Tensor]]:
         """:meth:`watch` with the output of the attention layer given, ``(B, N, D)``."""

@@ -228,13 +228,13 @@ class _Sweep:
         """:meth:`_move` of the converted tokens, where the attention is known; takes the place of ``attention``."""
         convention = _convention(site)
         for part, _ in self._chunks():
-            attention[part], _ = runner.behind_attention(
+            attention[part], _ = runner.after_attention(
                 self.converted[part], attention[part], convention
             )
         return attention
 
     def _original_streams(self, site: BlockSite, runner: BlockRunner) -> tuple[Tensor, Tensor]:
-        """The original model's tokens behind the attention and behind the MLP of a block."""
+        """The original model's tokens after the attention and after the MLP of a block."""
         middle, output = torch.empty_like(self.original), torch.empty_like(self.original)
         convention = _convention(site)
         for part, _ in self._chunks():
@@ -360,7 +360,7 @@ class _Sweep:
         )
         convention = _convention(site)
         for part, held_out in self._chunks():
-            reached, (features,) = runner.behind_attention(
+            reached, (features,) = runner.after_attention(
                 self.converted[part], attention[part], convention, linear
             )
             fit.add(features, self.original[part] - reached, held_out=held_out)
@@ -436,7 +436,7 @@ def _scaled(output: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _apply(linear: nn.Linear, correction: Correction, scale: Tensor | None) -> None:
-    """Add a correction that was fitted behind LayerScale to the layer in front of it."""
+    """Add a correction that was fitted after LayerScale to the layer before it."""
     weight, bias = correction.weight, correction.bias
     if scale is not None:
         gain = scale.double()

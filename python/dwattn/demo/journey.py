@@ -63,7 +63,7 @@ class Settings:
         seed: of the split, the crops and the Gaussian initialisation.
         threads: intra-op threads; default all cores of this process.
         budget_s: an optional conversion is left out if it is not expected to end before this many
-            seconds; what comes behind them takes up to a minute.
+            seconds; what comes after them takes up to a minute.
         calibration, held_out: photos; fewer where fewer are installed.
     """
 

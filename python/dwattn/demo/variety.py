@@ -107,7 +107,7 @@ class PhotoViews(Views):
 def with_repeats(
     fitting: Sequence[Photo], chosen: Collection[Photo], times: int, sides: int = 4
 ) -> list[Photo]:
-    """``fitting``, and behind it those ``chosen`` again until each is there ``times`` times.
+    """``fitting``, and after it those ``chosen`` again until each is there ``times`` times.
 
     For views in which some photos shall have a larger part. A copy stands on the side of its photo
     (:class:`PhotoViews`); where no photo of a side is left, the rest is left out.

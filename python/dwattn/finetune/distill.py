@@ -29,7 +29,7 @@ class Targets:
         cosine: ``1 - cos`` of final patch tokens, mean over patches.
         features: squared error of final patch tokens as a share of their variance in the image.
         prefix: ``1 - cos`` of prefix tokens.
-        blocks: squared error behind chosen blocks as a share of their variance, mean over the blocks.
+        blocks: squared error after chosen blocks as a share of their variance, mean over the blocks.
         block_indices: the blocks; None takes those with replaced layers.
         output: of the model's output.
         output_loss: ``kl`` of logits ``(B, classes, ...)``, a mean over images and positions, ``mse`` as a share of the mean

@@ -27,7 +27,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights behind ``step``, the first being 0."""
+        """Take in the weights after ``step``, the first being 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, parameter in self._live.items():
             self.values[name].lerp_(parameter, 1 - decay)

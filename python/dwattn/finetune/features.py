@@ -1,4 +1,4 @@
-"""What distillation compares: the tokens a model makes at the end, behind chosen blocks, and its output."""
+"""What distillation compares: the tokens a model makes at the end, after chosen blocks, and its output."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Features:
     """Of a batch.
 
     Args:
-        tokens: ``(B, N, D)`` behind the final norm (behind the last block where no norm sees all tokens).
-        blocks: ``(B, N, D)`` behind each of the chosen blocks.
+        tokens: ``(B, N, D)`` after the final norm (after the last block where no norm sees all tokens).
+        blocks: ``(B, N, D)`` after each of the chosen blocks.
         output: the model's output as one tensor with ``B`` rows, or None if it was not asked for.
         calls: how the model called its blocks, one after the other: what they got beside the tokens, such as rotary
             positions.
@@ -59,7 +59,7 @@ class FeatureReader:
         model: a ViT or something that contains one.
         blocks: indices of blocks whose outputs are wanted, negative ones from the end.
         output: gets a tensor out of the model's result, or None if the output is not wanted; the pass
-            then ends behind the final norm.
+            then ends after the final norm.
 
     Raises:
         TrainingError: a block that does not exist.

@@ -76,7 +76,7 @@ class SegmentationDecoder(Head):
 
     Args:
         dim: token width ``D``.
-        widths: channels behind the transposed convolutions, multiples of ``groups``.
+        widths: channels after the transposed convolutions, multiples of ``groups``.
     """
 
     def __init__(

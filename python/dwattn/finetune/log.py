@@ -28,7 +28,7 @@ class CsvLog:
 
     Args:
         path: of the file, or None to write nothing.
-        done: steps that count: later rows, of a run that was killed behind its last checkpoint, are dropped.
+        done: steps that count: later rows, of a run that was killed after its last checkpoint, are dropped.
     """
 
     def __init__(self, path: Path | None, done: int = 0) -> None:

@@ -2,7 +2,7 @@
 
 Every cell is the whole of a task's training (:func:`dwattn.finetune.train_in_stages`) and ends as one small JSON
 file; a study that was stopped goes on with the cell, and within it with the step, at which it stopped. Runs of one
-seed share their first stage and the scores that are measured behind it.
+seed share their first stage and the scores that are measured after it.
 """
 
 from __future__ import annotations

@@ -103,7 +103,9 @@ def evaluate(task: Task, data: Views, *, batch_size: int = 16) -> dict[str, floa
 def classifier(
     backbone: nn.Module, classes: int, *, pool: str = "mean", split: bool = False, seed: int = 0
 ) -> Task:
-    """A backbone with one linear layer, drawn from ``seed``; ``split``: frozen, behind :class:`SplitHead`."""
+    """A backbone with one linear layer, drawn from ``seed``; with ``split`` the backbone is frozen and the head is a
+    :class:`SplitHead`.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _task(backbone, LinearHead(token_width(backbone), classes, pool), split)
@@ -117,7 +119,9 @@ def segmenter(
     split: bool = False,
     seed: int = 0,
 ) -> Task:
-    """A backbone with the paper's decoder of these widths, drawn from ``seed``; ``split``: frozen, behind :class:`SplitHead`."""
+    """A backbone with the paper's decoder of these widths, drawn from ``seed``; with ``split`` the backbone is frozen and
+    the head is a :class:`SplitHead`.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _task(backbone, SegmentationDecoder(token_width(backbone), classes, widths), split)
