@@ -1,12 +1,14 @@
-"""The documentation: its code runs, and its site builds without a warning."""
+"""The documentation: its code runs, its names and its map of the code are true, and its site builds without a warning."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -88,6 +90,54 @@ def test_names_on_a_page_exist(page: str) -> None:
     text = (ROOT / page).read_text("utf-8")
     for name in set(re.findall(r"\bdwattn(?:\.[A-Za-z_]\w*)+", text)):
         resolve(name)
+
+
+PACKAGE = ROOT / "python" / "dwattn"
+
+
+def rows_of_the_map() -> list[list[str]]:
+    """The modules in each row of the table in CONTRIBUTING.md, from the bottom of the package up."""
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    table = text.split("The package, `python/dwattn`", 1)[1].split("## Rules", 1)[0]
+    cells = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    return [re.findall(r"`([\w/]+)`", cell) for cell in cells]
+
+
+def test_the_map_of_the_code_names_every_module() -> None:
+    there = {path.stem for path in PACKAGE.glob("*.py") if not path.name.startswith("__")}
+    there |= {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
+    named = [name for row in rows_of_the_map() for name in row]
+    assert sorted(named) == sorted([*there, "packaging/deploy"])
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Modules and packages at the top of ``dwattn`` that a file imports when it runs, anywhere in it."""
+    tree = ast.parse(path.read_text("utf-8"))
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in for_types:
+            package, _, rest = node.module.partition(".")
+            if package == "dwattn":
+                yield from [rest.partition(".")[0]] if rest else [x.name for x in node.names]
+
+
+def test_imports_go_one_way() -> None:
+    level = {
+        name.rstrip("/"): number for number, row in enumerate(rows_of_the_map()) for name in row
+    }
+    upside_down = [
+        f"{path.relative_to(PACKAGE)} imports {name}"
+        for path in PACKAGE.rglob("*.py")
+        for name in imported(path)
+        if name in level
+        and level[name] > level.get(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), 99)
+    ]
+    assert upside_down == ["triton_ops/ahead.py imports deploy"]
 
 
 @pytest.mark.slow

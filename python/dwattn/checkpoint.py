@@ -32,7 +32,7 @@ from dwattn.fingerprint import Fingerprint, fingerprint, relative_name
 from dwattn.grid_hook import GridHook
 from dwattn.plan import Plan, problems
 from dwattn.projections import is_wrapped, require_linear
-from dwattn.shims import build_shim, finish
+from dwattn.replacements import build_shim, finish
 from dwattn.surgery import install
 from dwattn.token_grid import Grid, GridSource
 from dwattn.untouched import ordinary_tensors, unwrap

@@ -24,7 +24,7 @@ from dwattn.adapters import (
 from dwattn.attention import EnsembleDWAttention
 from dwattn.errors import DwattnError
 from dwattn.projections import AttentionWeights
-from dwattn.shims import Rank, check_rank, rank_width
+from dwattn.replacements import Rank, check_rank, rank_width
 from dwattn.token_grid import Grid
 from dwattn.untouched import untouched, unwrap
 from dwattn.variants import build_replacement

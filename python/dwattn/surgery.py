@@ -30,7 +30,7 @@ from dwattn.fingerprint import relative_name
 from dwattn.grid_hook import GridHook
 from dwattn.numeric import whole
 from dwattn.plan import Plan
-from dwattn.shims import (
+from dwattn.replacements import (
     Options,
     Rank,
     build_target,

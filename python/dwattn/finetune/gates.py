@@ -36,7 +36,7 @@ from dwattn.projections import AttentionWeights
 from dwattn.reference import merge_heads, split_heads
 from dwattn.rotary import Rotary, placed
 from dwattn.scattered import ScatteredDWAttention
-from dwattn.shims import check_grid, finish
+from dwattn.replacements import check_grid, finish
 from dwattn.surgery import install, replace
 from dwattn.surgery_report import ReplacementReport
 from dwattn.token_grid import Grid, GridSource, TokenGridModule
