@@ -1,4 +1,4 @@
-"""Mixed precision by name, as scoring, calibration and recipes take it."""
+"""Mixed precision by name (``no``, ``bf16``, ``fp16``), for scoring, calibration and training."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ AMP_NAMES = ("no", *_DTYPES)
 
 
 def autocast(amp: Amp, device: str, *, cache: bool = True) -> AbstractContextManager[None]:
-    """The context in which a model computes on a device type; ``no`` leaves everything as it is.
+    """The autocast context of a device type; ``no`` leaves everything as it is.
 
-    ``cache`` keeps the cast weights until the outermost autocast ends: only while no weight changes.
+    ``cache`` keeps cast weights until the outermost autocast ends, which is only right while no weight changes.
     """
     if amp == "no":
         return nullcontext()

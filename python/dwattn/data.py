@@ -24,7 +24,7 @@ PIXEL_KEYS = ("pixel_values", "pixels", "images", "image", "x")
 
 @dataclass(frozen=True)
 class Batch:
-    """Some images, and how a model takes them.
+    """A batch of images, in the form in which a model takes them.
 
     Args:
         inputs: the ``(B, 3, H, W)`` tensor, or the keyword arguments of the model.
@@ -53,7 +53,7 @@ class Batch:
             ) from error
 
     def showing(self, pixels: Tensor) -> Batch:
-        """The same batch with other pixels of the same shape; unchanged where its own are not known."""
+        """The same batch with other pixels of the same shape; unchanged if its own pixels are not known."""
         if self.pixels is None:
             return self
         if isinstance(self.inputs, Tensor):

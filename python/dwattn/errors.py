@@ -40,7 +40,7 @@ class DataError(DwattnError):
 
 
 class TrainingError(DwattnError):
-    """Training that cannot start as it was asked for, or cannot go on."""
+    """Training that cannot start as requested, or cannot continue."""
 
 
 class BackendError(DwattnError):

@@ -1,4 +1,4 @@
-"""The hook at a converted model's patch embedding: it knows the grid of the images that pass."""
+"""The hook at a converted model's patch embedding, which tells the replaced layers the grid of the current images."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from dwattn.token_grid import Grid, GridSource
 
 
 class GridHook:
-    """Forward pre-hook that writes the grid of the incoming images to ``source``, or holds it to a
-    fixed one.
+    """Forward pre-hook that writes the grid of the incoming images to ``source``, and refuses images of
+    another grid than ``fixed`` if that is given.
 
-    Without it a layer converted for 3x4 patches would take the same number of tokens of a 4x3
-    image. A class instance, so that a deep copy of the model gets a hook and a source of its own.
+    Without it, a layer converted for 3x4 patches would silently accept the tokens of a 4x3 image, which
+    are as many. It is an instance of a class, not a closure, so that a deep copy of the model gets its own
+    hook and source.
 
     Args:
         source: shared with the replaced layers.

@@ -1,4 +1,4 @@
-"""Numbers that a user gave, which may be numpy's."""
+"""Checks of numbers given by a user, Python's or numpy's."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from dwattn.errors import DwattnError
 
 
 def is_number(value: object) -> bool:
-    """A finite real number; no truth value."""
+    """Whether ``value`` is a finite real number (a bool is not one)."""
     return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def is_whole(value: object) -> bool:
-    """A whole number; no truth value."""
+    """Whether ``value`` is a whole number (a bool is not one)."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def whole(name: str, value: Any, error: type[DwattnError] = DwattnError) -> int:
-    """The value of the argument ``name`` as Python's integer.
+    """The value of the argument ``name`` as a Python int.
 
     Raises:
         error: it is something else.

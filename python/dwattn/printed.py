@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from rich.console import Console
 from rich.table import Table
 
-#: Characters to a line of a printed table.
+#: Width of a printed table in characters.
 WIDTH = 140
 
 

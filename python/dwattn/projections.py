@@ -13,13 +13,15 @@ from dwattn.errors import UnsupportedAttentionError
 
 
 def is_wrapped(weight: object) -> bool:
-    """Whether a tensor only stands for its numbers: quantised weights, and other subclasses that hold tensors."""
+    """Whether a tensor is a wrapper subclass, such as a quantised weight, whose numbers are in other tensors."""
     return hasattr(type(weight), "__tensor_flatten__")
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether only the weights matter: an adapter (LoRA), a quantised layer or weight, a hook of any kind, on it or on all
-    modules, or a ``forward`` of its own (offloading tools set one) must be called.
+    """Whether ``module(x)`` is just ``F.linear(x, weight, bias)``, so that the weights may be used without calling it.
+
+    False for adapters (LoRA), quantised layers or weights, layers with hooks (their own or global ones), and instances
+    with a ``forward`` of their own (offloading tools set one).
     """
     if type(module) is not nn.Linear or "forward" in module.__dict__ or _has_any_global_hook():
         return False
@@ -30,21 +32,23 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def is_correctable(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether something can be added to the weight: a parameter of numbers, not computed by a parametrisation or pruned."""
+    """Whether the weight can be changed in place: a floating-point parameter, neither quantised nor recomputed from other
+    parameters (parametrised or pruned).
+    """
     weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
     return weight is not None and weight.is_floating_point() and not is_wrapped(weight)
 
 
 def linear_weights(module: nn.Module, use: str) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a projection that is computed from them, not called.
+    """Weight and bias of a projection that is used through them instead of being called.
 
     Raises:
-        UnsupportedAttentionError: something else was put in its place; ``use`` says what needs the weights.
+        UnsupportedAttentionError: it is not a plain linear layer; ``use`` names what needs the weights.
     """
     if not isinstance(module, nn.Linear) or is_wrapped(module.weight):
         found = type(module.weight if isinstance(module, nn.Linear) else module).__name__
         raise UnsupportedAttentionError(
-            f"{use} needs the weights of a linear layer, but {found} was put in its place: merge "
+            f"{use} needs the weights of a linear layer, but finds {found} in its place: merge "
             f"the adapter into the weights first (peft: merge_and_unload()), or quantise after this step."
         )
     return module.weight, module.bias
@@ -55,7 +59,7 @@ _PROJECTIONS = frozenset({"query", "key", "value", "proj", "prefix_value", "pref
 
 
 def require_linear(layer: nn.Module, use: str) -> None:
-    """Raise UnsupportedAttentionError if anything but a linear layer stands for a projection of ``layer``."""
+    """Raise UnsupportedAttentionError unless every projection of ``layer`` is a linear layer with ordinary weights."""
     for name, module in layer.named_modules():
         if name.rpartition(".")[2] in _PROJECTIONS:
             linear_weights(module, f"{use}: {name}")
@@ -70,7 +74,7 @@ class AttentionWeights:
         scale: factor of the logits, usually ``1 / sqrt(d_h)``.
         wq, wk, wv: ``(C, D)``; wo: ``(D, C)``; biases ``(C,)`` or ``(D,)`` or None.
         q_norm, k_norm: modules applied to ``(B, n_h, N, d_h)`` queries and keys, or None.
-        rotary: whether queries and keys of patches are turned after the norms, by what comes with each call (see
+        rotary: whether queries and keys of patches are rotated after the norms, by angles that come with each call (see
             :class:`dwattn.rotary.Rotary`).
     """
 

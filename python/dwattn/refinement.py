@@ -1,9 +1,10 @@
-"""``refine``: a better set of blocks than the lowest scores, found by exchanging blocks.
+"""``refine``: a better set of blocks than those of the lowest scores, found by exchanging blocks.
 
-A score judges a block alone. What a set loses depends on the others too: attention that stays can restore what layers in
-front of it lost, so layers that stay do more when they stand apart. Here a set is judged as a whole: a copy of the model is
-replaced and calibrated on some images, and compared with the original after its last block on others. Starting from the
-lowest scores, one chosen block at a time is exchanged with one that was not, as long as that brings the two nearer.
+A score judges each block alone, but what a set of replaced blocks loses depends on the whole set: attention that is kept can
+restore what the layers before it lost, so kept layers do more if they are spread out. Here a set is judged as a whole: a copy
+of the model is converted and calibrated on some images, and its tokens after the last block are compared with the original's
+on other images. The search starts from the lowest scores and exchanges one chosen block for one that is not, as long as that
+brings the copy closer to the original.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from dwattn.surgery import replace
 from dwattn.untouched import deep_copy, untouched
 
 KIND, SCHEMA_VERSION = "dwattn-trials", 1
-#: Of the batches of ``images``, every so many is kept to compare on, where ``judge`` is not given.
+#: Without ``judge``, every ``EVERY``-th batch of ``images`` is held out to compare on.
 EVERY = 4
 #: An exchange is made only if it lowers the drift by this share.
 MIN_GAIN = 0.01
@@ -97,7 +98,7 @@ def refine(
     progress: bool = True,
     **replace_options: Any,
 ) -> Refinement:
-    """Choose whole blocks by what their set loses together, instead of :func:`dwattn.select`'s lowest scores.
+    """Choose whole blocks by what they lose together, instead of each by its score as :func:`dwattn.select` does.
 
     A trial costs a calibration on ``num_images`` images, and there are at most ``1 + rounds * width**2``.
 
@@ -107,12 +108,12 @@ def refine(
         images: to calibrate on, as for :func:`dwattn.score`; the first ``num_images`` are used.
         blocks: how many to replace.
         judge: images to compare on. By default every fourth batch of ``images``; give images of other scenes where
-            those of ``images`` resemble each other, since a set must not win by remembering them.
+            those of ``images`` resemble each other, so that no set wins by fitting these scenes.
         criterion: by which the search starts and whose order says which blocks are exchanged.
-        width: an exchange takes out one of so many chosen blocks of highest score, for one of so many others of lowest
-            score.
-        rounds: exchanges at most; the search ends earlier where none helps.
-        trials: JSON file of what was tried; a search that was stopped goes on with it.
+        width: how many blocks are considered on either side of an exchange: the ``width`` chosen ones of highest score, and
+            the ``width`` others of lowest score.
+        rounds: exchanges at most; the search ends earlier if none helps.
+        trials: JSON file of the sets tried so far; a search that was stopped continues from it.
         seed, replace_options: of :func:`dwattn.replace` (``variant=``, ``rank=``, ``views=``, ...); here ``views`` is 1
             unless given.
 
@@ -148,14 +149,16 @@ def refine(
 
 
 def exchanges(chosen: Blocks, ranked: Sequence[int], width: int) -> list[Blocks]:
-    """Sets that differ from ``chosen`` in one block, those nearest to the border of the ranking."""
+    """The sets that differ from ``chosen`` in one block: each of the ``width`` highest-ranked chosen blocks exchanged for each
+    of the ``width`` lowest-ranked others.
+    """
     inside = [block for block in ranked if block in chosen][::-1][:width]
     outside = [block for block in ranked if block not in chosen][:width]
     return [tuple(sorted({*chosen, added} - {removed})) for removed in inside for added in outside]
 
 
 class _Search:
-    """Trials, and what they need.
+    """The sets tried so far, and what a trial needs.
 
     Args:
         fitted: batches to calibrate on; judged: batches to compare on.
@@ -200,7 +203,11 @@ class _Search:
         self._write()
 
     def remember(self, path: str | os.PathLike[str] | None, settings: dict[str, Any]) -> None:
-        """Take over the trials in a file, and write further ones there."""
+        """Read the trials in the file, if it exists, and write further ones to it.
+
+        Raises:
+            PlanError: it cannot be read, or holds trials of another search.
+        """
         if path is None:
             return
         self.path = Path(path)

@@ -1,4 +1,4 @@
-"""Which replacements a plan asks for, built beside the model: nothing here changes it."""
+"""The replacements that a plan asks for: options checked, layers found, and new layers built; the model is not changed."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ class Target:
     """One layer of the plan, found in the model.
 
     Args:
-        heads: that are replaced; None for all of them.
-        init: of the replaced heads in ascending order, None where the plan has no maps.
+        site: the block; weights: of its attention layer.
+        heads: the heads to replace; None for all of them.
+        init: mean attention of these heads in ascending order; None if the plan has no maps.
     """
 
     site: BlockSite
@@ -50,7 +51,11 @@ class Target:
 
 
 def check_rank(rank: Rank | None, variant: str, calibrated: bool) -> Rank | None:
-    """A rank that belongs to the variant and can be met."""
+    """``rank``, as an int, a float or a fidelity target.
+
+    Raises:
+        DwattnError: a rank for a variant without one, out of range, or a fidelity target without calibration.
+    """
     if rank is None:
         return None
     if variant != "lowrank_dw":
@@ -114,14 +119,19 @@ def check_grid(layout: BackboneLayout, grid: Grid | None, dynamic: bool) -> Grid
 
 
 def check_variant(variant: str) -> str:
-    """A known variant."""
+    """``variant``, or a :class:`DwattnError` if it is unknown."""
     if variant not in REPLACEMENTS:
         raise DwattnError(f"Unknown variant {variant!r}; choose one of {', '.join(REPLACEMENTS)}.")
     return variant
 
 
 def check_kernel_init(kernel_init: str | None, plan: Plan) -> str:
-    """The initialisation that is wanted and that the plan can give."""
+    """The initialisation to use: the one asked for, else the best one that the plan allows.
+
+    Raises:
+        DwattnError: an unknown name.
+        PlanError: ``mean-attention`` without maps in the plan.
+    """
     lacking = [layer.name for layer in plan.layers if layer.kernel_init is None]
     if kernel_init is None:
         return "gaussian" if lacking else "mean-attention"
@@ -136,7 +146,11 @@ def check_kernel_init(kernel_init: str | None, plan: Plan) -> str:
 
 
 def find_targets(layout: BackboneLayout, plan: Plan) -> tuple[list[Target], dict[str, str]]:
-    """The plan's layers found in the model, and the reasons for those that cannot be replaced."""
+    """The plan's layers found in the model, and the reasons for those that cannot be replaced.
+
+    Raises:
+        PlanError: a layer or head that the model does not have, or maps that do not fit its heads.
+    """
     sites = {relative_name(layout, site.attention_name): site for site in layout.blocks}
     targets, refused = [], {}
     for name, entry in zip(plan.relative_names(), plan.layers, strict=True):
@@ -263,8 +277,8 @@ def build_shim(
 
 
 def finish(shim: ConvertedAttention, site: BlockSite, source: GridSource) -> None:
-    """Mode, requires_grad flags and grid source of the layer as it stands; calibration may exchange
-    it.
+    """Set the mode, ``requires_grad`` flags and grid source of the replacement. Called again after calibration, which may
+    have put in a layer of another rank.
 
     Frozen projections stay frozen; new parameters train if the value or output projection does.
     """

@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoPE): queries and keys of patches turned by angles that depend on the place."""
+"""Rotary position embedding (RoPE): queries and keys of patches rotated by angles that depend on their position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One call of ``score``: the layers it measures, and how it listens to a model without changing it."""
+"""One call of ``score``: the layers it measures, and how it observes a model without changing it."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class LayerRun:
     convention: CallConvention
     variance: AttentionVariance
     fit: StaticFit | None = None
-    #: Sum over images of the mean over patches of ``1 / var_D(t)``, t the stream in front; and the
-    #: images.
+    #: Sum over images of the mean over patches of ``1 / var_D(t)``, where t is the residual stream that enters the block;
+    #: and the number of images.
     stream: tuple[float, int] = (0.0, 0)
 
     def note_stream(self, tokens: Tensor, num_prefix: int) -> None:
-        """Observe the residual stream ``(B, N, D)`` in front of the block."""
+        """Observe the residual stream ``(B, N, D)`` that enters the block."""
         patches = tokens[:, num_prefix:].float()
         # Several times faster than var().
         variance = (patches - patches.mean(-1, keepdim=True)).square_().mean(-1)
@@ -199,8 +199,13 @@ def _require_finite(site: BlockSite) -> None:
 
 
 class ScoringRun:
-    """One call of :func:`score`: which layers wait, which are active in this pass, what has been
-    seen.
+    """State of one call of :func:`score`.
+
+    Args:
+        layout: the model; layers: those to score.
+        residual, memory_budget, data: as for :func:`score`.
+
+    A pass over the data measures the ``active`` layers; the others are ``waiting`` for a later one.
     """
 
     def __init__(
@@ -255,6 +260,7 @@ class ScoringRun:
         return hook
 
     def start_pass(self) -> None:
+        """Forget the images and layers of the pass before."""
         self.seen, self.active = 0, []
 
     def end_batch(self) -> None:

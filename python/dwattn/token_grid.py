@@ -54,7 +54,7 @@ class GridSource:
             self._asked = False
 
     def of(self, patches: int) -> Grid | None:
-        """The grid for a layer that is called now with so many patches.
+        """The grid for a layer that is called now with this many patches.
 
         Raises:
             GeometryError: called again during backward, and not just one grid that passed has so many.
@@ -76,7 +76,7 @@ class GridSource:
         return fitting[0]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy, also in another process, knows the grid of this thread alone."""
+        """Copies and pickles carry the grid of the current thread only."""
         return GridSource, (getattr(self._thread, "grid", self._last),)
 
 
@@ -162,7 +162,7 @@ def head_width(dim: int, num_heads: int, head_dim: int | None = None) -> int:
 
 
 def _checked(grid: Any) -> Grid:
-    """Two whole numbers, symbolic ones (dynamic shapes) as they are."""
+    """``grid`` as two ints; symbolic sizes (dynamic shapes) stay as they are."""
     try:
         height, width = (
             size if isinstance(size, (int, torch.SymInt)) else operator.index(size) for size in grid

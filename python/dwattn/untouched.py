@@ -43,8 +43,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def ordinary_tensors(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function of a model make tensors that can be trained, also under ``torch.inference_mode``, whose tensors never
-    can be; unless the model itself was made there: only inside may its tensors be overwritten.
+    """Decorator: the tensors that ``function(model, ...)`` makes can be trained, even if it is called inside
+    ``torch.inference_mode``, because that mode is left for the call. A model that was itself made inside that mode is the
+    exception: its tensors may be overwritten only there.
     """
 
     @functools.wraps(function)
@@ -60,8 +61,8 @@ def ordinary_tensors(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def deep_copy(module: nn.Module) -> nn.Module:
-    """A deep copy, also of what holds a weight that was computed: torch copies no tensor with a history, but pruning and
-    the older weight and spectral norms compute theirs again from its parts at every call.
+    """A deep copy that also works for modules with computed weights. ``copy.deepcopy`` refuses tensors with a history; here
+    they are detached, since pruning and the older weight and spectral norms recompute them from their parts at every call.
     """
     computed = (
         value

@@ -174,7 +174,7 @@ class CallConvention:
 
 
 def cannot(how: str, why: str) -> UnsupportedAttentionError:
-    """The error of a call that no replaced layer can answer."""
+    """The error for a call that a replaced layer cannot compute."""
     return UnsupportedAttentionError(
         f"The layer was called {how}: a replaced layer {why}. Call the model without it, or leave "
         "this block out of the plan."
@@ -189,7 +189,7 @@ class TupleConvention(CallConvention):
 
 
 class ConvertedAttention(nn.Module):
-    """A replacement layer behind the calling convention of the attention layer it replaces."""
+    """A replacement layer that is called, and answers, like the attention layer it replaces."""
 
     def __init__(self, layer: Replacement, convention: CallConvention) -> None:
         super().__init__()

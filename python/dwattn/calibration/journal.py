@@ -17,7 +17,7 @@ class LayerNote:
 
     Args:
         name: dotted name; kind: ``stencil``, ``output``, ``attention output`` or ``mlp output``.
-        residual: share of the target's energy that is left; on held-out images for corrections.
+        residual: share of the target's energy that the fit leaves; for corrections on held-out images.
         strength: ridge strength chosen on held-out images, None for stencils.
         rank: inner width of ``lowrank_dw``.
     """
@@ -35,10 +35,10 @@ class CalibrationResult:
 
     Args:
         updates: new values by dotted parameter name, in the parameters' own dtype and device.
-        notes: one entry a fitted layer, in depth order.
+        notes: one entry per fitted layer, in depth order.
         drift: share by which the converted model's patch tokens differ from the original's after each block,
             on held-out images: ``|t' - t|^2 / |t - mean(t)|^2``.
-        photos: calibration images, flips not counted; seconds: wall time.
+        photos: calibration images, without the further views of each; seconds: wall time.
     """
 
     updates: dict[str, Tensor] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class CalibrationResult:
         self.notes.append(LayerNote(name, kind, correction.held_out, correction.strength))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able diagnostics, without the tensors; None for what is not finite (the strength of no correction)."""
+        """JSON-able diagnostics without the tensors; None for infinite values (the strength where no correction helped)."""
         return {
             "photos": self.photos,
             "seconds": round(self.seconds, 1),

@@ -1,4 +1,4 @@
-"""How a model is calibrated."""
+"""The options of calibration, checked."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ class CalibrationOptions:
     """How a model is calibrated.
 
     Args:
-        batch_size: images that are moved through a block together; None for as many as are fastest: on a CPU so many
-            that their activations stay in its cache.
+        batch_size: images that pass through a block together; None for the fastest number: on a CPU as many as have
+            activations that fit into its cache.
         num_images: use at most this many images; None for all.
-        photos: how many photos there are, where ``data`` brings rounds of views of them (``views`` is then 1): image
-            ``i`` shows photo ``i % photos``, and all views of a photo stand on one side of the split.
-        views: how often each photo is used: itself, as a mirrored random crop, then in mosaics of four photos.
+        photos: number of photos, if ``data`` already holds several views of each (``views`` must then be 1): image ``i``
+            shows photo ``i % photos``, and all views of a photo are either fitted or held out.
+        views: views of each photo: the photo itself, a mirrored random crop, then mosaics of four photos.
         refit: which linear layers are corrected: ``all`` that write to the residual stream after the first
             replacement, those of ``replaced`` blocks, only the ``attention`` output of replaced layers, or ``none``.
             A correction serves all tokens, most of which are patches: if only the last block is replaced and CLS alone
             is used, ``attention`` leaves CLS as it was.
-        held_out: share of the photos on which ridge strengths are judged: each ``1 / held_out``-th, at most every other.
-        rank: of ``lowrank_dw``: ``{"fidelity": share}`` chooses each layer's width as the least that keeps this
-            share of its output energy; anything else keeps the width the layer was built with.
-        amp: dtype in which both models' blocks compute, ``bf16`` or ``fp16`` by autocast; token streams, what is
-            fitted and the weights stay fp32.
+        held_out: share of the photos that is not fitted, on which ridge strengths are judged (every ``1 / held_out``-th
+            photo); at most a half.
+        rank: of ``lowrank_dw``: ``{"fidelity": share}`` gives each layer the smallest width that keeps this share of its
+            output energy; anything else keeps the width the layer was built with.
+        amp: dtype in which the blocks of both models compute, ``bf16`` or ``fp16`` by autocast; residual streams,
+            regressions and weights stay fp32.
         seed: of crops and mosaics.
         progress: show a progress bar on stderr.
     """

@@ -1,8 +1,8 @@
 """The token streams of the original and of the converted model, block by block.
 
-Calibration never runs the model again for each block: the tokens in front of block ``i`` are kept for all
-calibration images, once as the original model makes them and once as the converted one does, and both are
-moved through one block at a time. Blocks are run as private fp32 copies, so the user's model stays untouched.
+Calibration does not run the whole model for each block: the tokens that enter block ``i`` are kept for all calibration
+images, once those of the original model and once those of the converted one, and both are moved through one block at
+a time. Blocks are run as private fp32 copies, so the user's model stays untouched.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Captured(Exception):
 
 @dataclass(frozen=True)
 class BlockCall:
-    """How the model calls a block, beyond the tokens: remembered and replayed."""
+    """The arguments, besides the tokens, with which the model calls a block: recorded and replayed."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -43,10 +43,10 @@ class BlockCall:
         return tokens, cls(args[1:], {k: v for k, v in kwargs.items() if k != key}, key)
 
     def for_any_images(self, images: int) -> BlockCall:
-        """The same call of ``images`` images, for any number of them.
+        """The same call for any number of images; it was recorded with ``images``.
 
         Raises:
-            CalibrationError: it has another value for each image.
+            CalibrationError: an argument has a different value for each image.
         """
         args = tuple(_for_any_images(value, images) for value in self.args)
         kwargs = {k: _for_any_images(v, images) for k, v in self.kwargs.items()}
@@ -64,7 +64,7 @@ class BlockCall:
 def embed(
     model: nn.Module, layout: BackboneLayout, run: Callable[[nn.Module], Any]
 ) -> tuple[Tensor, BlockCall]:
-    """Tokens in front of the first block and the way blocks are called, for one batch.
+    """The tokens that enter the first block and the way blocks are called, for one batch.
 
     ``run(model)`` calls the user's whole model; the pass is ended at the first block.
     """
@@ -88,7 +88,7 @@ def embed(
 
 
 def _for_any_images(value: Any, images: int) -> Any:
-    """An argument of the blocks for any number of images: one value an image is kept once if it is the same for all."""
+    """An argument of the blocks for any number of images: of one equal value per image a single one is kept."""
     if not isinstance(value, Tensor) or value.dim() != 1 or len(value) != images or images == 1:
         return value
     if (value != value[0]).any():
@@ -100,7 +100,7 @@ def _for_any_images(value: Any, images: int) -> Any:
 
 
 def _only(argument: Any) -> Any:
-    """DINOv3's blocks take lists of images of several sizes, or what is in them by itself."""
+    """The tokens in a list of one: DINOv3's blocks take lists (of images of several sizes) or tokens alone."""
     return argument[0] if isinstance(argument, list) and len(argument) == 1 else argument
 
 

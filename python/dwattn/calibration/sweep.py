@@ -39,7 +39,7 @@ from dwattn.scattered import ScatteredDWAttention
 from dwattn.untouched import untouched
 from dwattn.variants import Replacement
 
-#: Held-out error left by a correction above which a block that stays counts as beyond repair.
+#: If a correction leaves more than this share of the held-out error, the block counts as not worth correcting.
 USEFUL = 0.985
 
 #: Images that are read, and on a GPU moved through a block, together; on a CPU as many as have so many tokens, whose
@@ -106,7 +106,9 @@ class _Sweep:
         self.step = options.batch_size or together
 
     def _embed(self, model: nn.Module, data: Any) -> tuple[Tensor, BlockCall, int]:
-        """Tokens ``(M, N, D)`` in front of the first block, held-out images first, and how blocks are called."""
+        """Tokens ``(M, N, D)`` before the first block, held-out images first; how blocks are called; and the number of
+        held-out images.
+        """
         parts: tuple[list[Tensor], list[Tensor]] = ([], [])
         call: BlockCall | None = None
         every = max(2, round(1 / self.options.held_out))
@@ -157,7 +159,7 @@ class _Sweep:
         return Geometry(height, width, self.layout.num_prefix)
 
     def run(self) -> None:
-        """Move through the blocks until nothing more can be fitted; before the first replacement both streams are one."""
+        """Go through the blocks until nothing is left to fit; up to the first replacement both streams are the same."""
         blocks = self.layout.blocks
         names = [site.attention_name for site in blocks]
         places = [names.index(name) for name in self.replacements]
@@ -213,7 +215,9 @@ class _Sweep:
         self._check(site)
 
     def _may_correct(self, linear: nn.Linear) -> bool:
-        """Not where weights are computed, nor where several blocks hold them: what helps one would change the others."""
+        """Whether a layer's weights can be changed: not if they are computed, nor if several blocks share them, since what
+        helps one would change the others.
+        """
         shared = any(self.holders[id(parameter)] > 1 for parameter in linear.parameters())
         return is_correctable(linear) and not shared
 
@@ -225,7 +229,7 @@ class _Sweep:
         return attention
 
     def _move_on(self, site: BlockSite, runner: BlockRunner, attention: Tensor) -> Tensor:
-        """:meth:`_move` of the converted tokens, where the attention is known; takes the place of ``attention``."""
+        """:meth:`_move` of the converted tokens, given the output of the attention layer; overwrites ``attention``."""
         convention = _convention(site)
         for part, _ in self._chunks():
             attention[part], _ = runner.after_attention(
@@ -324,7 +328,7 @@ class _Sweep:
     def _correct_attention(
         self, site: BlockSite, runner: BlockRunner, middle: Tensor
     ) -> Tensor | None:
-        """Correct Wo of an attention layer that stays; what the layer returns then, None if no Wo can be corrected."""
+        """Correct Wo of an attention layer that is kept; returns its new output, or None if it has no Wo to correct."""
         own = _output_projection(site.attention)
         if own is None or not self._may_correct(own):
             return None
@@ -389,7 +393,11 @@ class _Sweep:
                 self.result.updates[f"{name}.{leaf}"] = value.detach().to(parameter.dtype).clone()
 
     def _check(self, site: BlockSite) -> None:
-        """Note how far the streams are apart on held-out images; refuse values that are not finite."""
+        """Note how far apart the streams are on held-out images.
+
+        Raises:
+            CalibrationError: values that are not finite.
+        """
         part = slice(0, self.num_held_out or None)
         apart = drift(self.original[part], self.converted[part], self.geometry.num_prefix)
         if not math.isfinite(apart):

@@ -7,7 +7,7 @@
     Trainer(student, data, Recipe(steps=600)).fit()
     dwattn.save(model, "student.safetensors")
 
-Who wants the loop to himself takes :func:`param_groups` and :func:`distill_loss` alone.
+For a training loop of your own, :func:`param_groups` and :func:`distill_loss` are enough.
 """
 
 from __future__ import annotations

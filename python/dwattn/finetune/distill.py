@@ -1,4 +1,4 @@
-"""Label-free distillation: a converted model learns to give the features of its original again."""
+"""Label-free distillation: a converted model learns to reproduce the features of its original."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OutputLoss = Literal["auto", "kl", "mse", "binary"]
 
 @dataclass(frozen=True)
 class Targets:
-    """What the student is held to, and how strongly; a weight of 0 leaves a term out.
+    """What the student is compared in, and with which weights; a weight of 0 leaves a term out.
 
     Args:
         cosine: ``1 - cos`` of final patch tokens, mean over patches.

@@ -87,7 +87,7 @@ def estimate(
 
     Args:
         module: a training module; data, recipe, device: as for :class:`dwattn.finetune.Trainer`.
-        repeats: timed steps after one that is not timed.
+        repeats: timed steps, after one untimed step.
 
     Raises:
         TrainingError: as of a run.

@@ -80,7 +80,7 @@ class Recipe(BaseModel):
         return self.of(**{**self.model_dump(), **changes})
 
     def rate(self, step: int) -> float:
-        """Share of the peak learning rate at ``step``, the first being 0."""
+        """Factor on the peak learning rate at ``step``, counted from 0."""
         rising = round(self.warmup * self.steps)
         if step < rising:
             return (step + 1) / (rising + 1)

@@ -60,7 +60,7 @@ def measure_cells(
         backbone: not converted; it stays as it is.
         pixels: images of one call.
         cells: with the layers that were replaced, as a study's rows name them.
-        rounds: timed calls of each model, after two that are not.
+        rounds: timed calls of each model, after two untimed ones.
     """
     entries, seen = [], set()
     original = copy.deepcopy(backbone).eval()

@@ -29,7 +29,7 @@ from dwattn.ranks import Ranks
 
 
 class Callback:
-    """What a user may hang into the loop; every method may be left as it is. ``trainer.stop()`` ends the run."""
+    """A user's hooks into the training loop; override what you need. ``trainer.stop()`` ends the run."""
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step, and after a resume."""
