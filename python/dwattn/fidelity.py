@@ -1,7 +1,7 @@
 """How close a converted model stays to the original on the same images.
 
-All functions take outputs of the two models, so they serve any head: cosine of patch features, and
-for dense maps in [0, 1] (saliency, foreground) overlap and absolute difference.
+All functions take outputs of the two models, so they work with any head: cosine of patch features, and for dense maps in
+[0, 1] (saliency, foreground) overlap and absolute difference.
 """
 
 from __future__ import annotations
@@ -69,9 +69,10 @@ def prefix_cosine(original: Tensor, converted: Tensor, num_prefix: int) -> Tenso
 
 
 def drift(original: Tensor, converted: Tensor, num_prefix: int = 0) -> float:
-    """Share by which patch tokens ``(B, N, D)`` differ: ``|t' - t|^2 / |t - mean(t)|^2``, mean over images and patches.
+    """Share by which patch tokens ``(B, N, D)`` differ: ``sum |t' - t|^2 / sum |t - mean(t)|^2``.
 
-    NaN or infinite where the tokens are not finite or all of the original's are the same.
+    Sums and mean are over the patches of all images. NaN or infinite if tokens are not finite or all of the original's
+    are the same.
     """
     same_shape(original, converted, "Tokens")
     wanted = original[:, num_prefix:]

@@ -1,4 +1,4 @@
-"""What a replaced layer gives to the prefix tokens (CLS, registers).
+"""The rows of the prefix tokens (CLS, registers) in a replaced layer, in three modes.
 
 ``exact``: prefix queries keep true softmax attention, without keys or values of all tokens being formed.
 ``static``: ``Y_t = a V_t + b mean_patches(V)``.

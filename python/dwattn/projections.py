@@ -48,7 +48,7 @@ def linear_weights(module: nn.Module, use: str) -> tuple[Tensor, Tensor | None]:
     if not isinstance(module, nn.Linear) or is_wrapped(module.weight):
         found = type(module.weight if isinstance(module, nn.Linear) else module).__name__
         raise UnsupportedAttentionError(
-            f"{use} needs the weights of a linear layer, but finds {found} in its place: merge "
+            f"{use} needs the weights of a linear layer, but {found} was put in its place: merge "
             f"the adapter into the weights first (peft: merge_and_unload()), or quantise after this step."
         )
     return module.weight, module.bias

@@ -34,9 +34,9 @@ from dwattn.grid_hook import GridHook
 from dwattn.plan import Plan
 from dwattn.projections import AttentionWeights
 from dwattn.reference import merge_heads, split_heads
+from dwattn.replacements import check_grid, finish
 from dwattn.rotary import Rotary, placed
 from dwattn.scattered import ScatteredDWAttention
-from dwattn.replacements import check_grid, finish
 from dwattn.surgery import install, replace
 from dwattn.surgery_report import ReplacementReport
 from dwattn.token_grid import Grid, GridSource, TokenGridModule

@@ -47,8 +47,8 @@ def param_groups(
     """Parameter groups for AdamW: ``torch.optim.AdamW(param_groups(model))``.
 
     Kernels, context terms, ensemble weights, static prefix rows, gates, biases, norms, tokens and position embeddings
-    have no weight decay, in a head neither.
-    Parameters outside ``train`` are frozen (``requires_grad=False``), those inside are made trainable.
+    have no weight decay, in the backbone and in the head. Parameters outside ``train`` are frozen
+    (``requires_grad=False``), those inside are made trainable.
 
     Args:
         model: a converted model, or a part of one.
@@ -74,19 +74,21 @@ def param_groups(
     if head is not None:
         known = {id(p) for p in named.values()}
         named.update({f"head.{n}": p for n, p in head.named_parameters() if id(p) not in known})
+
+    def group_of(name: str, parameter: nn.Parameter) -> str:
+        if id(parameter) in gates:
+            return "gates"
+        part = "head" if id(parameter) in in_head else "weights"
+        if id(parameter) in kernels and part == "weights":
+            return "kernels"
+        decays = id(parameter) not in kernels and not _undecayed(name, parameter)
+        return part if decays else f"{part} without decay"
+
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in named.items():
         parameter.requires_grad_(id(parameter) in scope and parameter.is_floating_point())
-        if not parameter.requires_grad:
-            continue
-        kind = "head" if id(parameter) in in_head else "weights"
-        if id(parameter) in gates:
-            kind = "gates"
-        elif id(parameter) in kernels and kind == "weights":
-            kind = "kernels"
-        elif id(parameter) in kernels or _undecayed(name, parameter):
-            kind += " without decay"
-        groups.setdefault(kind, []).append(parameter)
+        if parameter.requires_grad:
+            groups.setdefault(group_of(name, parameter), []).append(parameter)
     if not groups:
         raise TrainingError(
             f"train={train!r} leaves nothing to train: {type(model).__name__} has no layers replaced by dwattn, or "

@@ -38,7 +38,11 @@ class StagedResult:
 
 
 def second_stage(recipe: Recipe) -> Recipe:
-    """Half the epochs at half the batch size, with the other numbers of the first stage: as many steps."""
+    """The paper's second stage: half the epochs at half the batch size, and so as many steps as the first.
+
+    Raises:
+        TrainingError: the batch size is odd.
+    """
     if recipe.batch_size % 2:
         raise TrainingError(
             f"batch_size={recipe.batch_size} cannot be halved for the second stage; use an even one, or give a recipe "
@@ -70,17 +74,16 @@ def train_in_stages(
 
     Args:
         task: with an unconverted backbone; it is changed in place.
-        plan: what to replace, or a function that selects it from the backbone when it is time to: the paper
-            measures after the first stage.
+        plan: what to replace, or a function that selects it from the backbone just before replacing: the paper
+            scores after the first stage.
         recipe: of the first (or only) stage.
         kernel_init: ``calibrated`` in closed form on ``calibrate``, ``mean-attention`` (from the plan's maps), or
             ``gaussian`` (the paper's).
         calibrate: images for calibration.
         second: recipe of the second stage; default: :func:`second_stage` of the first one's.
-        folder: gets a folder for each stage; a call that is repeated there resumes, also a stage that a callback
-            stopped. Replacing is done again then,
-            so calibration images must be the same.
-        first_folder: of the first stage, where several calls share it.
+        folder: gets a subfolder for each stage; a call that is repeated there resumes, also a stage that a callback
+            stopped. The layers are then replaced again, so the calibration images must be the same.
+        first_folder: folder of the first stage, if several calls share it.
         trainer_options: of :class:`dwattn.finetune.Trainer`.
         replace_options: of :func:`dwattn.replace`.
 
@@ -107,7 +110,7 @@ def train_in_stages(
         if not results[-1].complete:
             return StagedResult(results, None)
     chosen = plan if isinstance(plan, Plan) else plan(task.backbone)
-    # Training moves the weights on from those the plan was made for; that is what it is for.
+    # allow_stale: training has moved the weights on since the plan was made.
     report = replace(task.backbone, chosen, allow_stale=True, seed=recipe.seed, **options)
     task.rebuild()
     if second is None or stages == "one-stage":
