@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dwattn import functional, library
-from support.operators import OperatorCase, assert_as_exact, make_case
+from dwattn import library
+from support.operators import assert_as_exact, make_case, output_of, to_numpy
 
 if library.native is None:
     pytest.skip(library.native_error(), allow_module_level=True)
@@ -34,31 +34,6 @@ def expect(op: Any, arguments: dict[str, Any], kind: type[Exception], words: lis
 
 
 # numpy: layers
-
-
-def to_numpy(t: Tensor) -> np.ndarray:
-    return t.view(torch.uint16).numpy() if t.dtype == torch.bfloat16 else t.numpy()
-
-
-def output_of(case: OperatorCase, dim: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(dim)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(case.x.dtype)
-
-    channels, batch = case.wv.shape[0], case.x.shape[0]
-    return {
-        "wo": draw(dim, channels) / channels**0.5,
-        "bo": draw(dim),
-        "prefix_out": draw(batch, case.geometry.num_prefix, dim),
-    }
-
-
-def torch_layer(case: OperatorCase, output: dict[str, Any], backend: str) -> Tensor:
-    return functional.dw_layer(
-        case.x, case.wv, case.bv, case.kernel, output["wo"], output["bo"], case.geometry,
-        *case.coefficients, prefix_out=output["prefix_out"], backend=backend,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -87,11 +62,11 @@ def test_a_layer_over_numpy_agrees_with_the_reference(dtype: torch.dtype, isa: s
             isa=isa, num_threads=2,
         )  # fmt: skip
         y = torch.from_numpy(result).view(dtype)
-        exact = torch_layer(case.to(torch.float64), wide, "reference")
+        exact = case.to(torch.float64).layer(wide, "reference")
         if dtype == torch.float64:  # the judge rounds too, in another order
             torch.testing.assert_close(y, exact, rtol=0, atol=1e-14 * exact.abs().max().item())
         else:
-            assert_as_exact(y, torch_layer(case, output, "torch"), exact)
+            assert_as_exact(y, case.layer(output, "torch"), exact)
 
 
 def test_strided_and_read_only_numpy_arrays() -> None:
@@ -423,7 +398,7 @@ def test_layers_on_the_gpu(dtype: torch.dtype, channels: int, on_own_stream: boo
     case = make_case(7, 5, channels, num_prefix=2, batch=3, dim=64, dtype=dtype)
     output = output_of(case, 64)
     wide = {name: t.double() for name, t in output.items()}
-    exact = torch_layer(case.to(torch.float64), wide, "reference")
+    exact = case.to(torch.float64).layer(wide, "reference")
     x, wv, wo, prefix = (t.cuda() for t in (case.x, case.wv, output["wo"], output["prefix_out"]))
     bv, kernel, bo, *coefficients = (
         t.float().cuda() for t in (case.bv, case.kernel, output["bo"], *case.coefficients)
@@ -437,7 +412,7 @@ def test_layers_on_the_gpu(dtype: torch.dtype, channels: int, on_own_stream: boo
             out=out, stream=stream.cuda_stream,
         )  # fmt: skip
     stream.synchronize()
-    assert_as_exact(out.cpu(), torch_layer(case, output, "torch"), exact)
+    assert_as_exact(out.cpu(), case.layer(output, "torch"), exact)
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from dwattn import functional, library
 from dwattn.attention import FusedDWAttention, LowRankDWAttention
 from dwattn.errors import DwattnError
 from dwattn.geometry import Geometry
-from support.operators import OperatorCase, assert_as_exact, make_case
+from support.operators import OperatorCase, assert_as_exact, make_case, output_of
 
 pytestmark = [
     pytest.mark.skipif(not library.AVAILABLE, reason=library.load_error()),
@@ -29,29 +29,6 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GRIDS = ((1, 1), (1, 7), (5, 1), (3, 5), (13, 11))
 WIDTHS = ((64, 64), (32, 80), (80, 7), (5, 96), (96, 384))  # inner channels, output width
 ISAS = library.native.cpu_info()["usable_isas"] if library.native else []
-
-
-def output_of(case: OperatorCase, width: int) -> dict[str, Tensor]:
-    """An output projection and finished prefix rows that fit ``case``, in its dtype."""
-    channels = case.wv.shape[0]
-    generator = torch.Generator().manual_seed(channels + width)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.x.dtype)
-
-    batch, prefix = case.x.shape[0], case.geometry.num_prefix
-    return {
-        "wo": draw(width, channels) / channels**0.5,
-        "bo": draw(width),
-        "prefix_out": draw(batch, prefix, width),
-    }
-
-
-def layer(case: OperatorCase, backend: str, output: dict[str, Any]) -> Tensor:
-    return functional.dw_layer(
-        case.x, case.wv, case.bv, case.kernel, output["wo"], output["bo"], case.geometry,
-        *case.coefficients, prefix_out=output["prefix_out"], backend=backend,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,8 +46,8 @@ def test_error_is_at_most_twice_that_of_pytorch(dtype: torch.dtype) -> None:
             output |= {"bo": None, "prefix_out": None}
         wide = {name: None if t is None else t.double() for name, t in output.items()}
         results = [
-            layer(case, "cpp", output), layer(case, "torch", output),
-            layer(exact, "reference", wide),
+            case.layer(output, "cpp"), case.layer(output, "torch"),
+            exact.layer(wide, "reference"),
         ]  # fmt: skip
         assert results[0].shape == (batch, height * width + (prefix if full else 0), out)
         assert_as_exact(*results)
@@ -94,7 +71,7 @@ def test_the_error_does_not_outgrow_that_of_pytorch_in_wide_layers(
         x, wv, bv, kernel, wo, bo, *case.sizes, *coefficients, isa=isa, num_threads=2
     )
     assert_as_exact(
-        torch.from_numpy(out), layer(case, "torch", output), layer(exact, "reference", wide)
+        torch.from_numpy(out), case.layer(output, "torch"), exact.layer(wide, "reference")
     )
 
 
@@ -110,7 +87,7 @@ def test_batches_that_are_cut_into_chunks_write_every_image(
     case = make_case(side, side, channels, num_prefix=1, batch=batch)
     output = output_of(case, 48)
     torch.testing.assert_close(
-        layer(case, "cpp", output), layer(case, "torch", output), atol=1e-4, rtol=1e-4
+        case.layer(output, "cpp"), case.layer(output, "torch"), atol=1e-4, rtol=1e-4
     )
 
 
@@ -118,7 +95,7 @@ def test_batches_that_are_cut_into_chunks_write_every_image(
 def test_strided_inputs_and_poisoned_memory(dtype: torch.dtype) -> None:
     case = make_case(4, 6, 32, num_prefix=1, batch=2, dtype=dtype)
     output = output_of(case, 40)
-    expected = layer(case, "torch", output)
+    expected = case.layer(output, "torch")
 
     def spread(t: Tensor) -> Tensor:
         """The same values between NaNs, no stride as before."""
@@ -133,7 +110,7 @@ def test_strided_inputs_and_poisoned_memory(dtype: torch.dtype) -> None:
             case.geometry, spread(case.x), spread(case.wv), spread(case.bv), case.v,
             spread(case.kernel), *(spread(t) for t in case.coefficients),
         )  # fmt: skip
-        result = layer(strided, "cpp", {name: spread(t) for name, t in output.items()})
+        result = strided.layer({name: spread(t) for name, t in output.items()}, "cpp")
         tolerance = 1e-5 if dtype == torch.float32 else 0.05
         torch.testing.assert_close(result, expected, atol=tolerance, rtol=tolerance)
 
@@ -220,13 +197,13 @@ def test_mistakes_are_named_with_their_values(name: str, backend: str) -> None:
     output = output_of(case, 7)
     change, words = MISTAKES[name]
     with pytest.raises(DwattnError) as caught:
-        layer(case, backend, {**output, name: change(output[name])})
+        case.layer({**output, name: change(output[name])}, backend)
     for word in words:
         assert word in str(caught.value)
     with pytest.raises(DwattnError, match="autocast"):
-        layer(case, backend, {**output, name: output[name].double()})
+        case.layer({**output, name: output[name].double()}, backend)
     with pytest.raises(DwattnError, match=r"torch\.Tensor, got numpy\.ndarray"):
-        layer(replace(case, x=case.x.numpy()), backend, output)
+        replace(case, x=case.x.numpy()).layer(output, backend)
 
 
 def test_equal_to_the_equations() -> None:
@@ -237,7 +214,7 @@ def test_equal_to_the_equations() -> None:
         F.linear(case.x, case.wv, case.bv), case.kernel, Geometry(3, 4, 1), *case.coefficients
     )
     expected = torch.cat([output["prefix_out"], F.linear(y, output["wo"], output["bo"])], 1)
-    torch.testing.assert_close(layer(case, "cpp", output), expected)
+    torch.testing.assert_close(case.layer(output, "cpp"), expected)
 
 
 def test_one_thread_writes_over_values_of_any_width() -> None:

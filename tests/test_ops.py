@@ -17,7 +17,7 @@ from torch import Tensor
 from dwattn import functional, library
 from dwattn.errors import DwattnError, GeometryError
 from dwattn.geometry import Geometry
-from support.operators import OperatorCase, assert_as_exact, error, make_case
+from support.operators import OperatorCase, assert_as_exact, error, from_numpy, make_case, to_numpy
 
 pytestmark = [
     pytest.mark.skipif(not library.AVAILABLE, reason=library.load_error()),
@@ -102,14 +102,6 @@ def test_every_instruction_set_agrees_with_the_reference(isa: str, dtype: str) -
         assert_as_exact(
             from_numpy(y, torch_dtype), case.attention("torch"), exact.attention("reference")
         )
-
-
-def to_numpy(t: Tensor) -> np.ndarray:
-    return t.view(torch.uint16).numpy() if t.dtype == torch.bfloat16 else t.numpy()
-
-
-def from_numpy(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(array).view(dtype)
 
 
 @pytest.mark.parametrize("isa", ISAS)

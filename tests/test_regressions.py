@@ -15,16 +15,13 @@ from torch import Tensor, nn
 
 import dwattn
 from dwattn import Plan, reference
-from dwattn.adapters import ConvertedAttention, describe
+from dwattn.adapters import describe
 from dwattn.errors import CheckpointError, GeometryError
 from dwattn.geometry import Geometry
 from support.models import BY_NAME, hub_vit, timm_vit
+from support.surgery import shims
 
 IMAGES = torch.randn(2, 3, 32, 24, generator=torch.Generator().manual_seed(1))
-
-
-def converted_layers(model: nn.Module) -> dict[str, ConvertedAttention]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, ConvertedAttention)}
 
 
 def first_input(model: nn.Module, name: str, images: Tensor) -> Tensor:
@@ -67,7 +64,7 @@ def test_what_is_reported_as_replaced_is_replaced(kernel_init: str | None) -> No
     before = model(IMAGES)
     plan = Plan.for_layers(model, [0, 2], [[1], [0, 2]])
     report = dwattn.replace(model, plan, kernel_init=kernel_init)
-    layers = converted_layers(model)
+    layers = shims(model)
     assert report.replaced == list(layers)
     assert [row.heads for row in report.rows if row.heads] == [(1,), (0, 2)]
     assert [shim.layer.replaced for shim in layers.values()] == [[1], [0, 2]]
@@ -180,8 +177,8 @@ def test_a_converted_block_reloads_its_own_state_dict(name: str, heads: list[int
     assert not torch.equal(family.tokens(first, images), family.tokens(second, images))
     second.load_state_dict(first.state_dict(), strict=True)
     assert torch.equal(family.tokens(first, images), family.tokens(second, images))
-    for name, shim in converted_layers(first).items():
-        converted_layers(second)[name].load_state_dict(shim.state_dict(), strict=True)
+    for name, shim in shims(first).items():
+        shims(second)[name].load_state_dict(shim.state_dict(), strict=True)
 
 
 def test_onnx_takes_any_batch(tmp_path: Path) -> None:

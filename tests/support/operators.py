@@ -1,9 +1,10 @@
-"""Random cases of the two operators, and the judge of every kernel: the reference in fp64."""
+"""Random cases of the three operators, and the judge of every kernel: the reference in fp64."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from dwattn.geometry import Geometry
 
 @dataclass(frozen=True)
 class OperatorCase:
-    """Arguments of ``dw_attention``; those of ``dw_aggregate`` follow with ``v`` for ``x``."""
+    """Arguments of ``dw_attention``; ``dw_aggregate`` takes ``v`` for ``x``, ``dw_layer`` also an :func:`output_of`."""
 
     geometry: Geometry
     x: Tensor
@@ -48,6 +49,12 @@ class OperatorCase:
         return functional.dw_aggregate(
             self.v, self.kernel, self.geometry, *self.coefficients, backend=backend
         )
+
+    def layer(self, output: dict[str, Tensor | None], backend: str | None = None) -> Tensor:
+        return functional.dw_layer(
+            self.x, self.wv, self.bv, self.kernel, output["wo"], output["bo"], self.geometry,
+            *self.coefficients, prefix_out=output["prefix_out"], backend=backend,
+        )  # fmt: skip
 
     def to(self, dtype: torch.dtype) -> OperatorCase:
         """The same values, rounded where the dtype is narrower."""
@@ -88,6 +95,31 @@ def make_case(
         draw(channels) if context else None,
         draw(channels) if context else None,
     )
+
+
+def output_of(case: OperatorCase, width: int) -> dict[str, Tensor | None]:
+    """An output projection and finished prefix rows that fit ``case``, in its dtype."""
+    channels = case.wv.shape[0]
+    generator = torch.Generator().manual_seed(channels + width)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.x.dtype)
+
+    return {
+        "wo": draw(width, channels) / channels**0.5,
+        "bo": draw(width),
+        "prefix_out": draw(case.x.shape[0], case.geometry.num_prefix, width),
+    }
+
+
+def to_numpy(t: Tensor) -> np.ndarray:
+    """The numbers, of bfloat16 their bits as uint16, as the kernels over arrays take them."""
+    return t.view(torch.uint16).numpy() if t.dtype == torch.bfloat16 else t.numpy()
+
+
+def from_numpy(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """The inverse of :func:`to_numpy`."""
+    return torch.from_numpy(array).view(dtype)
 
 
 def error(result: Tensor, exact: Tensor) -> float:
