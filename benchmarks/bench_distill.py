@@ -278,7 +278,7 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=8, help="views of each photo that are fitted")
     parser.add_argument(
@@ -326,7 +326,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help=f"of {', '.join(c.name for c in CASES)}")
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path, help="write the results to this file")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
     bench = Bench(options)
     rows = []
     for case in CASES:

@@ -115,85 +115,88 @@ struct WrongShape {
   const char* message;
 };
 
-// Each is refused when shapes are inferred, when a profile is configured, and at run time.
+const WrongShape kWrongShapes[] = {
+    {Prefix::kExact,
+     Grid::kFields,
+     "x",
+     {kBatch, kTokens + 1, kDim},
+     "x has 15 tokens, but num_prefix + height * width = 2 + 3 * 4 = 14"},
+    {Prefix::kDrop, Grid::kFields, "x", {kBatch, kTokens - kPrefix, kDim}, "x has 12 tokens"},
+    {Prefix::kStatic,
+     Grid::kInput,
+     "grid",
+     {kBatch, 5, kWidth, kWidth},
+     "num_prefix + height * width = 2 + 4 * 4 = 18"},
+    {Prefix::kStatic, Grid::kInput, "grid", {kWidth}, "input 'grid' has the shape (4)"},
+    {Prefix::kDrop,
+     Grid::kFields,
+     "x",
+     {kTokens, kDim},
+     "input 'x' has the shape (14, 16), expected (B, N, D)"},
+    {Prefix::kDrop,
+     Grid::kFields,
+     "residual",
+     {kBatch, kTokens, kDimOut},
+     "input 'residual' has the shape (2, 14, 24), expected (B, N_out, D_out) = (2, 12, ?)"},
+    {Prefix::kExact, Grid::kFields, "residual", {1, kTokens, kDimOut}, "input 'residual'"},
+    {Prefix::kDrop,
+     Grid::kFields,
+     "wv",
+     {kDim, kChannels},
+     "input 'wv' has the shape (16, 8), expected (C, D) = (?, 16)"},
+    {Prefix::kDrop, Grid::kFields, "bv", {kChannels + 1}, "input 'bv'"},
+    {Prefix::kDrop,
+     Grid::kFields,
+     "kernel",
+     {kChannels, 3, 5},
+     "input 'kernel' has the shape (8, 3, 5), expected (C, 3, 3) = (8, 3, 3)"},
+    {Prefix::kDrop, Grid::kFields, "kernel", {kChannels, 1, 3, 3}, "input 'kernel'"},
+    {Prefix::kDrop, Grid::kFields, "kappa", {1, kChannels}, "input 'kappa'"},
+    {Prefix::kDrop, Grid::kFields, "mu", {1, kChannels}, "input 'mu'"},
+    {Prefix::kDrop, Grid::kFields, "beta", {kDim}, "input 'beta'"},
+    {Prefix::kDrop,
+     Grid::kFields,
+     "wo",
+     {kDimOut, kDim},
+     "input 'wo' has the shape (24, 16), expected (D_out, C) = (24, 8)"},
+    {Prefix::kDrop, Grid::kFields, "bo", {kDim}, "input 'bo'"},
+    {Prefix::kDrop, Grid::kFields, "gamma", {kDim}, "input 'gamma'"},
+    {Prefix::kExact, Grid::kFields, "query", {kPrefixChannels, kDimOut}, "input 'query'"},
+    {Prefix::kExact, Grid::kFields, "query_bias", {kChannels}, "input 'query_bias'"},
+    {Prefix::kExact, Grid::kFields, "key", {kChannels, kDim}, "input 'key'"},
+    {Prefix::kExact, Grid::kFields, "prefix_value", {kChannels, kDim}, "input 'prefix_value'"},
+    {Prefix::kStatic, Grid::kFields, "prefix_value_bias", {1}, "input 'prefix_value_bias'"},
+    {Prefix::kStatic, Grid::kFields, "prefix_out", {kDimOut, kChannels}, "input 'prefix_out'"},
+    {Prefix::kStatic, Grid::kFields, "prefix_out_bias", {kDim}, "input 'prefix_out_bias'"},
+    {Prefix::kStatic, Grid::kFields, "static_a", {kPrefixChannels}, "input 'static_a'"},
+    {Prefix::kStatic, Grid::kFields, "static_b", {1, kPrefixChannels}, "input 'static_b'"},
+};
+
+// It is refused when shapes are inferred, when a profile is configured, and at run time.
+void check_wrong_shape(const WrongShape& wrong) {
+  Node node = full_node(wrong.prefix, wrong.grid);
+  const Plugin plugin = node.create();
+  node.input(wrong.input).shape = wrong.shape;
+  const std::string what = std::string("wrong ") + wrong.input;
+  expect(output_shape(plugin, node).values.empty(), what + " at inference of shapes");
+  expect_said(wrong.message, what + " at inference of shapes");
+
+  const std::vector<DynamicPluginTensorDesc> profile = node.profile();
+  expect(build(plugin).configurePlugin(profile.data(), node.input_count(), nullptr, 1) != 0,
+         what + " in a profile");
+  expect_said(wrong.message, what + " in a profile");
+
+  const std::vector<PluginTensorDesc> descs = node.descs();
+  expect(runtime(plugin).onShapeChange(descs.data(), node.input_count(), nullptr, 1) != 0,
+         what + " at run time");
+  expect_said(wrong.message, what + " at run time");
+  expect(runtime(plugin).enqueue(descs.data(), nullptr, nullptr, nullptr, nullptr, nullptr) != 0,
+         what + " when enqueued");
+  expect_said(wrong.message, what + " when enqueued");
+}
+
 void check_wrong_shapes() {
-  const WrongShape table[] = {
-      {Prefix::kExact,
-       Grid::kFields,
-       "x",
-       {kBatch, kTokens + 1, kDim},
-       "x has 15 tokens, but num_prefix + height * width = 2 + 3 * 4 = 14"},
-      {Prefix::kDrop, Grid::kFields, "x", {kBatch, kTokens - kPrefix, kDim}, "x has 12 tokens"},
-      {Prefix::kStatic,
-       Grid::kInput,
-       "grid",
-       {kBatch, 5, kWidth, kWidth},
-       "num_prefix + height * width = 2 + 4 * 4 = 18"},
-      {Prefix::kStatic, Grid::kInput, "grid", {kWidth}, "input 'grid' has the shape (4)"},
-      {Prefix::kDrop,
-       Grid::kFields,
-       "x",
-       {kTokens, kDim},
-       "input 'x' has the shape (14, 16), expected (B, N, D)"},
-      {Prefix::kDrop,
-       Grid::kFields,
-       "residual",
-       {kBatch, kTokens, kDimOut},
-       "input 'residual' has the shape (2, 14, 24), expected (B, N_out, D_out) = (2, 12, ?)"},
-      {Prefix::kExact, Grid::kFields, "residual", {1, kTokens, kDimOut}, "input 'residual'"},
-      {Prefix::kDrop,
-       Grid::kFields,
-       "wv",
-       {kDim, kChannels},
-       "input 'wv' has the shape (16, 8), expected (C, D) = (?, 16)"},
-      {Prefix::kDrop, Grid::kFields, "bv", {kChannels + 1}, "input 'bv'"},
-      {Prefix::kDrop,
-       Grid::kFields,
-       "kernel",
-       {kChannels, 3, 5},
-       "input 'kernel' has the shape (8, 3, 5), expected (C, 3, 3) = (8, 3, 3)"},
-      {Prefix::kDrop, Grid::kFields, "kernel", {kChannels, 1, 3, 3}, "input 'kernel'"},
-      {Prefix::kDrop, Grid::kFields, "kappa", {1, kChannels}, "input 'kappa'"},
-      {Prefix::kDrop, Grid::kFields, "mu", {1, kChannels}, "input 'mu'"},
-      {Prefix::kDrop, Grid::kFields, "beta", {kDim}, "input 'beta'"},
-      {Prefix::kDrop,
-       Grid::kFields,
-       "wo",
-       {kDimOut, kDim},
-       "input 'wo' has the shape (24, 16), expected (D_out, C) = (24, 8)"},
-      {Prefix::kDrop, Grid::kFields, "bo", {kDim}, "input 'bo'"},
-      {Prefix::kDrop, Grid::kFields, "gamma", {kDim}, "input 'gamma'"},
-      {Prefix::kExact, Grid::kFields, "query", {kPrefixChannels, kDimOut}, "input 'query'"},
-      {Prefix::kExact, Grid::kFields, "query_bias", {kChannels}, "input 'query_bias'"},
-      {Prefix::kExact, Grid::kFields, "key", {kChannels, kDim}, "input 'key'"},
-      {Prefix::kExact, Grid::kFields, "prefix_value", {kChannels, kDim}, "input 'prefix_value'"},
-      {Prefix::kStatic, Grid::kFields, "prefix_value_bias", {1}, "input 'prefix_value_bias'"},
-      {Prefix::kStatic, Grid::kFields, "prefix_out", {kDimOut, kChannels}, "input 'prefix_out'"},
-      {Prefix::kStatic, Grid::kFields, "prefix_out_bias", {kDim}, "input 'prefix_out_bias'"},
-      {Prefix::kStatic, Grid::kFields, "static_a", {kPrefixChannels}, "input 'static_a'"},
-      {Prefix::kStatic, Grid::kFields, "static_b", {1, kPrefixChannels}, "input 'static_b'"},
-  };
-  for (const WrongShape& wrong : table) {
-    Node node = full_node(wrong.prefix, wrong.grid);
-    const Plugin plugin = node.create();
-    node.input(wrong.input).shape = wrong.shape;
-    const std::string what = std::string("wrong ") + wrong.input;
-    expect(output_shape(plugin, node).values.empty(), what + " at inference of shapes");
-    expect_said(wrong.message, what + " at inference of shapes");
-
-    const std::vector<DynamicPluginTensorDesc> profile = node.profile();
-    expect(build(plugin).configurePlugin(profile.data(), node.input_count(), nullptr, 1) != 0,
-           what + " in a profile");
-    expect_said(wrong.message, what + " in a profile");
-
-    const std::vector<PluginTensorDesc> descs = node.descs();
-    expect(runtime(plugin).onShapeChange(descs.data(), node.input_count(), nullptr, 1) != 0,
-           what + " at run time");
-    expect_said(wrong.message, what + " at run time");
-    expect(runtime(plugin).enqueue(descs.data(), nullptr, nullptr, nullptr, nullptr, nullptr) != 0,
-           what + " when enqueued");
-    expect_said(wrong.message, what + " when enqueued");
-  }
+  for (const WrongShape& wrong : kWrongShapes) check_wrong_shape(wrong);
 
   Node heads = full_node(Prefix::kExact, Grid::kFields);
   heads.set("num_heads", 5);
