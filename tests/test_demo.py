@@ -255,12 +255,12 @@ def test_fidelity_of_different_images_is_refused() -> None:
 
 
 def test_interleaved_timing_orders_models() -> None:
-    found = interleaved(
-        {"slow": lambda: time.sleep(0.004), "fast": lambda: time.sleep(0.001)}, rounds=6, warmup=1
-    )
+    calls = {"slow": lambda: time.sleep(0.004), "fast": lambda: time.sleep(0.001)}
+    found = interleaved(calls, rounds=6)
     assert found["fast"].median_ms < found["slow"].median_ms
     assert found["slow"].p20_ms <= found["slow"].median_ms <= found["slow"].p80_ms
     assert found["slow"].rounds == 6
+    assert interleaved(calls, rounds=9, budget_s=0)["fast"].rounds == 5
 
 
 def test_removed_attention_adds_nothing() -> None:

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ from dwattn.replacements import Rank, check_rank, rank_width
 from dwattn.token_grid import Grid
 from dwattn.untouched import untouched, unwrap
 from dwattn.variants import build_replacement
+
+K = TypeVar("K")
+#: Untimed rounds, and timed rounds that are made whatever they take.
+WARM_UP, LEAST_ROUNDS = 2, 5
 
 
 @dataclass(frozen=True)
@@ -256,17 +260,34 @@ def _layer_calls(
 
 
 def times_in_turns(
-    calls: Mapping[Any, Callable[[], Any]], rounds: int, device: torch.device
-) -> dict[Any, list[float]]:
-    """Milliseconds of each call; the calls take turns, so that a busy machine disturbs all alike."""
-    times: dict[Any, list[float]] = {key: [] for key in calls}
-    for turn in range(rounds + 2):
-        for key, call in calls.items():
+    calls: Mapping[K, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    *,
+    budget_s: float = math.inf,
+) -> dict[K, list[float]]:
+    """Milliseconds of each call, by its key; the calls take turns, so that a busy machine disturbs all alike.
+
+    Args:
+        rounds: timed calls of each, after two untimed ones; fewer if ``budget_s`` seconds are over, but at least
+            ``LEAST_ROUNDS`` (or ``rounds`` if that is less).
+    """
+    times: dict[K, list[float]] = {key: [] for key in calls}
+    keys = list(calls)
+    deadline = math.inf
+    for turn in range(-WARM_UP, rounds):
+        if turn == 0:
+            deadline = time.perf_counter() + budget_s
+        if turn >= LEAST_ROUNDS and time.perf_counter() > deadline:
+            break
+        # In rotating order: what a call finds in the caches depends on the one before it.
+        shift = turn % len(keys)
+        for key in keys[shift:] + keys[:shift]:
             _synchronize(device)
             start = time.perf_counter()
-            call()
+            calls[key]()
             _synchronize(device)
-            if turn >= 2:  # the first rounds warm up
+            if turn >= 0:
                 times[key].append((time.perf_counter() - start) * 1e3)
     return times
 

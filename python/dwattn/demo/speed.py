@@ -34,7 +34,6 @@ def measure(
             timings = interleaved(
                 {key: partial(item.tokens, pixels) for key, item in models.items()},
                 rounds=rounds,
-                warmup=2,
                 budget_s=12,
             )
         entries = [

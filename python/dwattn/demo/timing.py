@@ -1,9 +1,8 @@
-"""Latency of several models on one machine, measured so that they can be compared."""
+"""Latency of several models on one machine, and what a model without attention would take."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dwattn.latency import times_in_turns
 
 
 @dataclass(frozen=True)
@@ -24,36 +25,10 @@ class CallTime:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]],
-    *,
-    rounds: int = 40,
-    warmup: int = 3,
-    budget_s: float = 60.0,
+    calls: Mapping[str, Callable[[], object]], *, rounds: int = 40, budget_s: float = 60.0
 ) -> dict[str, CallTime]:
-    """Time the calls in turn, round by round, so that a busy moment of the machine falls on all of
-    them alike.
-
-    Args:
-        calls: by name.
-        rounds: wanted calls of each; fewer if ``budget_s`` seconds are over, but at least 5.
-        warmup: untimed calls of each.
-    """
-    for call in calls.values():
-        for _ in range(warmup):
-            call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    deadline = time.perf_counter() + budget_s
-    for index in range(rounds):
-        if index >= 5 and time.perf_counter() > deadline:
-            break
-        # Rotating the order keeps one call's cache footprint from always being the same neighbour's
-        # burden.
-        shift = index % len(names)
-        for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
-            calls[name]()
-            times[name].append((time.perf_counter() - start) * 1e3)
+    """Summaries of :func:`dwattn.latency.times_in_turns` on the CPU, by name."""
+    times = times_in_turns(calls, rounds, torch.device("cpu"), budget_s=budget_s)
     return {name: _summary(values) for name, values in times.items()}
 
 
@@ -63,8 +38,7 @@ def _summary(values: list[float]) -> CallTime:
 
 
 class RemovedAttention(nn.Module):
-    """In place of an attention layer: no work at all. What remains is the ceiling of any
-    replacement.
+    """Takes the place of an attention layer and does nothing: the time of the rest bounds what any replacement can reach.
 
     ``dwattn.replace`` never produces it; the outputs are meaningless and only the time counts.
     """
