@@ -30,12 +30,12 @@ from typing import Any
 
 import more_photos
 import torch
+from augmented_photos import CUTOUTS, LIGHT, AugmentedPhotos, free_cutouts, with_repeats
 
 import dwattn
 from dwattn.demo import machine, photos
 from dwattn.demo.conversions import HeldOut, outputs
 from dwattn.demo.pretrained import DESCRIPTION, DIM, SaliencyModel, build
-from dwattn.demo.variety import CUTOUTS, LIGHT, PhotoViews, free_cutouts, with_repeats
 from dwattn.finetune import Distillation, Recipe, Targets, Trainer, estimate
 from dwattn.finetune.state import read_progress
 from dwattn.library import native
@@ -87,10 +87,10 @@ class Bench:
         self.views = self.views_of(free_cutouts(kept), options.seed)
         self.amp = "bf16" if faster_in_bf16() else "no"
 
-    def views_of(self, cutouts: list[Path], seed: int) -> PhotoViews:
+    def views_of(self, cutouts: list[Path], seed: int) -> AugmentedPhotos:
         """Of all photos that are fitted."""
         share, light = self.options.cutouts, self.options.light
-        return PhotoViews(self.fitting, cutouts, seed, share=share, light=light)
+        return AugmentedPhotos(self.fitting, cutouts, seed, share=share, light=light)
 
     @property
     def images(self) -> int:
@@ -233,7 +233,7 @@ class Bench:
         }  # fmt: skip
 
     def recipe(
-        self, module: Distillation, views: PhotoViews, folder: Path, minutes: float, lr: float
+        self, module: Distillation, views: AugmentedPhotos, folder: Path, minutes: float, lr: float
     ) -> Recipe:
         """As many steps as the minutes allow; those of the run in ``folder`` if there is one."""
         found = read_progress(folder)

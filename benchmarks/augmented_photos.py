@@ -1,7 +1,7 @@
-"""Ever new views of few photos: crops of the full resolution, cut-outs pasted on them, mosaics, in another light.
+"""Augmentation of the demo's photos: crops of the full resolution, cut-outs pasted on them, mosaics, changes of light.
 
-A hundred photos are too few for the wide layers of a model: what is fitted to them as they are is much better on them
-than on other photos. Views differ in what stands beside what, at which size and in which light.
+A hundred photos are too few for the wide layers of a model: what is fitted to them unchanged is much better on them than on
+other photos. Views differ in what is beside what, at which size and in which light.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ LIGHT = 0.25
 KEPT_SIZE = 2 * IMAGE_SIZE
 
 
-class PhotoViews(Views):
+class AugmentedPhotos(Views):
     """Views under ``(photo, view)`` keys, each a function of the seed and the key.
 
-    View 0 is the photo itself, but of a photo that is named again (see :func:`with_repeats`) only once.
+    View 0 is the photo itself; for a photo that is listed again (see :func:`with_repeats`) only at its first place.
 
     Args:
         fitting: the photos.
@@ -107,10 +107,10 @@ class PhotoViews(Views):
 def with_repeats(
     fitting: Sequence[Photo], chosen: Collection[Photo], times: int, sides: int = 4
 ) -> list[Photo]:
-    """``fitting``, and after it those ``chosen`` again until each is there ``times`` times.
+    """``fitting``, followed by copies of those ``chosen`` until each is listed ``times`` times.
 
-    For views in which some photos shall have a larger part. A copy stands on the side of its photo
-    (:class:`PhotoViews`); where no photo of a side is left, the rest is left out.
+    This gives some photos a larger share of the views. A copy is placed on the same side as its photo
+    (:class:`AugmentedPhotos`); if a side runs out of copies, the remaining ones of the other side are left out.
     """
     found, last = list(fitting), sides - 1
     waiting: dict[bool, list[Photo]] = {False: [], True: []}
