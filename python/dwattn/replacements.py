@@ -35,7 +35,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Target:
+class PlannedLayer:
     """One layer of the plan, found in the model.
 
     Args:
@@ -145,14 +145,14 @@ def check_kernel_init(kernel_init: str | None, plan: Plan) -> str:
     return kernel_init
 
 
-def find_targets(layout: BackboneLayout, plan: Plan) -> tuple[list[Target], dict[str, str]]:
+def planned_layers(layout: BackboneLayout, plan: Plan) -> tuple[list[PlannedLayer], dict[str, str]]:
     """The plan's layers found in the model, and the reasons for those that cannot be replaced.
 
     Raises:
         PlanError: a layer or head that the model does not have, or maps that do not fit its heads.
     """
     sites = {relative_name(layout, site.attention_name): site for site in layout.blocks}
-    targets, refused = [], {}
+    found, refused = [], {}
     for name, entry in zip(plan.relative_names(), plan.layers, strict=True):
         if name not in sites:
             raise PlanError(
@@ -162,13 +162,13 @@ def find_targets(layout: BackboneLayout, plan: Plan) -> tuple[list[Target], dict
             )
         reason = refusal(sites[name].attention)
         if reason is None:
-            targets.append(_target(sites[name], entry, layout.num_prefix))
+            found.append(_planned(sites[name], entry, layout.num_prefix))
         else:
             refused[sites[name].attention_name] = reason
-    return targets, refused
+    return found, refused
 
 
-def _target(site: BlockSite, entry: LayerPlan, num_prefix: int) -> Target:
+def _planned(site: BlockSite, entry: LayerPlan, num_prefix: int) -> PlannedLayer:
     adapter = adapter_for(site.attention)
     assert adapter is not None
     weights = adapter.weights(site.attention)
@@ -179,7 +179,7 @@ def _target(site: BlockSite, entry: LayerPlan, num_prefix: int) -> Target:
             f"{weights.num_heads - 1}."
         )
     whole = heads is None or len(heads) == weights.num_heads
-    return Target(
+    return PlannedLayer(
         site, weights, None if whole else heads, _initial(entry, weights.num_heads, num_prefix)
     )
 
@@ -203,8 +203,8 @@ def _initial(entry: LayerPlan, num_heads: int, num_prefix: int) -> KernelInit | 
     return init.of(order if count == len(heads) else [heads[row] for row in order])
 
 
-def build_target(
-    target: Target,
+def build_planned(
+    layer: PlannedLayer,
     layout: BackboneLayout,
     printed: Fingerprint,
     options: Options,
@@ -216,37 +216,37 @@ def build_target(
         printed: of the model, so that the converted layer keeps its identity.
         source: where the replacement reads the grid of the current images.
     """
-    block = [site.attention_name for site in layout.blocks].index(target.site.attention_name)
+    block = [site.attention_name for site in layout.blocks].index(layer.site.attention_name)
     shim = build_shim(
-        target.site,
+        layer.site,
         printed.layers[block],
         layout.num_prefix,
         options.variant,
-        target.heads,
-        _choices(target, options),
+        layer.heads,
+        _choices(layer, options),
     )
-    if options.kernel_init == "mean-attention" and target.init is not None:
-        mean_init(shim.layer, target.init)
+    if options.kernel_init == "mean-attention" and layer.init is not None:
+        mean_init(shim.layer, layer.init)
     else:
         gaussian_init(shim.layer, options.seed * len(layout.blocks) + block)
-    finish(shim, target.site, source)
+    finish(shim, layer.site, source)
     return shim
 
 
-def _choices(target: Target, options: Options) -> dict[str, Any]:
+def _choices(layer: PlannedLayer, options: Options) -> dict[str, Any]:
     """Arguments of the replacement's constructor."""
     choices: dict[str, Any] = {"grid": options.grid}
     if options.context is not None:
         choices["context"] = options.context
-    if target.heads is None:
+    if layer.heads is None:
         choices["prefix"] = options.prefix
         if options.variant == "lowrank_dw":
-            choices["rank"] = rank_width(options.rank, target.weights.channels)
+            choices["rank"] = rank_width(options.rank, layer.weights.channels)
     elif options.prefix == "static":
         raise DwattnError(
             f"prefix='static' replaces the prefix rows of whole layers, but the plan lists single "
             f"heads of "
-            f"{target.site.attention_name}; use prefix='exact'."
+            f"{layer.site.attention_name}; use prefix='exact'."
         )
     return choices
 

@@ -33,13 +33,13 @@ from dwattn.plan import Plan
 from dwattn.replacements import (
     Options,
     Rank,
-    build_target,
+    build_planned,
     check_grid,
     check_kernel_init,
     check_rank,
     check_variant,
-    find_targets,
     finish,
+    planned_layers,
 )
 from dwattn.surgery_report import ReplacementReport, ReplacementRow
 from dwattn.token_grid import Grid, GridSource
@@ -117,14 +117,14 @@ def replace(
         seed=whole("seed", seed),
     )
     previous = _previous(model, layout, options.grid)
-    targets, refused = find_targets(layout, plan)
+    planned, refused = planned_layers(layout, plan)
     if refused and not dry_run:
         listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise PlanError(f"Nothing was replaced: the plan names layers that cannot be. {listed}")
     hook = _hook(layout, options.grid, previous)
     shims = {
-        target.site.attention_name: build_target(target, layout, printed, options, hook.source)
-        for target in targets
+        layer.site.attention_name: build_planned(layer, layout, printed, options, hook.source)
+        for layer in planned
     }
     if dry_run:
         return _report(layout, plan, shims, refused, options, dry_run=True)
@@ -136,8 +136,8 @@ def replace(
         calibration_options |= {"seed": options.seed, "progress": progress}
         result = _calibrate(model, layout, shims, hook, calibrate, calibration_options)
         updates = dict(result.updates)
-        for target in targets:
-            finish(shims[target.site.attention_name], target.site, hook.source)
+        for layer in planned:
+            finish(shims[layer.site.attention_name], layer.site, hook.source)
     _check_values(model, shims, updates)
     report = _report(layout, plan, shims, refused, options, dry_run=False, calibration=result)
     install(model, layout, shims, updates, _record(layout, plan, previous), hook)

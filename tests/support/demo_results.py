@@ -9,8 +9,7 @@ from PIL import Image
 
 from dwattn.report.results import (
     BlockScore,
-    Cell,
-    Conversion,
+    ConversionInfo,
     ExportInfo,
     FidelityInfo,
     Latency,
@@ -18,6 +17,7 @@ from dwattn.report.results import (
     LayerRow,
     ModelInfo,
     PhotoInfo,
+    PictureCell,
     PictureRow,
     Results,
     Step,
@@ -38,9 +38,9 @@ def _score(index: int, rng: random.Random) -> BlockScore:
     )
 
 
-def _conversion(criterion: str, variant: str, method: str, blocks: list[int]) -> Conversion:
+def _conversion(criterion: str, variant: str, method: str, blocks: list[int]) -> ConversionInfo:
     quality = {"calibrated": 0.99, "mean-map": 0.8, "gaussian": 0.4}[method] - 0.008 * len(blocks)
-    return Conversion(
+    return ConversionInfo(
         key=f"{criterion}-{len(blocks)}-{variant}-{method}",
         label=f"{variant}, {method}",
         variant=variant,
@@ -71,7 +71,9 @@ def _pictures(folder: Path, rows: int, rng: random.Random) -> list[PictureRow]:
             file = f"pictures/{row}-{column}.png"
             colour = tuple(rng.randrange(256) for _ in range(3))
             Image.new("RGB", (64, 64), colour).save(folder / file)
-            cells.append(Cell(label=label, file=file, iou=rng.random() if column > 1 else None))
+            cells.append(
+                PictureCell(label=label, file=file, iou=rng.random() if column > 1 else None)
+            )
         made.append(PictureRow(photo=f"package/photo-{row}.jpg <&>", cells=cells))
     return made
 

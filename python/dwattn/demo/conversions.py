@@ -14,7 +14,7 @@ from torch import Tensor
 import dwattn
 from dwattn.demo.pretrained import HEADS, SaliencyModel
 from dwattn.fidelity import Fidelity, compare, mask_iou
-from dwattn.report.results import Conversion, FidelityInfo
+from dwattn.report.results import ConversionInfo, FidelityInfo
 
 BATCH = 10
 
@@ -138,7 +138,7 @@ def outputs(model: SaliencyModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
 class Outcome:
     """A conversion that was made: its record, and the model and maps if they are kept."""
 
-    record: Conversion
+    record: ConversionInfo
     report: Any
     model: SaliencyModel
     saliency: Tensor
@@ -178,7 +178,7 @@ def carry_out(
     report = dwattn.replace(student, plan, **options)
     seconds = time.perf_counter() - start
     tokens, saliency = outputs(student, held_out.pixels)
-    record = Conversion(
+    record = ConversionInfo(
         key=spec.key,
         label=spec.label,
         variant=spec.variant,

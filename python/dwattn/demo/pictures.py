@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dwattn.demo.photos import Photo
 from dwattn.fidelity import map_iou
-from dwattn.report.results import Cell, PictureRow
+from dwattn.report.results import PictureCell, PictureRow
 
 FOLDER = "pictures"
 _OUTLINE = np.array([70, 225, 255], dtype=np.uint8)
@@ -66,7 +66,7 @@ def save(
             name = f"{FOLDER}/{number:02d}-{column}.jpg"
             image.save(out / name, quality=88)
             iou = ious[label][index].item() if label in ious else math.nan
-            cells.append(Cell(label=label, file=name, iou=None if math.isnan(iou) else iou))
+            cells.append(PictureCell(label=label, file=name, iou=None if math.isnan(iou) else iou))
         rows.append(PictureRow(photo=photos[index].name, cells=cells))
     return rows
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from dwattn.errors import DataError
 from dwattn.files import write_atomically
-from dwattn.report.results import Conversion, Results
+from dwattn.report.results import ConversionInfo, Results
 
 __all__ = ["Results", "write"]
 
@@ -69,7 +69,7 @@ def render(results: Results, pictures: Path) -> str:
     )
 
 
-def _headline(results: Results) -> Conversion | None:
+def _headline(results: Results) -> ConversionInfo | None:
     """The conversion whose numbers stand at the top."""
     return results.conversion(results.headline) or next(iter(results.conversions), None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dwattn.report.drawing import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, as_svg, pyplot
-from dwattn.report.results import BlockScore, Conversion, LatencyInfo
+from dwattn.report.results import BlockScore, ConversionInfo, LatencyInfo
 
 
 def _blocks_label(blocks: list[int]) -> str:
@@ -135,9 +135,11 @@ _LINES = (
 )
 
 
-def _by_count(conversions: list[Conversion], line: tuple[str, str, str]) -> dict[int, Conversion]:
+def _by_count(
+    conversions: list[ConversionInfo], line: tuple[str, str, str]
+) -> dict[int, ConversionInfo]:
     """The conversions of one line by number of blocks; of several ranks the widest."""
-    found: dict[int, Conversion] = {}
+    found: dict[int, ConversionInfo] = {}
     for item in conversions:
         if (item.method, item.variant, item.criterion) == line:
             known = found.get(len(item.blocks))
@@ -146,7 +148,7 @@ def _by_count(conversions: list[Conversion], line: tuple[str, str, str]) -> dict
     return dict(sorted(found.items()))
 
 
-def fidelity_curve(conversions: list[Conversion], metric: str) -> str:
+def fidelity_curve(conversions: list[ConversionInfo], metric: str) -> str:
     """``cosine`` or ``iou`` against the number of replaced blocks."""
     name = f"fidelity-{metric}"
     told: list[str] = []

@@ -83,7 +83,7 @@ class FidelityInfo(Record):
     object_iou: float | None = None
 
 
-class Conversion(Record):
+class ConversionInfo(Record):
     """One converted model and what it kept.
 
     Args:
@@ -146,7 +146,7 @@ class ExportInfo(Record):
     images: int
 
 
-class Cell(Record):
+class PictureCell(Record):
     """One picture of a row; ``file`` is relative to the results file."""
 
     label: str
@@ -158,7 +158,7 @@ class PictureRow(Record):
     """One held-out photo and its maps."""
 
     photo: str
-    cells: list[Cell]
+    cells: list[PictureCell]
 
 
 class Step(Record):
@@ -184,7 +184,7 @@ class Results(Record):
     scores: list[BlockScore]
     selected: dict[str, list[int]]
     headline: str | None = None
-    conversions: list[Conversion] = Field(default_factory=list)
+    conversions: list[ConversionInfo] = Field(default_factory=list)
     original_mask_iou: float | None = None
     latency: list[LatencyInfo] = Field(default_factory=list)
     layers: list[LayerRow] = Field(default_factory=list)
@@ -193,7 +193,7 @@ class Results(Record):
     steps: list[Step] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
 
-    def conversion(self, key: str | None) -> Conversion | None:
+    def conversion(self, key: str | None) -> ConversionInfo | None:
         """The conversion ``key``, or None."""
         return next((item for item in self.conversions if item.key == key), None)
 
