@@ -23,18 +23,19 @@ from dwattn.token_grid import Grid, TokenGridModule, head_width
 
 
 class ReplacementAttention(TokenGridModule):
-    """Base of the replacements of whole layers: prefix rows, context terms and output projection.
+    """Base of the replacements of whole layers, ``(B, N, D) -> (B, N, D)``: prefix rows, context terms, output projection.
 
     Args:
         dim, num_heads, grid, num_prefix, head_dim, scale: see :class:`TokenGridModule`.
         inner_dim: channels ``C`` between value and output projection.
         qkv_bias, proj_bias: whether the projections have biases.
         prefix: ``exact``, ``static`` or ``drop`` (see :mod:`dwattn.prefix`); ``drop`` needs ``num_prefix=0``.
-        own_prefix_value, own_prefix_proj: whether exact prefix rows have a value and an output projection of
-            their own instead of using the layer's; always so where the layer's have another width than C.
+        own_prefix_value, own_prefix_proj: whether exact prefix rows have their own value and output projection instead
+            of using the layer's; always true if the layer's have another width than ``n_h d_h``.
         context: whether the terms ``kappa (P, C)``, ``mu (C)``, ``beta (C)`` exist.
         q_norm, k_norm, rotary: query and key norms of the replaced layer, and whether its calls come with a rotary
             embedding; for exact prefix rows.
+        device, dtype: of the parameters.
 
     Raises:
         DwattnError: sizes or options that do not fit together, with their values.
@@ -119,7 +120,7 @@ class ReplacementAttention(TokenGridModule):
             )  # fmt: skip
 
     def own_prefix_projection(self) -> None:
-        """Give exact prefix rows a copy of the output projection, so that refitting Wo leaves the rows exact."""
+        """Give exact prefix rows a copy of the output projection, so that correcting Wo leaves these rows exact."""
         if self.prefix == "exact" and self.prefix_proj is None:
             self.prefix_proj = copy.deepcopy(self.proj)
 
@@ -270,7 +271,7 @@ class FusedDWAttention(ReplacementAttention):
         )  # fmt: skip
 
     def _through_modules(self, x: Tensor, geometry: Geometry, rotary: Rotary | None) -> Tensor:
-        """The same layer, calling whatever stands in the place of a projection."""
+        """The same layer with the projections called as modules: adapters, quantised layers, layers with hooks."""
         v = self.value(x)
         y = functional.dw_aggregate(v, self.kernel, geometry, self.kappa, self.mu, self.beta)
         if self.prefix_rows is None:
@@ -291,10 +292,13 @@ class FusedDWAttention(ReplacementAttention):
 class LowRankDWAttention(FusedDWAttention):
     """``lowrank_dw``: :class:`FusedDWAttention` with an inner width ``rank`` between ``d_h`` and ``C``.
 
-    ``value.weight`` is the factor ``A (r, D)``, ``proj.weight`` the factor ``B (D, r)``. From pretrained
-    weights it starts as the averaged ensemble of Eq. 12 extended to ``r`` channels; calibration replaces the
-    factors by their closed form. Exact prefix rows have projections of their own at any rank: also at ``r = C`` the rows of
-    the factors are not the channels of heads.
+    ``value.weight`` is the factor ``A (r, D)``, ``proj.weight`` the factor ``B (D, r)``. From pretrained weights they
+    start as the ``r`` leading singular directions of ``Wo Wv``; calibration replaces them by their closed form. Exact
+    prefix rows keep the pretrained projections at any rank: even at ``r = C`` the channels of the factors are not those
+    of the heads.
+
+    Args:
+        rank: inner width ``r``; further options as for :class:`ReplacementAttention`.
     """
 
     variant = "lowrank_dw"
@@ -312,12 +316,7 @@ class LowRankDWAttention(FusedDWAttention):
 
     def with_rank(self, rank: int) -> LowRankDWAttention:
         """A layer of another inner width with the same prefix rows and new factors, still to be fitted."""
-        factory = factory_of(self.value)
-        other = LowRankDWAttention(
-            self.dim, self.num_heads, rank=rank, grid=self.grid, num_prefix=self.num_prefix,
-            head_dim=self.head_dim, qkv_bias=self.value.bias is not None, proj_bias=self.proj.bias is not None,
-            prefix=self.prefix, context=self.beta is not None, scale=self.scale, **factory,
-        )  # fmt: skip
+        other = _low_rank_like(self, rank)
         if isinstance(self.prefix_rows, ExactPrefixRows):
             other.prefix_rows = copy.deepcopy(self.prefix_rows)
             other.prefix_value = copy.deepcopy(self.prefix_value)
@@ -344,6 +343,15 @@ class LowRankDWAttention(FusedDWAttention):
                 bias if weights.bv is None else bias + weights.wo.double() @ weights.bv.double()
             )
         self.load_prefix(weights)
+
+
+def _low_rank_like(layer: ReplacementAttention, rank: int) -> LowRankDWAttention:
+    """A new layer of inner width ``rank`` with the other sizes and options of ``layer``."""
+    return LowRankDWAttention(
+        layer.dim, layer.num_heads, rank=rank, grid=layer.grid, num_prefix=layer.num_prefix,
+        head_dim=layer.head_dim, qkv_bias=layer.value.bias is not None, proj_bias=layer.proj.bias is not None,
+        prefix=layer.prefix, context=layer.beta is not None, scale=layer.scale, **factory_of(layer.value),
+    )  # fmt: skip
 
 
 class ConvAttention(ReplacementAttention):
@@ -410,12 +418,7 @@ class EnsembleDWAttention(ReplacementAttention):
             raise DwattnError(
                 "Static prefix rows of ens_dw use all heads' channels; fold with prefix='exact'."
             )
-        factory = factory_of(self.value)
-        folded = LowRankDWAttention(
-            self.dim, self.num_heads, rank=self.head_dim, grid=self.grid, num_prefix=self.num_prefix,
-            head_dim=self.head_dim, qkv_bias=self.value.bias is not None, proj_bias=self.proj.bias is not None,
-            prefix=self.prefix, context=self.beta is not None, scale=self.scale, **factory,
-        )  # fmt: skip
+        folded = _low_rank_like(self, self.head_dim)
         weight, bias, out = self.ensemble()
         copy_linear(folded.value, weight, bias)
         copy_linear(folded.proj, out, self.proj.bias)

@@ -124,7 +124,7 @@ def record_of(model: nn.Module) -> Record:
 
 
 def _in_parts(model: nn.Module, found: list[tuple[nn.Module, str, Conversion]]) -> str:
-    """The sentence on a model of which other parts than its first ViT are converted."""
+    """The error message for a model in which other parts than its first ViT are converted."""
     parts = [f"model.{name or record.backbone}" for _, name, record in found]
     whole = [part for part, (_, name, _) in zip(parts, found, strict=True) if not name]
     return (
@@ -141,8 +141,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write all parameters and buffers, the plan and the conversion to one file.
 
     The file appears under its name only when it is complete; an older one stays if writing fails.
-    A bare ``state_dict()`` does not say how the layers were converted, and fits only a model whose
-    layers have the same weights: calibrated ones have ``prefix_proj``, which others lack.
+    A bare ``state_dict()`` does not record how the layers were converted, and it fits only a model whose layers have the
+    same weights: calibrated layers have ``prefix_proj``, others do not.
 
     Raises:
         CheckpointError: nothing is converted, or another part than the model's first ViT (name the

@@ -1,5 +1,5 @@
-"""What was done to a model, kept with it so that it can be undone; and changes that happen all or
-not at all.
+"""The record of what was done to a model, kept with the model so that it can be undone; and changes that are made
+completely or not at all.
 """
 
 from __future__ import annotations
@@ -88,9 +88,7 @@ def _set(owner: object, name: str, value: Any) -> None:
 
 @dataclass
 class ReplacedLayer:
-    """One replaced layer: ``name`` is its dotted path, ``original`` what was there (None: not at
-    hand).
-    """
+    """One replaced layer: ``name`` is its dotted path, ``original`` the layer it replaced (None after loading a file)."""
 
     name: str
     variant: str
@@ -142,13 +140,13 @@ def conversion(model: nn.Module) -> Conversion | None:
 
 
 def of_another_record(modules: Iterable[nn.Module], record: Conversion | None) -> bool:
-    """Whether a replaced layer among ``modules`` is not in the record (None: of nothing)."""
+    """Whether ``modules`` contain a replaced layer that is not in the record (or any at all, if that is None)."""
     known = {id(layer.converted) for layer in record.layers.values()} if record else set()
     return any(isinstance(m, ConvertedAttention) and id(m) not in known for m in modules)
 
 
 def recorded_elsewhere(model: nn.Module) -> str:
-    """The sentence on a model of which :func:`of_another_record` is true."""
+    """The error message for a model of which :func:`of_another_record` is true."""
     return (
         f"{type(model).__name__} has layers that dwattn replaced through a model that contains "
         f"this one; pass that model instead."
@@ -164,10 +162,9 @@ def placement(layer: ConvertedAttention) -> tuple[torch.device, torch.dtype]:
 def restore(model: nn.Module) -> nn.Module:
     """Put the original attention layers and weights back, in place, bit for bit.
 
-    The originals come back as they were, with their hooks and flags. What was done to the whole
-    model meanwhile is done to them now: a device or dtype other than at the conversion, and train()
-    or eval(). Weights that calibration changed get their old values; all others keep those they
-    have now, so a model that was trained after the conversion does not become the one before it.
+    The originals come back as they were, with their hooks and flags. What was done to the whole model since is applied to
+    them: its device, its dtype, and train() or eval(). Weights that calibration changed get their old values; all others keep
+    their current ones, so a model that was trained after the conversion does not become the one before it.
 
     Returns:
         ``model``.
@@ -175,7 +172,7 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         PlanError: the model is not converted, was loaded from a file (which does not hold the
             originals), is a part of the one that was converted, or its replaced layers or corrected
-            weights were exchanged by somebody else. The model is unchanged then.
+            weights were exchanged since. The model is then unchanged.
     """
     found = find_conversions(unwrap(model))
     if not found and of_another_record(model.modules(), None):
