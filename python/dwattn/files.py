@@ -1,6 +1,4 @@
-"""Files: written so that an interruption or a full disk leaves the old one as it was; JSON read from anybody and for
-anybody; results on stdout.
-"""
+"""Files written so that an interruption or a full disk leaves the old one as it was; strict JSON; results on stdout."""
 
 from __future__ import annotations
 
@@ -81,10 +79,10 @@ def stopped_in_order() -> Iterator[None]:
 
 
 def target_file(path: str | os.PathLike[str], error: type[DwattnError]) -> Path:
-    """The file to write, behind links: a new one or an ordinary one, for a device or pipe would be replaced by a file.
+    """The file to write, with links followed.
 
     Raises:
-        error: something else has that name.
+        error: the name is that of a folder, or of a device, pipe or socket, which writing would replace by a file.
     """
     target = Path(path)
     if target.is_dir():
@@ -103,7 +101,7 @@ def require_writable(
     error: type[DwattnError],
     inputs: Iterable[str | os.PathLike[str] | None] = (),
 ) -> None:
-    """Find out before long work whether :func:`write_atomically` could write there; nothing is left behind.
+    """Check before long work that :func:`write_atomically` can write there; no file is left.
 
     Args:
         inputs: files that the work reads, None for those that were not given.
@@ -123,7 +121,7 @@ def require_apart(
     error: type[DwattnError],
     inputs: Iterable[str | os.PathLike[str] | None],
 ) -> None:
-    """Refuse a file to write that is also read, by whatever name: what it holds would be lost.
+    """Refuse to write a file that is also read, under whatever name: its contents would be lost.
 
     Raises:
         error: it is one of ``inputs``.
@@ -145,7 +143,7 @@ def _cannot_write(
 def sole_writer(
     folder: str | os.PathLike[str], error: type[DwattnError], patience: float = 5.0
 ) -> Iterator[None]:
-    """Keep other processes from writing into ``folder`` meanwhile: each would remove what the other has half written.
+    """Keep other processes from writing into ``folder`` during the block: each would remove the other's unfinished files.
 
     The lock is on the folder itself, leaves no file and ends with the process, however that ends. There is none where
     the system or the file system has no such locks.
@@ -183,7 +181,7 @@ def sole_writer(
 
 
 def parse_json(text: str | bytes) -> Any:
-    """``json.loads`` for text of unknown origin.
+    """``json.loads`` for text from an untrusted source.
 
     Raises:
         ValueError: not JSON, also where Python's parser gives up with a ``RecursionError``; an object with a key twice,
@@ -196,7 +194,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def strict_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
-    """Indented JSON that any parser reads: null for numbers that are not finite, for which JSON has no word.
+    """Indented JSON that any parser reads: null for NaN and infinity, which JSON does not have.
 
     Args:
         default: as for ``json.dumps``.
@@ -207,10 +205,10 @@ def strict_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
 
 @contextlib.contextmanager
 def printing() -> Iterator[None]:
-    """Print a result to stdout inside, and find out whether it got there.
+    """A block that prints a result to stdout; fails if the result could not be written.
 
     Raises:
-        DwattnError: it cannot be written, as where the disk behind it is full.
+        DwattnError: it cannot be written, for example to a full disk.
         SystemExit: nobody reads it any longer (``| head``).
     """
     try:

@@ -143,8 +143,7 @@ def measure_latency(
     inputs: Tensor | None = None,
     **options: Any,
 ) -> LatencyTable:
-    """Time the model, one attention layer of each shape and its replacement, in turns; medians of
-    ``rounds``.
+    """Time the model, and of each kind of attention layer one layer and its replacement; medians of ``rounds`` in turns.
 
     Args:
         model: the model, left as it is. Its backbone is timed on random images unless ``inputs`` is
@@ -212,7 +211,7 @@ def measure_latency(
 
 
 def _shape(weights: AttentionWeights, attention: nn.Module) -> tuple[Any, ...]:
-    """Layers that are equal in this take the same time."""
+    """What the time of a layer depends on: layers with equal values are timed once."""
     norms = tuple(type(norm).__name__ for norm in (weights.q_norm, weights.k_norm))
     biases = tuple(bias is None for bias in (weights.bq, weights.bv, weights.bo))
     return (

@@ -91,7 +91,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a model wants its pixels: ``(pixel - mean) / std`` for pixels in 0..1, and where that is
+    """How a model's pixels are normalised: ``(pixel - mean) / std`` for pixels in [0, 1]; ``source`` says where that is
     known from.
     """
 
@@ -106,7 +106,7 @@ def load_model(
     """Make a model, in eval mode on the CPU.
 
     Args:
-        spec: see the module's text.
+        spec: see :mod:`dwattn.models`.
         weights: a local ``.safetensors`` file, or a ``.pth``/``.pt``/``.bin`` of tensors; instead
             of the pretrained weights that a library would download.
         pretrained: without ``weights``, whether timm, hf and hub models get their pretrained ones

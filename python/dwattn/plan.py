@@ -49,7 +49,7 @@ class KernelInit(BaseModel):
         return self
 
     def of(self, rows: list[int]) -> KernelInit:
-        """The heads at these places, in this order."""
+        """The maps of the heads at these indices, in this order."""
         return KernelInit(
             kernel=[self.kernel[row] for row in rows],
             prefix=[self.prefix[row] for row in rows],
@@ -183,7 +183,7 @@ class Plan(BaseModel):
 
     @classmethod
     def validated(cls, data: dict[str, Any], source: str) -> Plan:
-        """A plan of these fields.
+        """A plan made of these fields.
 
         Raises:
             PlanError: ``source`` and the fields that are wrong.

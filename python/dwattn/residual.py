@@ -175,7 +175,7 @@ class StaticFit:
 
 
 def feature_energy(gram: Tensor, *, constant: bool) -> Tensor:
-    """What a ridge is relative to, ``(C, F, F)``: on the diagonal the mean energy of a channel's features, and for a last
+    """The scale that a ridge strength is relative to, ``(C, F, F)``: on the diagonal the mean energy of a channel's features, and for a last
     one that is constant its own, so that the units of the values do not matter.
 
     Args:

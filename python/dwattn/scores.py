@@ -116,7 +116,7 @@ class Scores(Printed):
         return [layer.block_residual for layer in self.layers]
 
     def order(self, criterion: str = "variance") -> list[int]:
-        """Block indices from the first to replace to the last; equal scores in depth order.
+        """Block indices in the order in which to replace them, lowest score first; equal scores in depth order.
 
         Raises:
             ScoreError: an unknown criterion, or scores that are missing or NaN.

@@ -1,4 +1,4 @@
-"""``select``: from scores to a plan, by blocks, by heads or for a speedup on this machine."""
+"""``select``: from scores to a plan, for a number of blocks or heads, or for a speedup on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dwattn.plan import Plan
 from dwattn.scores import LayerScore, Scores, block_score, check_criterion, head_scores
 
 Head = tuple[int, int]
-#: Two scores are close if they differ by no more than this share: such blocks change places from one set of images to
+#: Two scores are close if they differ by no more than this share: such blocks swap ranks from one set of images to
 #: another, and a set with the wrong one can be much worse (``benchmarks/results/distill-without-exchange.json``).
 CLOSE = 0.05
 
@@ -83,7 +83,7 @@ def rank_blocks(scores: Scores, criterion: str) -> list[LayerScore]:
 def close_call(
     scores: Scores, blocks: int, criterion: str = "variance"
 ) -> tuple[LayerScore, LayerScore] | None:
-    """The last of ``blocks`` chosen and the first that is not, where their scores say little about which to take.
+    """The last of ``blocks`` chosen and the first that is not, if their scores are too close to decide; else None.
 
     :func:`dwattn.refine` with ``width=1`` and the same criterion tries both.
 

@@ -45,7 +45,7 @@ from dwattn.surgery_report import ReplacementReport, ReplacementRow
 from dwattn.token_grid import Grid, GridSource
 from dwattn.untouched import ordinary_tensors, unwrap
 
-#: What hooks of a user get from a replaced layer: the module they are on is not called.
+#: Note on a layer with hooks of the user: the module they are on is not called while it is replaced.
 RESTING_HOOKS = "its hooks are not called until it is restored"
 
 
@@ -240,7 +240,7 @@ def _grid_text(grid: Grid | None) -> str:
 def _check_values(
     model: nn.Module, shims: dict[str, ConvertedAttention], updates: dict[str, Tensor]
 ) -> None:
-    """Nothing that is not finite, or fits no parameter, goes into the model."""
+    """Raise :class:`CalibrationError` before a value that is not finite, or fits no parameter, gets into the model."""
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     for name, shim in shims.items():
         for key, parameter in shim.layer.named_parameters():

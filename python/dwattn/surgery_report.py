@@ -22,7 +22,7 @@ class ReplacementRow:
         heads: replaced heads; None for all of them or none.
         parameters: of the attention layer before and after.
         planned: whether the plan names the layer.
-        reason: why it is refused, or that hooks on a replaced layer rest, else empty.
+        reason: why it is refused, or that its hooks are not called while it is replaced; else empty.
     """
 
     block: int

@@ -1,4 +1,4 @@
-"""What a measurement has to state: machine, versions, date."""
+"""What is recorded beside every measurement: machine, versions, date."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs and right answers in a folder, to hold an engine against on another machine.
+"""Inputs and expected outputs in a folder, to check an engine against on another machine.
 
 ``golden.json``, ``inputs/<name>.npy`` and ``outputs/<name>.npy``; arrays only, never pickles.
 """

@@ -1,4 +1,4 @@
-"""What a build is asked for, checked before any work starts."""
+"""The options of a build, checked before any work starts."""
 
 from __future__ import annotations
 

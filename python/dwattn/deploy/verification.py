@@ -45,6 +45,7 @@ class VerifyResult:
 
     @property
     def ok(self) -> bool:
+        """Whether every output is within the tolerance."""
         return all(d.max_rel <= self.tolerance for d in self.differences)
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,7 +53,7 @@ class VerifyResult:
         return {**asdict(self), "ok": self.ok}
 
     def require(self) -> VerifyResult:
-        """Itself.
+        """This result, if it is within the tolerance.
 
         Raises:
             DeployError: an output is not within the tolerance.

@@ -1,6 +1,4 @@
-"""ONNX export of converted (and unconverted) Vision Transformers, checked against PyTorch before it
-returns.
-"""
+"""ONNX export of converted and unconverted Vision Transformers, compared with PyTorch before the file appears."""
 
 from __future__ import annotations
 
@@ -88,16 +86,16 @@ def export(
         size: image size in pixels, ``(H, W)`` or one number for both; for a bare layer its patch
             grid. It must be the size the model was converted for; with ``dynamic_size`` it is one
             of the sizes checked.
-        lowering: what becomes of replaced layers.
+        lowering: how replaced layers are written.
             ``"native"``: a group convolution and matrix products, standard operators only.
-            ``"plugin"``: one node each, for the TensorRT plugin library; LayerScale and residual
-            connection that directly follow are part of it. The file is checked with the bodies of
-            ``"function"``, and written without.
+            ``"plugin"``: one node each, for the TensorRT plugin library; a LayerScale and residual
+            connection that directly follow become part of it. The file is checked with the bodies of
+            ``"function"``, and written without them.
             ``"function"``: the same nodes and ONNX functions that define them, for onnxruntime.
             ``"conv2d"``: 1x1 and depthwise convolutions of ``(B, C, H, W)``, with fixed shapes,
             opset 17 and few operators, for static compilers such as Hailo's.
-            All but ``"native"`` cover dw, lowrank_dw and ens_dw of whole layers; exact prefix rows are
-            beyond ``"conv2d"``, and with query and key norms beyond the nodes.
+            All but ``"native"`` cover only dw, lowrank_dw and ens_dw of whole layers. Exact prefix rows are
+            not in ``"conv2d"``; exact prefix rows with query and key norms are not in the nodes.
         opset: 18 to 21, by default 18; ``"conv2d"``: 17 (default) or 18.
         dynamic_batch: leave the batch open (default, except for ``"conv2d"``); otherwise it is 1.
         dynamic_size: leave the image size open, in whole patches; needs ``replace(...,
@@ -211,7 +209,7 @@ def _form(lowering: str) -> Form:
 
 
 def _check_shapes(form: Form, dynamic_batch: bool | None, dynamic_size: bool) -> bool:
-    """Whether the batch is open."""
+    """Whether the batch is dynamic: as asked, by default unless the form is static."""
     if form.static and (dynamic_batch or dynamic_size):
         asked = "dynamic_batch=True" if dynamic_batch else "dynamic_size=True"
         raise ExportError(

@@ -20,7 +20,7 @@ _SHAPING |= {"ReduceMax", "ReduceMean", "ReduceSum", "Unsqueeze"}
 
 
 def check_static(model: Any) -> None:
-    """Hold an ``onnx_ir`` graph to :data:`STATIC` and to shapes that are numbers.
+    """Check that an ``onnx_ir`` graph has only operators of :data:`STATIC` and fixed shapes.
 
     Raises:
         ExportError: with the operators and nodes that do not belong, or the values of open shape.

@@ -1,4 +1,4 @@
-"""Batches of a training run: read in the run's order, here or by worker processes, and taken apart again."""
+"""Batches of a training run: read in the run's order, by this process or by workers, and split into micro-batches."""
 
 from __future__ import annotations
 

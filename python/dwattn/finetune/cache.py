@@ -1,4 +1,4 @@
-"""The teacher's features of views that come again, within a bound of memory."""
+"""A bounded cache of the teacher's features, for views that are seen more than once."""
 
 from __future__ import annotations
 

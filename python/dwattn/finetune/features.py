@@ -1,4 +1,4 @@
-"""What distillation compares: the tokens a model makes at the end, after chosen blocks, and its output."""
+"""What distillation compares: a model's final tokens, its tokens after chosen blocks, and its output."""
 
 from __future__ import annotations
 

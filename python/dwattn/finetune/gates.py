@@ -45,16 +45,15 @@ Granularity = Literal["blocks", "heads"]
 
 
 class SubsetGate(nn.Module):
-    """A relaxed subset of ``size`` out of ``count``: gates in [0, 1], ``size`` of them 1 at the end.
+    """A learned subset of ``size`` out of ``count``, relaxed to gates in [0, 1].
 
-    While it is ``learning`` (from the first to the last step of a run with :class:`Annealing`), the Gumbel top-k
-    relaxation of the scores at the current temperature; else, and where that run evaluates, the ``size`` largest
-    scores. The scores are trained at the recipe's ``gate_lr``. The noise is a function of
-    seed and step, so all layers, micro-batches and processes of a step see the same gates, and a resumed run the same
-    ones again.
+    While it is ``learning`` (in the steps of a run with :class:`Annealing`) the gates are the Gumbel top-k relaxation of
+    the scores at the current temperature. Otherwise, also when such a run evaluates, the gates of the ``size`` largest
+    scores are 1 and the others 0. The scores are trained at the recipe's ``gate_lr``. The noise is a function of seed and
+    step, so all layers, micro-batches and processes of a step see the same gates, and so does a resumed run.
 
     Args:
-        start, end: temperatures; the fall is exponential over the share ``anneal`` of the steps.
+        start, end: temperatures; the decay is exponential over the first ``anneal`` (a share) of the steps.
         seed: of the noise.
     """
 
@@ -79,7 +78,7 @@ class SubsetGate(nn.Module):
             )
         self.scores = nn.Parameter(torch.zeros(count))
         self.learning = False
-        #: Tells during a run whether its module is in eval mode; a student is in eval mode while it is trained, too.
+        #: Whether the run that trains the gate is evaluating. (Not ``self.training``: a student is trained in eval mode.)
         self.evaluating: Callable[[], bool] = bool
         self.size, self.start, self.end, self.anneal, self.seed = size, start, end, anneal, seed
         self.at(0, 1)

@@ -1,4 +1,4 @@
-"""What is put on a backbone for a task: a linear classifier, the paper's decoder, ViT-Split heads.
+"""The heads of tasks: a linear classifier, the paper's decoder, ViT-Split heads.
 
 A head takes :class:`dwattn.finetune.Features` and the :class:`dwattn.Geometry` of its tokens; ``blocks`` says which
 blocks' outputs it wants besides the final tokens.
@@ -30,7 +30,7 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
-        """What it reads and how, as far as its weights do not tell; JSON-able."""
+        """JSON-able options that its weights do not show: what it reads and how."""
         return {"kind": type(self).__name__, "blocks": list(self.blocks)}
 
 

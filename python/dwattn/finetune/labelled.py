@@ -1,4 +1,4 @@
-"""Datasets of a task: images in one folder a class, or images with masks of classes; checked before training."""
+"""Datasets of a task: images in one folder per class, or images with masks of classes; checked before training."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class MaskedViews(Views):
 
 
 class MaskFolder(MaskedViews):
-    """Images in one folder, masks of the same names (``.png``, one class a grey or palette value) in another.
+    """Images in one folder, masks of the same names in another (``.png``; each grey or palette value is a class).
 
     Everything is read and checked when it is made: missing masks, masks of another size than their image, class
     ids out of range.

@@ -24,11 +24,11 @@ from dwattn.files import write_atomically
 
 
 class CsvLog:
-    """A CSV file with one row a step; columns are those of the first row.
+    """A CSV file with one row per step; columns are those of the first row.
 
     Args:
         path: of the file, or None to write nothing.
-        done: steps that count: later rows, of a run that was killed after its last checkpoint, are dropped.
+        done: steps that the resumed run has done; later rows, written after its last checkpoint, are dropped.
     """
 
     def __init__(self, path: Path | None, done: int = 0) -> None:

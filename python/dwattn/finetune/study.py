@@ -40,7 +40,7 @@ from dwattn.surgery_report import ReplacementReport
 
 #: Scores of the backbone as it was when layers were chosen, in the folder of a first stage or of the study.
 SCORES = "scores.safetensors"
-#: Up to so many patches the scores keep whole maps, from which the report draws how attention varies.
+#: Scores keep whole maps up to this number of patches; the report draws from them how attention varies.
 MAP_TOKENS = 300
 
 
@@ -62,10 +62,10 @@ def run_study(
     Args:
         make: a fresh task for a seed (any, for example 0), with the pretrained backbone, not converted.
         data, test: labelled images to train on and to measure on.
-        folder: everything is kept here; give the same one to go on. Comparisons and seeds may be added.
-        only: names of the comparisons to run now, default all; with none the files say what is done.
+        folder: everything is kept here; the same folder continues a study. Comparisons and seeds may be added.
+        only: names of the comparisons to run now, default all; with an empty list only the result files are written.
         trainer_options: of :class:`dwattn.finetune.Trainer`.
-        note: is told about each cell.
+        note: called with a line of text about each cell.
         replace_options: of :func:`dwattn.replace`.
 
     Raises:
@@ -91,7 +91,7 @@ def run_study(
 
 @dataclass
 class _Study:
-    """What the cells share."""
+    """The state that all cells of a study share; runs one cell after another."""
 
     grid: StudyGrid
     make: Callable[[int], Task]
@@ -169,7 +169,7 @@ class _Study:
         return _names(result.replaced)
 
     def _end_to_end(self, cell: Cell, task: Task, recipe: Recipe, folder: Path) -> list[str]:
-        """Gates are the second stage, and what they chose is final."""
+        """Train gates in the second stage; the layers they choose, and the weights, are final."""
         self._fit(task, recipe, self._first(cell))
         gate = add_gates(task.backbone, cell.count, granularity=cell.unit, seed=cell.seed)  # type: ignore[arg-type]
         task.rebuild()
@@ -228,7 +228,7 @@ class _Study:
         return Scores.load(path)
 
     def _place(self, cell: Cell) -> Path:
-        """Where what is known of the backbone that the cell replaces layers of is kept."""
+        """The folder for scores and choices of the backbone in which the cell replaces layers."""
         return self.root if cell.stages == "one-stage" else self._first(cell)
 
     def _first(self, cell: Cell) -> Path:
@@ -258,7 +258,7 @@ def _names(report: ReplacementReport) -> list[str]:
 
 
 def _require_whole(complete: bool) -> None:
-    """A run that was stopped is no result."""
+    """Raise unless the run went to its end: a stopped one has no result."""
     if not complete:
         raise TrainingError("A callback stopped a run of the study; call it again to go on.")
 
@@ -266,7 +266,11 @@ def _require_whole(complete: bool) -> None:
 def _claim(
     root: Path, grid: StudyGrid, task: Task, images: list[Views], replace_options: dict[str, Any]
 ) -> None:
-    """Note what the folder holds, or check that it is this."""
+    """Record which study the folder holds, or check that it is this one.
+
+    Raises:
+        TrainingError: it holds another study.
+    """
     path = root / "study.json"
     model = fingerprint(task.backbone)
     # What JSON does not know, such as a function, is known by its class.

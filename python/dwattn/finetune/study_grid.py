@@ -151,7 +151,7 @@ class StudyGrid(BaseModel):
             ) from None
 
     def cells(self, only: Sequence[str] | None = None) -> list[Cell]:
-        """All cells of all comparisons (or of those named), each once, baselines in front of what needs them.
+        """All cells of all comparisons (or of those named), each once, baselines before the cells compared with them.
 
         Raises:
             TrainingError: a name that is no comparison.
@@ -171,7 +171,7 @@ class StudyGrid(BaseModel):
         return list(found)
 
     def shared(self) -> dict[str, Any]:
-        """What all cells depend on; comparisons and seeds may be added to a study that has begun."""
+        """The settings that all cells share and that a begun study cannot change; comparisons and seeds may be added."""
         return self.model_dump(mode="json", exclude={"comparisons", "seeds"})
 
 

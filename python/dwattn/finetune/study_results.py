@@ -27,7 +27,7 @@ class StudyResult(Printed):
     rows: list[dict[str, Any]]
 
     def summary(self) -> list[dict[str, Any]]:
-        """One entry a setting: mean, 95% interval over seeds, and difference to the unconverted model trained as long."""
+        """One entry per setting: mean, 95% interval over seeds, and difference to the unconverted model trained for as long."""
         groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for row in self.rows:
             groups.setdefault(tuple(row["label"]), []).append(row)

@@ -57,7 +57,7 @@ class Evaluate(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         path = None if trainer.folder is None or not trainer.main else trainer.folder / "eval.csv"
-        # The row of the end comes again with the end.
+        # The row of the last step is written again at the end of the resumed run.
         self._log = CsvLog(path, min(trainer.step, trainer.recipe.steps - 1))
 
     def on_step(self, trainer: Trainer, step: int, losses: dict[str, float]) -> None:
@@ -83,10 +83,10 @@ class TrainingResult:
     """What a run did.
 
     Args:
-        steps: done; seconds: over all sittings, without filling the cache.
+        steps: optimiser steps done; seconds: of training, over all resumed parts, without filling the cache.
         losses: means of the last logged steps.
         complete: False if a callback stopped it.
-        notes: what went wrong without ending the run.
+        notes: problems that did not end the run.
     """
 
     steps: int

@@ -1,4 +1,4 @@
-"""Training images as views that depend on their number alone, and the order in which they come.
+"""Training images as augmented views, each a function of its number, and the order in which a run sees them.
 
 A view is a function of (seed, image, view number), a batch one of (seed, step): nothing random has a state that
 would have to be stored, so a run continues where it was stopped, on any number of data workers and processes.

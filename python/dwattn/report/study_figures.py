@@ -51,7 +51,7 @@ def _styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def by_count(points: Sequence[Point], metric: str) -> str:
-    """Difference over the number of replaced blocks, a line a layer and criterion."""
+    """Difference over the number of replaced blocks, one line per layer and criterion."""
     lines: dict[str, list[tuple[int, Point]]] = {}
     for point in points:
         if point.blocks is not None:
@@ -147,7 +147,7 @@ def speedup(latency: Sequence[Mapping[str, Any]], heads: int) -> str:
 
 
 def chosen_blocks(chosen: Mapping[str, Sequence[Sequence[int]]], depth: int) -> str:
-    """A row a selection, a column a block; the darker, the more seeds chose it.
+    """One row per selection, one column per block; the darker, the more seeds chose it.
 
     Args:
         chosen: for each selection the chosen blocks of each run.
