@@ -84,9 +84,8 @@ def record_of(model: nn.Module) -> Record:
         raise CheckpointError(recorded_elsewhere(model))
     if not found:
         raise CheckpointError(
-            f"{type(model).__name__} has no layers replaced by dwattn; call dwattn.replace(model, "
-            f"plan) first, or save "
-            f"an unconverted model with its own library."
+            f"{type(model).__name__} has no layers replaced by dwattn; call dwattn.replace(model, plan) first, or "
+            "save an unconverted model with its own library."
         )
     conversion = found[0][2]
     layout = describe(model)
@@ -109,9 +108,8 @@ def record_of(model: nn.Module) -> Record:
     ]
     if len(layers) != len(replaced):
         raise CheckpointError(
-            f"{len(replaced)} layers were replaced by dwattn, but {len(layers)} of them are still "
-            f"in the model; "
-            f"restore it and replace again."
+            f"{len(replaced)} layers were replaced by dwattn, but {len(layers)} of them are still in the model; "
+            "restore it and replace again."
         )
     return Record(
         dwattn_version=dwattn.__version__,
@@ -246,10 +244,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     name = os.fspath(path)
     if Path(path).is_dir():
         raise CheckpointError(
-            f"{name!r} is a directory. dwattn.save() writes one file; save_pretrained() cannot "
-            f"describe a "
-            f"converted model, so load the original with from_pretrained() and then the file into "
-            f"it."
+            f"{name!r} is a directory. dwattn.save() writes one file; save_pretrained() cannot describe a "
+            "converted model, so load the original with from_pretrained() and then the file into it."
         )
     if not Path(path).is_file():
         raise CheckpointError(f"There is no checkpoint to load: {name!r} does not exist.")
@@ -266,9 +262,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
 def _parse(metadata: dict[str, str] | None, path: str) -> Record:
     if not metadata or METADATA_KEY not in metadata:
         raise CheckpointError(
-            f"{path!r} holds tensors but no conversion: it was not written by dwattn.save(). Load "
-            f"plain weights into the "
-            f"model with its own library, then call dwattn.replace()."
+            f"{path!r} holds tensors but no conversion: it was not written by dwattn.save(). Load plain weights "
+            "into the model with its own library, then call dwattn.replace()."
         )
     try:
         data = parse_json(metadata[METADATA_KEY])
@@ -277,9 +272,8 @@ def _parse(metadata: dict[str, str] | None, path: str) -> Record:
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != 1:
         raise CheckpointError(
-            f"{path!r} has schema_version={version!r}, this dwattn {dwattn.__version__} reads "
-            f"version 1; use the dwattn "
-            f"that wrote it."
+            f"{path!r} has schema_version={version!r}, this dwattn {dwattn.__version__} reads version 1; use the "
+            "dwattn that wrote it."
         )
     try:
         return Record.model_validate(data)
@@ -411,7 +405,6 @@ def _names(path: str, what: str, names: Iterable[str]) -> None:
     if listed:
         more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
         raise CheckpointError(
-            f"{path!r} does not fit this model: it {what} {', '.join(listed[:_LISTED])}{more}. "
-            f"Load into a model built "
-            f"the same way as the one that was saved."
+            f"{path!r} does not fit this model: it {what} {', '.join(listed[:_LISTED])}{more}. Load into a model "
+            "built the same way as the one that was saved."
         )

@@ -46,9 +46,8 @@ def same_shape(first: Tensor, second: Tensor, what: str) -> None:
     """Raise :class:`DataError` unless the shapes agree."""
     if first.shape != second.shape:
         raise DataError(
-            f"{what} of the two models have shapes {tuple(first.shape)} and "
-            f"{tuple(second.shape)}; run both models "
-            f"on the same images."
+            f"{what} of the two models have shapes {tuple(first.shape)} and {tuple(second.shape)}; run both "
+            "models on the same images."
         )
 
 

@@ -156,8 +156,7 @@ def planned_layers(layout: BackboneLayout, plan: Plan) -> tuple[list[PlannedLaye
     for name, entry in zip(plan.relative_names(), plan.layers, strict=True):
         if name not in sites:
             raise PlanError(
-                f"The plan names {entry.name}, which is not an attention layer of "
-                f"{layout.family}; its layers are "
+                f"The plan names {entry.name}, which is not an attention layer of {layout.family}; its layers are "
                 f"{', '.join(sites)}."
             )
         reason = refusal(sites[name].attention)
@@ -244,8 +243,7 @@ def _choices(layer: PlannedLayer, options: Options) -> dict[str, Any]:
             choices["rank"] = rank_width(options.rank, layer.weights.channels)
     elif options.prefix == "static":
         raise DwattnError(
-            f"prefix='static' replaces the prefix rows of whole layers, but the plan lists single "
-            f"heads of "
+            "prefix='static' replaces the prefix rows of whole layers, but the plan lists single heads of "
             f"{layer.site.attention_name}; use prefix='exact'."
         )
     return choices

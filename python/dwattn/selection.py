@@ -145,9 +145,8 @@ def _check_order(scores: Scores, order: list[Any]) -> list[LayerScore]:
             reason = scores.refused.get(str(entry))
             known = ", ".join(f"{layer.block} ({layer.name})" for layer in scores.layers)
             raise PlanError(
-                f"order names {entry!r}, which "
-                f"{f'was refused: {reason}' if reason else 'is not a scored layer.'} Scored are "
-                f"{known}."
+                f"order names {entry!r}, which {f'was refused: {reason}' if reason else 'is not a scored layer.'} "
+                f"Scored are {known}."
             )
         if found[0] in chosen:
             raise PlanError(f"order names {entry!r} twice.")

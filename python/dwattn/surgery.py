@@ -219,16 +219,14 @@ def _previous(model: nn.Module, layout: BackboneLayout, grid: Grid | None) -> Co
     holder, _, record = found
     if holder is not model:
         raise PlanError(
-            f"Layers of a part of this model ({type(holder).__name__}) were replaced before; call "
-            f"replace() on "
-            f"that part again, or restore it first."
+            f"Layers of a part of this model ({type(holder).__name__}) were replaced before; call replace() on "
+            "that part again, or restore it first."
         )
     fixed = None if record.hook is None else record.hook[0].fixed
     if fixed != grid:
         raise PlanError(
-            f"Layers of this model were replaced before with {_grid_text(fixed)}, now "
-            f"{_grid_text(grid)} is asked "
-            f"for; use the same, or dwattn.restore(model) first."
+            f"Layers of this model were replaced before with {_grid_text(fixed)}, now {_grid_text(grid)} is asked "
+            "for; use the same, or dwattn.restore(model) first."
         )
     return record
 
@@ -246,9 +244,8 @@ def _check_values(
         for key, parameter in shim.layer.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise CalibrationError(
-                    f"{name}: {key} would hold NaN or infinite values. Check the calibration "
-                    f"images, or replace "
-                    f"without calibrate=."
+                    f"{name}: {key} would hold NaN or infinite values. Check the calibration images, or replace "
+                    "without calibrate=."
                 )
     for name, value in updates.items():
         if name not in tensors or tensors[name].shape != value.shape:

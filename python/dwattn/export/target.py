@@ -234,9 +234,8 @@ def _check_size(layout: BackboneLayout, model: nn.Module, size: Size, dynamic: b
     if reason is not None and (dynamic or (layout.grid is not None and layout.grid != grid)):
         own = layout.grid or grid
         raise ExportError(
-            f"{layout.family} takes images of {own[0] * rows} x {own[1] * columns} pixels "
-            f"({own[0]} x {own[1]} patches) only, but "
-            f"size={size}{' with dynamic_size=True' if dynamic else ''} was asked for: {reason}"
+            f"{layout.family} takes images of {own[0] * rows} x {own[1] * columns} pixels ({own[0]} x {own[1]} "
+            f"patches) only, but size={size}{' with dynamic_size=True' if dynamic else ''} was asked for: {reason}"
         )
     return grid
 

@@ -122,8 +122,7 @@ def _embed(file: Path) -> str:
         content = base64.b64encode(file.read_bytes()).decode("ascii")
     except OSError as error:
         raise DataError(
-            f"The picture {file} is missing ({error}). Keep the folder 'pictures' beside the "
-            f"results file, or pass "
-            f"pictures=FOLDER."
+            f"The picture {file} is missing ({error}). Keep the folder 'pictures' beside the results file, or "
+            "pass pictures=FOLDER."
         ) from error
     return f"data:{mimetypes.guess_type(file.name)[0] or 'image/png'};base64,{content}"

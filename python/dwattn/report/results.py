@@ -225,9 +225,8 @@ class Results(Record):
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise DataError(
-                f"{path} is not a results file of this version of dwattn: {_first(error)}. Write "
-                f"one with: "
-                f"dwattn demo --out FOLDER"
+                f"{path} is not a results file of this version of dwattn: {_first(error)}. Write one with: dwattn "
+                "demo --out FOLDER"
             ) from error
 
 
