@@ -22,7 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Replace attention layers of pretrained Vision Transformers by fixed 3x3 aggregation.",
+    help="Make pretrained Vision Transformers faster: replace softmax attention that hardly varies between "
+    "images by a 3x3 depthwise aggregation. In order: score, select (or refine), replace, export.",
 )
 
 
@@ -56,11 +57,11 @@ def main(
 
 #: With summaries that fit on a line of ``dwattn --help``.
 _COMMANDS = (
-    ("demo", tools.demo, "The whole journey on a real model and real photos."),
-    ("doctor", tools.doctor, "What is installed, what was built, which backend would run."),
+    ("demo", tools.demo, "Run all steps on a real model and real photos."),
+    ("doctor", tools.doctor, "Show what is installed and built, and which backend will run."),
     ("score", pipeline.score, "Measure how much every head's attention map varies."),
     ("select", pipeline.select, "Choose the blocks or heads whose attention varies least."),
-    ("refine", refinement.refine, "Choose blocks by trying sets of them out."),
+    ("refine", refinement.refine, "Choose blocks by trying out whole sets of them."),
     ("replace", pipeline.replace, "Replace what the plan names, and fit the new weights."),
     ("finetune", training.finetune, "Recover accuracy by training."),
     ("study", study.study, "Compare variants, selections and recipes on a task."),

@@ -1,4 +1,4 @@
-"""``dwattn demo | doctor | report``."""
+"""``dwattn demo | doctor | report``: the demonstration, the state of the installation, the demo's report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def demo(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """The whole journey on a real model and real photos, with a report to look at."""
+    """Run all steps on a real model and real photos, and write a report."""
     from dwattn.demo import run
 
     result = run(out, quick=quick, json=as_json)
@@ -34,7 +34,7 @@ def demo(
 
 @command
 def doctor(as_json: JsonOption = False) -> None:
-    """What is installed, what was built, which backend would run, and why not the others."""
+    """Show what is installed, what was built, which backend will run, and why not the others."""
     from dwattn import environment
 
     collected = environment.collect()

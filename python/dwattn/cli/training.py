@@ -116,7 +116,10 @@ def finetune(
         ),
     ] = None,
     features: Annotated[
-        float, typer.Option(help="distill: weight of the error of the final features.")
+        float,
+        typer.Option(
+            help="distill: weight of the squared error of the final patch tokens, beside their cosine."
+        ),
     ] = 0.0,
     blocks: Annotated[
         float, typer.Option(help="distill: weight of the error after each block.")

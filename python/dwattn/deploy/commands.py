@@ -33,7 +33,7 @@ SUMMARIES = {
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "dwattn-deploy") -> int:
-    """Run a command; the exit code."""
+    """Run a command and return the exit code."""
     parsed = _parsed(arguments, program)
     try:
         with stopped_in_order(), notes():
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "dwattn-deploy")
 
 @contextlib.contextmanager
 def notes() -> Iterator[None]:
-    """Warnings as sentences for a person."""
+    """Print warnings as notes on stderr."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_, **__: print(f"Note: {message}", file=sys.stderr)
@@ -87,7 +87,7 @@ def _parsed(arguments: Sequence[str] | None, program: str) -> argparse.Namespace
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="M.ONNX")
-    parser.add_argument("-o", "--out", metavar="FILE", help="engine; default: M.engine")
+    parser.add_argument("-o", "--out", metavar="FILE", help="engine to write; default: M.engine")
     _add_build_options(parser)
 
 
@@ -101,18 +101,26 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
         help="let TensorRT 10 use half precision for an fp32 file; later ones need an fp16 file",
     )  # fmt: skip
     _add_plugin(parser)
-    parser.add_argument("--timing-cache", metavar="FILE", help="kernel times of earlier builds")
     parser.add_argument(
-        "--workspace", type=int, metavar="MIB", help="most scratch memory; default: all"
+        "--timing-cache", metavar="FILE", help="file of kernel times, which a later build uses"
     )
-    parser.add_argument("--batch", metavar="MIN:OPT:MAX", help="images, or one number; default 1")
-    parser.add_argument("--size", metavar="MIN:OPT:MAX", help="pixels of a dynamic image size")
-    parser.add_argument("--verbose", action="store_true", help="all that TensorRT says")
+    parser.add_argument(
+        "--workspace", type=int, metavar="MIB", help="limit of scratch memory; default: all memory"
+    )
+    parser.add_argument(
+        "--batch", metavar="MIN:OPT:MAX", help="range of batch sizes, or one number; default 1"
+    )
+    parser.add_argument(
+        "--size", metavar="MIN:OPT:MAX", help="range of pixels, for a model of dynamic image size"
+    )
+    parser.add_argument("--verbose", action="store_true", help="print all of TensorRT's messages")
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="an engine, or an ONNX file for a CPU")
-    parser.add_argument("--against", metavar="FILE", help="baseline, measured in turns with it")
+    parser.add_argument(
+        "file", metavar="FILE", help="an engine, or with --provider cpu an ONNX file"
+    )
+    parser.add_argument("--against", metavar="FILE", help="baseline, measured in turns with FILE")
     parser.add_argument(
         "--provider", choices=["tensorrt", "cpu"], default="tensorrt",
         help="cpu: onnxruntime on one pinned core; default %(default)s",
@@ -125,35 +133,41 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="of the cpu provider; default %(default)s",
+        help="threads of the cpu provider; default %(default)s",
     )
     parser.add_argument(
         "--core", type=int, metavar="N",
-        help="CPU core to pin to; default the last allowed one; -1: do not pin",
+        help="CPU core to pin to; default: the last allowed one; -1: none",
     )  # fmt: skip
-    parser.add_argument("--verbose", action="store_true", help="all that TensorRT says")
+    parser.add_argument("--verbose", action="store_true", help="print all of TensorRT's messages")
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("engine", metavar="M.ENGINE")
-    parser.add_argument("golden", metavar="DIR", help="written by the command golden")
-    parser.add_argument("--tolerance", type=float, metavar="X", help="on the relative error")
+    parser.add_argument("golden", metavar="DIR", help="folder written by the command golden")
+    parser.add_argument("--tolerance", type=float, metavar="X", help="bound on the relative error")
     _add_plugin(parser)
-    parser.add_argument("--verbose", action="store_true", help="all that TensorRT says")
+    parser.add_argument("--verbose", action="store_true", help="print all of TensorRT's messages")
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("native", metavar="NATIVE.ONNX")
     parser.add_argument("plugin_model", metavar="PLUGIN.ONNX")
     parser.add_argument(
-        "-o", "--out", metavar="DIR", default="compare", help="for the engines; default %(default)s"
+        "-o",
+        "--out",
+        metavar="DIR",
+        default="compare",
+        help="folder for the engines; default %(default)s",
     )
     _add_build_options(parser)
     _add_protocol(parser)
 
 
 def _add_golden(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="M.ONNX", help="native or function lowering")
+    parser.add_argument(
+        "model", metavar="M.ONNX", help="ONNX file, exported with --lowering native or function"
+    )
     parser.add_argument(
         "-o", "--out", metavar="DIR", default="golden", help="folder to write; default %(default)s"
     )
@@ -161,7 +175,9 @@ def _add_golden(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plugin(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--plugin", metavar="LIBRARY", help="libdwattn_trt.so")
+    parser.add_argument(
+        "--plugin", metavar="LIBRARY", help="path of the plugin library, libdwattn_trt.so"
+    )
 
 
 def _add_protocol(parser: argparse.ArgumentParser) -> None:
@@ -170,16 +186,24 @@ def _add_protocol(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=ITERATIONS,
         metavar="N",
-        help="calls that are timed; default %(default)s",
+        help="timed calls; default %(default)s",
     )
     parser.add_argument(
-        "--warmup", type=int, default=WARMUP, metavar="N", help="calls before; default %(default)s"
+        "--warmup",
+        type=int,
+        default=WARMUP,
+        metavar="N",
+        help="untimed calls before them; default %(default)s",
     )
 
 
 def _add_shape(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=int, metavar="N", help="where it may vary")
-    parser.add_argument("--size", metavar="HxW", help="pixels, where they may vary")
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help="batch size, if the file leaves it open"
+    )
+    parser.add_argument(
+        "--size", metavar="HxW", help="image size in pixels, if the file leaves it open"
+    )
 
 
 def _build(parsed: argparse.Namespace) -> int:

@@ -23,19 +23,22 @@ OutputLoss = Literal["auto", "kl", "mse", "binary"]
 
 @dataclass(frozen=True)
 class Targets:
-    """What the student is compared in, and with which weights; a weight of 0 leaves a term out.
+    """The terms of the distillation loss and their weights; a weight of 0 leaves a term out.
 
     Args:
-        cosine: ``1 - cos`` of final patch tokens, mean over patches.
-        features: squared error of final patch tokens as a share of their variance in the image.
-        prefix: ``1 - cos`` of prefix tokens.
-        blocks: squared error after chosen blocks as a share of their variance, mean over the blocks.
+        cosine: weight of ``1 - cos`` of the final patch tokens, mean over patches.
+        features: weight of the squared error of the final patch tokens, as a share of their variance in the image.
+        prefix: weight of ``1 - cos`` of the prefix tokens.
+        blocks: weight of the squared error after chosen blocks, as a share of their variance, mean over the blocks.
         block_indices: the blocks; None takes those with replaced layers.
-        output: of the model's output.
-        output_loss: ``kl`` of logits ``(B, classes, ...)``, a mean over images and positions, ``mse`` as a share of the mean
+        output: weight of the error of the model's output.
+        output_loss: that error: ``kl`` of logits ``(B, classes, ...)``, a mean over images and positions, ``mse`` as a share of the mean
             square of the teacher's output for the image, ``binary`` cross-entropy above its minimum for maps in [0, 1]; ``auto``
             takes ``kl`` for two dimensions and ``mse`` otherwise.
-        temperature: of ``kl``.
+        temperature: of ``kl``; above 0.
+
+    Raises:
+        TrainingError: weights that are negative, not finite or all 0, or an unknown ``output_loss``.
     """
 
     cosine: float = 1.0
