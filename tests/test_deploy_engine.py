@@ -301,7 +301,7 @@ def test_verify_with_a_fixed_image_size(
     deploy.Golden({"x": x}, {"out_x": 2 * x}, {}).save(tmp_path / "g")
     assert deploy.verify(engine, tmp_path / "g").ok
     deploy.Golden({"pixels": x}, {"out_x": 2 * x}, {}).save(tmp_path / "other")
-    with pytest.raises(deploy.DeployError, match="takes x, and got pixels"):
+    with pytest.raises(deploy.DeployError, match="takes x, but got pixels"):
         deploy.verify(engine, tmp_path / "other")
 
 
@@ -372,7 +372,10 @@ def test_bench(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": "10.7.0"}, "was built by tensorrt 10.7.0, and here is tensorrt 10.3.0"),
+        (
+            {"version": "10.7.0"},
+            "was built by tensorrt 10.7.0, but this machine has tensorrt 10.3.0",
+        ),
         ({"device": {"name": "Xavier", "compute_capability": "7.2", "memory": 1}}, "Xavier.*7.2"),
     ],
 )

@@ -47,7 +47,7 @@ def test_outputs_that_are_no_arrays_of_numbers_are_named(tmp_path: Path) -> None
     split = helper.make_node("SplitToSequence", ["x"], ["parts"], axis=0)
     for node, y in ((cast, text), (split, several)):
         path = save(tmp_path / "m.onnx", node, x, y)
-        with pytest.raises(deploy.DeployError, match=f"Output {y.name} .*no array of numbers"):
+        with pytest.raises(deploy.DeployError, match=f"Output {y.name} .*not an array of numbers"):
             deploy.golden(path, tmp_path / "g")
         assert not (tmp_path / "g").exists()
 

@@ -244,7 +244,7 @@ def test_all_processes_end_where_one_cannot_read() -> None:
 def test_a_process_keeps_to_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer(Two(), None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(TrainingError, match=r"device='cuda' is not to be had.*keeps to cpu"):
+    with pytest.raises(TrainingError, match=r"device='cuda' is not available.*keeps to cpu"):
         Trainer(Two(), views(), RECIPE, device="cuda")
 
 

@@ -136,7 +136,7 @@ def test_malformed_plans_are_refused_with_the_field(name: str, tmp_path: Path) -
         (b"", "not valid JSON"),
         (b"{", "not valid JSON"),
         (b"[1, 2]", "not a dwattn plan"),
-        (b"\xff\xfe\x00", "no text. A plan is a JSON file.*dwattn select"),
+        (b"\xff\xfe\x00", "not text. A plan is a JSON file.*dwattn select"),
         (b"null", "not a dwattn plan"),
         (b'{"layers": [1], "layers": [2]}', "'layers' is given twice"),
     ],

@@ -288,7 +288,7 @@ def _fresh(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise CheckpointError(
             f"load() needs a model or a function that makes one, got a {type(made).__name__}; "
-            f"dwattn.models.load_model() makes one of a name."
+            f"dwattn.models.load_model() makes one from a name."
         )
     if find_conversion(made) is not None:
         raise CheckpointError(
@@ -339,7 +339,7 @@ def _finite(weights: dict[str, Tensor], shims: dict[str, ConvertedAttention], pa
     for key, tensor in weights.items():
         if key.startswith(tuple(shims)) and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
-                f"{path!r} holds NaN or infinite values in {key}; it is of no use."
+                f"{path!r} holds NaN or infinite values in {key}; save the model again."
             )
 
 

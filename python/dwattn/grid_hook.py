@@ -50,8 +50,8 @@ class GridHook:
             raise GeometryError(
                 f"Images of {height} x {width} pixels make a patch grid of {grid[0]} x {grid[1]}, but the model is "
                 f"converted for {self.fixed[0]} x {self.fixed[1]}. Replace with grid={grid} (--size {height}x{width}), or "
-                "with dynamic_grid=True (--dynamic-grid) for images of varying size; a model that is converted already, "
-                "restore before."
+                "with dynamic_grid=True (--dynamic-grid) for images of varying size; restore a model that is converted "
+                "already first."
             )
         self.source.grid = grid
 

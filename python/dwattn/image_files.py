@@ -147,8 +147,8 @@ def _coloured(image: Any, path: Path) -> Any:
         grey = np.asarray(image)
         if image.mode == "F" or grey.min() < 0 or grey.max() > _WHITE:
             raise DataError(
-                f"{path} has grey values from {grey.min():g} to {grey.max():g} (mode {image.mode}), of which it is not "
-                "known what is black and white. Save it with 8 or 16 bits a pixel."
+                f"{path} has grey values from {grey.min():g} to {grey.max():g} (mode {image.mode}), and nothing says "
+                "which are black and white. Save it with 8 or 16 bits per pixel."
             )
         image = Image.fromarray(((grey.astype(np.int64) + 128) // 257).astype(np.uint8))
     return image.convert("RGB")

@@ -166,7 +166,7 @@ class Plan(BaseModel):
             data = parse_json(text)
         except UnicodeDecodeError:
             raise PlanError(
-                f"{source} is no text. A plan is a JSON file, written by dwattn.select (dwattn select) from the scores."
+                f"{source} is not text. A plan is a JSON file, written by dwattn.select (dwattn select) from the scores."
             ) from None
         except ValueError as error:
             raise PlanError(

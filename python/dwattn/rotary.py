@@ -29,13 +29,13 @@ class Rotary(NamedTuple):
         """Queries or keys ``(B, n_h, N, d_h)``, the last ``H*W`` tokens turned, in the dtype of ``t``.
 
         Raises:
-            UnsupportedAttentionError: the embedding is not one angle a patch and channel.
+            UnsupportedAttentionError: the embedding is not one angle per patch and channel.
         """
         count, width = self.cos.shape[-2:]
         if self.cos.dim() != 2 or width != t.shape[-1] or count > t.shape[-2]:
             raise UnsupportedAttentionError(
                 f"A rotary embedding of shape {tuple(self.cos.shape)} does not fit queries and keys of shape "
-                f"{tuple(t.shape)}: one angle a patch and channel, {(t.shape[-2], t.shape[-1])} without prefix tokens, "
+                f"{tuple(t.shape)}: one angle per patch and channel, {(t.shape[-2], t.shape[-1])} without prefix tokens, "
                 f"is supported; rotations that differ between heads, blocks or images are not."
             )
         prefix, patches = t.split([t.shape[-2] - count, count], dim=-2)

@@ -224,7 +224,7 @@ def _private_copy(site: BlockSite) -> nn.Module:
         return deep_copy(site.module)
     except Exception as error:
         raise CalibrationError(
-            f"{site.name} could not be copied for calibration ({error}). Take off its modules what cannot be "
+            f"{site.name} could not be copied for calibration ({error}). Remove from its modules what cannot be "
             "copied: handles, locks, tensors with a history in lists or dictionaries."
         ) from error
 

@@ -263,7 +263,7 @@ def _resumed(
     different = recipe.differences(recipe.but(**typed))
     if different:
         raise typer.BadParameter(
-            f"--resume goes on with the recipe of the run in {out}, and the options say {different}. Leave them out, "
+            f"--resume continues with the recipe of the run in {out}, but the options say {different}. Leave them out, "
             "or begin another run in another --out."
         )
     return recipe

@@ -118,7 +118,7 @@ def golden(
     odd = [name for name, value in outputs.items() if not _is_numbers(value)]
     if odd:
         raise DeployError(
-            f"Output {', '.join(odd)} of {onnx} is no array of numbers, and nothing else can be verified: take it out of "
+            f"Output {', '.join(odd)} of {onnx} is not an array of numbers, and only those can be verified: take it out of "
             "the model's outputs."
         )
     broken = [name for name, value in outputs.items() if not np.isfinite(value).all()]

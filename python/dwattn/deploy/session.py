@@ -63,8 +63,8 @@ class Session:
         names = {n for n in self._names() if engine.get_tensor_mode(n) == _input(runtime)}
         if set(shapes) != names:
             raise DeployError(
-                f"The engine takes {', '.join(sorted(names))}, and got {', '.join(shapes)}: they "
-                "are of another model."
+                f"The engine takes {', '.join(sorted(names))}, but got {', '.join(shapes)}: they "
+                "belong to another model."
             )
         self._cleanup = contextlib.ExitStack()
         self._graph: int | None = None

@@ -109,8 +109,8 @@ class Sidecar:
         """
         if (self.runtime, self.version) != (runtime, version):
             raise DeployError(
-                f"{engine} was built by {self.runtime} {self.version}, and here is {runtime} "
-                f"{version}. Engines do not move between versions: build it again here."
+                f"{engine} was built by {self.runtime} {self.version}, but this machine has "
+                f"{runtime} {version}. Engines do not move between versions: build it again here."
             )
         if self.device is None or device is None:
             return

@@ -134,8 +134,8 @@ def differences(
     """
     if set(found) != set(expected):
         raise DeployError(
-            f"The engine returns {', '.join(found)}, and the golden outputs are "
-            f"{', '.join(expected)}: they are of another model."
+            f"The engine returns {', '.join(found)}, but the golden outputs are "
+            f"{', '.join(expected)}: they belong to another model."
         )
     return [_difference(name, found[name], expected[name]) for name in expected]
 

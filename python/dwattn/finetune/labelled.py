@@ -175,7 +175,7 @@ def labelled_folder(
         )
     if len(names) < 2:
         raise DataError(
-            f"{root} holds {len(names)} class folders; images of at least two classes belong into one folder each."
+            f"{root} holds {len(names)} class folders; put the images of each class, at least two, into a folder of its own."
         )
     files: list[Path] = []
     labels: list[int] = []
@@ -202,7 +202,7 @@ def _read_mask(path: Path, image: Path, size: tuple[int, int], classes: int) -> 
         )
     if mask.mode not in ("L", "P", "1"):
         raise DataError(
-            f"The mask {path} has the mode {mask.mode}; one grey or palette value a pixel is its class."
+            f"The mask {path} has the mode {mask.mode}; the class of a pixel must be its grey or palette value."
         )
     spread = _spread(path) if mask.mode == "L" else 1
     values = torch.from_numpy(np.asarray(mask, dtype=np.uint8) // spread)

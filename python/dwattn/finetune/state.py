@@ -90,7 +90,7 @@ def read_progress(folder: Path) -> Progress | None:
         text = (file.metadata() or {}).get(_KEY)
     if text is None:
         raise CheckpointError(
-            f"{str(path)!r} is no training state of dwattn; give an empty folder."
+            f"{str(path)!r} is not a training state of dwattn; give an empty folder."
         )
     try:
         return Progress.model_validate_json(text)

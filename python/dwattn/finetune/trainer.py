@@ -442,6 +442,6 @@ def _accelerator(device: str | None) -> Any:
         reason = str(error)
     if reason:
         raise TrainingError(
-            f"device={device!r} is not to be had in this process ({reason}); start another one for it."
+            f"device={device!r} is not available in this process ({reason}); start another one for it."
         )
     return accelerator
