@@ -158,7 +158,7 @@ def test_files_that_are_missing_or_hold_no_state_dict(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds list, not a state dict"):
         read_weights(tmp_path / "list.pth")
     save_file({"a": torch.zeros(1)}, tmp_path / "student.safetensors", {"dwattn": "{}"})
-    with pytest.raises(CheckpointError, match="as STUDENT behind MODEL"):
+    with pytest.raises(CheckpointError, match="as STUDENT after MODEL"):
         read_weights(tmp_path / "student.safetensors")
 
 
