@@ -284,12 +284,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--polish", type=float, default=0, help="minutes of gradient steps after the closed form"
     )
-    parser.add_argument("--polish-lr", type=float, default=1e-6, help="of these steps")
     parser.add_argument(
-        "--minutes", type=float, default=14, help="of gradient steps from the Gaussian start"
+        "--polish-lr", type=float, default=1e-6, help="learning rate of these steps"
     )
-    parser.add_argument("--lr", type=float, default=1e-4, help="of these steps")
-    parser.add_argument("--batch", type=int, default=16, help="images a gradient step")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=14,
+        help="minutes of gradient steps from the Gaussian start",
+    )
+    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of these steps")
+    parser.add_argument("--batch", type=int, default=16, help="images per gradient step")
     parser.add_argument(
         "--photos", help="folder of more photos to fit to; more_photos.py fetches one"
     )
@@ -297,7 +302,7 @@ def parse() -> argparse.Namespace:
         "--own",
         type=int,
         default=1,
-        help="times that the demo's own photos count as many views as others",
+        help="how many times as many views the demo's own photos get as others",
     )
     parser.add_argument(
         "--cutouts",
@@ -308,10 +313,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--light", type=float, default=LIGHT, help="bound of the views' change in light"
     )
+    parser.add_argument("--images", type=int, help="views at most; the last round is cut short")
     parser.add_argument(
-        "--images", type=int, help="views at most; the last round is cut short there"
+        "--criterion", default="residual", help="criterion by which blocks are chosen"
     )
-    parser.add_argument("--criterion", default="residual", help="by which blocks are chosen")
     parser.add_argument(
         "--refine",
         type=int,
@@ -319,11 +324,13 @@ def parse() -> argparse.Namespace:
         const=3,
         default=0,
         metavar="WIDTH",
-        help="then exchange blocks where that helps, see dwattn.refine; timed apart",
+        help="then exchange blocks if that helps (dwattn.refine); timed separately",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", default="distill-runs", help="folder of the runs")
-    parser.add_argument("--only", nargs="*", help=f"of {', '.join(c.name for c in CASES)}")
+    parser.add_argument(
+        "--only", nargs="*", help=f"cases to run, of {', '.join(c.name for c in CASES)}"
+    )
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path, help="write the results to this file")
     return parser.parse_args()

@@ -110,21 +110,27 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--validation",
         action="store_true",
-        help="measure on images held back from the training side: to choose the other options by",
+        help="measure on images held back from the training images, to choose the other options",
     )
     parser.add_argument(
         "--known-cutouts",
         action="store_true",
-        help="segment: measure on the cut-outs that are trained on, at other places on other photos",
+        help="segment: measure on the training cut-outs, at other places on other photos",
     )
-    parser.add_argument("--batch-size", type=int, help="of all stages")
-    parser.add_argument("--head-steps", type=int, help="that fit the head to the frozen backbone")
+    parser.add_argument("--batch-size", type=int, help="batch size of all stages")
+    parser.add_argument(
+        "--head-steps", type=int, help="steps that fit the head to the frozen backbone"
+    )
     parser.add_argument("--head-rate", type=float, help="learning rate of these steps")
-    parser.add_argument("--head-lr", type=float, help="the head's rate over the backbone's, later")
-    parser.add_argument("--steps", type=int, help="of the first stage")
-    parser.add_argument("--lr", type=float, help="of the first stage")
-    parser.add_argument("--second-steps", type=int, help="of the second stage")
-    parser.add_argument("--second-lr", type=float, help="of the second stage")
+    parser.add_argument(
+        "--head-lr",
+        type=float,
+        help="the head's learning rate over the backbone's, after these steps",
+    )
+    parser.add_argument("--steps", type=int, help="steps of the first stage")
+    parser.add_argument("--lr", type=float, help="learning rate of the first stage")
+    parser.add_argument("--second-steps", type=int, help="steps of the second stage")
+    parser.add_argument("--second-lr", type=float, help="learning rate of the second stage")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--amp",
@@ -137,7 +143,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--refit", default="all", help="which layers calibration corrects, see dwattn.calibration"
     )
-    parser.add_argument("--device", help="cpu or cuda; default: what is there")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     parser.add_argument("--work", default="task-studies", help="folder of the runs")
     parser.add_argument(
         "--json", type=Path, help="write the results to this file, and a .csv beside it"
@@ -152,9 +158,13 @@ def parse() -> argparse.Namespace:
         type=int,
         help="pixels of the image that they are timed on; default: --size",
     )
-    parser.add_argument("--list", action="store_true", help="say which runs are left, and stop")
     parser.add_argument(
-        "--collect", action="store_true", help="run nothing more, write what is done"
+        "--list", action="store_true", help="list the runs that are left, then stop"
+    )
+    parser.add_argument(
+        "--collect",
+        action="store_true",
+        help="run nothing, only write the results of finished runs",
     )
     parser.add_argument("--progress", action="store_true")
     options = parser.parse_args()

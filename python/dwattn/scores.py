@@ -29,6 +29,7 @@ _TENSORS = (
     "residual_plain",
     "perturbation",
 )
+_STORED = (*_TENSORS, "mean_map", "std_map")
 _OPTIONAL = ("residual", "residual_plain", "perturbation", "mean_map", "std_map")
 
 
@@ -185,7 +186,7 @@ class Scores(Printed):
 
         tensors: dict[str, Tensor] = {}
         for index, layer in enumerate(self.layers):
-            for key in (*_TENSORS, "mean_map", "std_map"):
+            for key in _STORED:
                 tensor = getattr(layer, key)
                 if tensor is not None:
                     tensors[f"layers.{index}.{key}"] = tensor.contiguous()
@@ -349,9 +350,7 @@ def _read(path: Path) -> tuple[_Header, Mapping[str, Tensor]]:
 def _layer(
     entry: _HeaderLayer, index: int, header: _Header, tensors: Mapping[str, Tensor], path: str
 ) -> LayerScore:
-    found = {
-        key: tensors.get(f"layers.{index}.{key}") for key in (*_TENSORS, "mean_map", "std_map")
-    }
+    found = {key: tensors.get(f"layers.{index}.{key}") for key in _STORED}
     sigma = found["sigma"]
     heads = 0 if sigma is None or sigma.dim() != 1 else len(sigma)
     map_size = header.grid[0] * header.grid[1] + (
