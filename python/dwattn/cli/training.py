@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
@@ -36,6 +36,34 @@ from dwattn.cli.tasks import (
     WorkersOption,
     check_labels,
 )
+from dwattn.cli.training_options import (
+    BlocksOption,
+    CacheOption,
+    DryRunOption,
+    EmaOption,
+    EpochsOption,
+    FeaturesOption,
+    KernelLrOption,
+    LrOption,
+    MicroBatchOption,
+    MinutesOption,
+    OutOption,
+    OutputLossOption,
+    OutputOption,
+    ResumeOption,
+    SaveMinutesOption,
+    SeedOption,
+    SplitOption,
+    StepsOption,
+    TaskOption,
+    TestImagesOption,
+    TrainedStudentArgument,
+    TrainingImagesOption,
+    TrainOption,
+    ViewsOption,
+    WarmupOption,
+    WeightDecayOption,
+)
 from dwattn.errors import CheckpointError, TrainingError
 from dwattn.files import require_apart
 
@@ -49,111 +77,46 @@ if TYPE_CHECKING:
 def finetune(
     context: typer.Context,
     model: ModelArgument,
-    student: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[STUDENT]",
-            help="File written by dwattn replace; without it (tasks only) MODEL is trained as it is.",
-        ),
-    ] = None,
+    student: TrainedStudentArgument = None,
     *,
-    images: Annotated[
-        Path,
-        typer.Option(metavar="DIR", help="Training images; for classify one subfolder per class."),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="DIR", help="Folder for checkpoints, train.csv and the trained student."
-        ),
-    ] = Path("finetune"),
-    task: Annotated[
-        str, typer.Option(help="distill (learn from MODEL, without labels), classify or segment.")
-    ] = "distill",
+    images: TrainingImagesOption,
+    out: OutOption = Path("finetune"),
+    task: TaskOption = "distill",
     masks: MasksOption = None,
     classes: ClassesOption = None,
-    test_images: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Tasks: images on which the result is measured."),
-    ] = None,
+    test_images: TestImagesOption = None,
     test_masks: TestMasksOption = None,
     pool: PoolOption = "mean",
-    split: Annotated[
-        bool, typer.Option("--split", help="Tasks: ViT-Split heads beside a frozen backbone.")
-    ] = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="Length in optimiser steps.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Length in epochs; default: 10.")] = None,
-    minutes: Annotated[
-        float | None,
-        typer.Option(help="Length in minutes: the steps that this machine makes in that time."),
-    ] = None,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-5,
-    kernel_lr: Annotated[float, typer.Option(help="Factor on --lr for the kernels.")] = 10.0,
-    weight_decay: Annotated[
-        float | None, typer.Option(help="Weight decay; default: 0 for distill, 0.05 for tasks.")
-    ] = None,
-    warmup: Annotated[float, typer.Option(help="Warm-up, as a share of the steps.")] = 0.05,
-    train: Annotated[
-        str,
-        typer.Option(
-            help="What is trained: all, blocks (those with replaced layers), replaced (these layers alone) or head."
-        ),
-    ] = "all",
+    split: SplitOption = False,
+    steps: StepsOption = None,
+    epochs: EpochsOption = None,
+    minutes: MinutesOption = None,
+    lr: LrOption = 2e-5,
+    kernel_lr: KernelLrOption = 10.0,
+    weight_decay: WeightDecayOption = None,
+    warmup: WarmupOption = 0.05,
+    train: TrainOption = "all",
     batch_size: BatchOption = 8,
-    micro_batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="Images per forward pass of a process; fewer need less memory."),
-    ] = None,
-    ema: Annotated[
-        float | None,
-        typer.Option(help="Keep an exponential moving average of the weights, with this decay."),
-    ] = None,
+    micro_batch: MicroBatchOption = None,
+    ema: EmaOption = None,
     amp: AmpOption = "no",
-    views: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Number of different crops of an image; default: a new one each time."
-        ),
-    ] = None,
-    features: Annotated[
-        float,
-        typer.Option(
-            help="distill: weight of the squared error of the final patch tokens, beside their cosine."
-        ),
-    ] = 0.0,
-    blocks: Annotated[
-        float, typer.Option(help="distill: weight of the error after each block.")
-    ] = 0.0,
-    output: Annotated[
-        float, typer.Option(help="distill: weight of the error of the model's output.")
-    ] = 0.0,
-    output_loss: Annotated[
-        str, typer.Option(help="Loss of --output: auto, kl, mse or binary.")
-    ] = "auto",
-    cache: Annotated[
-        int,
-        typer.Option(
-            min=0, metavar="MB", help="distill: memory in which the original's features are kept."
-        ),
-    ] = 0,
+    views: ViewsOption = None,
+    features: FeaturesOption = 0.0,
+    blocks: BlocksOption = 0.0,
+    output: OutputOption = 0.0,
+    output_loss: OutputLossOption = "auto",
+    cache: CacheOption = 0,
     colour: ColourOption = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    seed: SeedOption = 0,
     size: SizeOption = None,
     weights: WeightsOption = None,
     mean: MeanOption = None,
     std: StdOption = None,
     device: TrainingDeviceOption = None,
     workers: WorkersOption = 0,
-    save_minutes: Annotated[
-        float, typer.Option(min=0.0, help="Minutes between checkpoints.")
-    ] = 5.0,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Continue the run in --out, with the recipe it began with."),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Measure the time and memory of the run, then stop.")
-    ] = False,
+    save_minutes: SaveMinutesOption = 5.0,
+    resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
     progress: ProgressOption = True,
     as_json: JsonOption = False,
 ) -> None:
