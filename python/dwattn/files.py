@@ -56,28 +56,35 @@ def write_atomically(path: str | os.PathLike[str], error: type[DwattnError]) -> 
 
 @contextlib.contextmanager
 def stopped_in_order() -> Iterator[None]:
-    """SIGTERM unwinds the stack, as Ctrl-C does, so that temporary files are removed; then the process ends with 143."""
+    """SIGTERM unwinds the stack, as Ctrl-C does, so that temporary files are removed; then the process ends with 143.
 
-    came = False
+    Neither becomes another error, whatever a library inside makes of it.
+    """
 
-    def stop(*_: object) -> None:
+    came: BaseException | None = None
+
+    def stop(number: int, _: object) -> None:
         nonlocal came
-        came = True
-        raise SystemExit(EXIT_TERMINATED)
+        came = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(EXIT_TERMINATED)
+        raise came
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGTERM, stop)
+    # What the caller handles or ignores stays so.
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    taken = {number: how for number, how in usual.items() if signal.getsignal(number) == how}
+    for number in taken:
+        signal.signal(number, stop)
     try:
         yield
     except Exception as error:
-        if came:  # a library has made an error of its own out of the exit
-            raise SystemExit(EXIT_TERMINATED) from error
+        if came is not None:  # such as safetensors' ValueError for a Ctrl-C amid its reading
+            raise type(came)(*came.args) from error
         raise
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, how in taken.items():
+            signal.signal(number, how)
 
 
 def target_file(path: str | os.PathLike[str], error: type[DwattnError]) -> Path:
