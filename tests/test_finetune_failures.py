@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from dwattn.errors import CheckpointError, DataError, DwattnError, TrainingError
 from dwattn.files import sole_writer
-from dwattn.finetune import Callback, Order, Trainer, Views
+from dwattn.finetune import Callback, Evaluate, Order, Trainer, Views
 from dwattn.finetune import state as state_file
 from dwattn.finetune import trainer as trainer_module
 from dwattn.finetune.batches import in_step
@@ -93,6 +93,35 @@ def test_ctrl_c_leaves_a_whole_state(
     parts = student()
     trainer(parts, tmp_path).fit(resume=True)
     assert same(weights(whole), weights(parts))
+
+
+@pytest.mark.parametrize("amid", ["its row", "its evaluation"])
+def test_a_stop_amid_a_step_costs_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amid: str
+) -> None:
+    def evaluate(module: nn.Module) -> dict[str, float]:
+        return {"sum": sum(float(p.detach().double().sum()) for p in module.parameters())}
+
+    def run(folder: Path) -> None:
+        trainer(student(), folder, callbacks=[Evaluate(evaluate, 3)]).fit(resume=True)
+
+    write = CsvLog.write
+
+    def stopped_at_6(log: CsvLog, row: dict[str, float]) -> None:
+        name = "eval.csv" if amid == "its evaluation" else "train.csv"
+        if log.path is not None and (log.path.name, row["step"]) == (name, 6):
+            raise KeyboardInterrupt
+        write(log, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CsvLog, "write", stopped_at_6)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts")
+    run(tmp_path / "parts")
+    run(tmp_path / "whole")
+    for name in ("train.csv", "eval.csv"):
+        whole, parts = ((tmp_path / folder / name).read_text() for folder in ("whole", "parts"))
+        assert whole == parts
 
 
 def test_ctrl_c_amid_an_exchange_with_the_averages(tmp_path: Path) -> None:
