@@ -203,6 +203,34 @@ def test_a_folder_has_one_process_at_a_time(
     assert trainer(student(), run).fit().complete
 
 
+#: A run of which the process is killed while its worker starts, which then sleeps a moment.
+STARTING = """
+import os, signal, sys, time
+import torch
+from torch.utils.data._utils import signal_handling
+from dwattn.errors import TrainingError
+from dwattn.files import sole_writer
+from dwattn.finetune import Order, Views
+from dwattn.finetune.batches import read_batches
+
+def slowly():
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(0.5)
+
+signal_handling._set_worker_signal_handlers = slowly
+with sole_writer(sys.argv[1], TrainingError):
+    next(read_batches(Views(torch.zeros(4, 3, 8, 8)), Order(4, 2, 0, 2, 8), workers=1))
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_whose_parent_was_killed_lets_go_of_the_folder(tmp_path: Path) -> None:
+    killed = subprocess.run([sys.executable, "-c", STARTING, tmp_path], check=False)
+    assert killed.returncode == -9
+    with sole_writer(tmp_path, TrainingError):
+        pass
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     module = student()
     before = weights(module)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -35,14 +36,12 @@ def write_atomically(path: str | os.PathLike[str], error: type[DwattnError]) -> 
     temporary: Path | None = None
     try:
         target = target_file(path, error)
-        descriptor, name = tempfile.mkstemp(
-            prefix=f".{target.name}.", suffix=".tmp", dir=target.parent
-        )
-        os.close(descriptor)
-        temporary = Path(name)
+        # Known before the file is there: Ctrl-C may come between the two.
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL, 0o600))
         yield temporary
         _flush(temporary)
-        # mkstemp makes files private; the result gets the permissions any new file would have.
+        # It was private until now; the result gets the permissions any new file would have.
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
@@ -51,7 +50,10 @@ def write_atomically(path: str | os.PathLike[str], error: type[DwattnError]) -> 
         raise _cannot_write(path, error, failure) from failure
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(
+                OSError
+            ):  # as where it could not be made, for which there was an error
+                temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -150,7 +152,7 @@ def _cannot_write(
 
 @contextlib.contextmanager
 def sole_writer(
-    folder: str | os.PathLike[str], error: type[DwattnError], patience: float = 5.0
+    folder: str | os.PathLike[str], error: type[DwattnError], patience: float = 10.0
 ) -> Iterator[None]:
     """Keep other processes from writing into ``folder`` meanwhile: each would remove what the other has half written.
 
@@ -160,7 +162,7 @@ def sole_writer(
     Args:
         folder: an existing folder.
         error: class to raise where another process holds it.
-        patience: seconds to wait for it; children of a killed process may take a moment to notice.
+        patience: seconds to wait for it; PyTorch's workers look every five seconds whether their parent was killed.
     """
     try:
         import fcntl
