@@ -19,6 +19,7 @@ import dwattn
 from dwattn import Plan, checkpoint
 from dwattn.conversion import Transaction, conversion
 from dwattn.errors import CheckpointError, PlanError
+from dwattn.files import write_atomically
 from support.checkpoints import IMAGES, convert, fresh
 from support.models import BY_NAME, timm_vit
 
@@ -103,6 +104,19 @@ def test_a_failed_save_keeps_the_old_file(
         dwattn.save(model, path)
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
+
+
+def test_ctrl_c_behind_the_making_of_a_temporary_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt), write_atomically(path, CheckpointError):
+            pass
+    assert not list(path.parent.iterdir())
 
 
 def test_a_really_full_disk(path: Path) -> None:

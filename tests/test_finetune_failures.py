@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from dwattn.errors import CheckpointError, DataError, DwattnError, TrainingError
 from dwattn.files import sole_writer
-from dwattn.finetune import Callback, Order, Trainer, Views
+from dwattn.finetune import Callback, Evaluate, Order, Trainer, Views
 from dwattn.finetune import state as state_file
 from dwattn.finetune import trainer as trainer_module
 from dwattn.finetune.batches import in_step
@@ -93,6 +93,35 @@ def test_ctrl_c_leaves_a_whole_state(
     parts = student()
     trainer(parts, tmp_path).fit(resume=True)
     assert same(weights(whole), weights(parts))
+
+
+@pytest.mark.parametrize("amid", ["its row", "its evaluation"])
+def test_a_stop_amid_a_step_costs_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amid: str
+) -> None:
+    def evaluate(module: nn.Module) -> dict[str, float]:
+        return {"sum": sum(float(p.detach().double().sum()) for p in module.parameters())}
+
+    def run(folder: Path) -> None:
+        trainer(student(), folder, callbacks=[Evaluate(evaluate, 3)]).fit(resume=True)
+
+    write = CsvLog.write
+
+    def stopped_at_6(log: CsvLog, row: dict[str, float]) -> None:
+        name = "eval.csv" if amid == "its evaluation" else "train.csv"
+        if log.path is not None and (log.path.name, row["step"]) == (name, 6):
+            raise KeyboardInterrupt
+        write(log, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CsvLog, "write", stopped_at_6)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts")
+    run(tmp_path / "parts")
+    run(tmp_path / "whole")
+    for name in ("train.csv", "eval.csv"):
+        whole, parts = ((tmp_path / folder / name).read_text() for folder in ("whole", "parts"))
+        assert whole == parts
 
 
 def test_ctrl_c_amid_an_exchange_with_the_averages(tmp_path: Path) -> None:
@@ -172,6 +201,34 @@ def test_a_folder_has_one_process_at_a_time(
     other.kill()
     other.wait()
     assert trainer(student(), run).fit().complete
+
+
+#: A run of which the process is killed while its worker starts, which then sleeps a moment.
+STARTING = """
+import os, signal, sys, time
+import torch
+from torch.utils.data._utils import signal_handling
+from dwattn.errors import TrainingError
+from dwattn.files import sole_writer
+from dwattn.finetune import Order, Views
+from dwattn.finetune.batches import read_batches
+
+def slowly():
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(0.5)
+
+signal_handling._set_worker_signal_handlers = slowly
+with sole_writer(sys.argv[1], TrainingError):
+    next(read_batches(Views(torch.zeros(4, 3, 8, 8)), Order(4, 2, 0, 2, 8), workers=1))
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_whose_parent_was_killed_lets_go_of_the_folder(tmp_path: Path) -> None:
+    killed = subprocess.run([sys.executable, "-c", STARTING, tmp_path], check=False)
+    assert killed.returncode == -9
+    with sole_writer(tmp_path, TrainingError):
+        pass
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -33,14 +34,12 @@ def write_atomically(path: str | os.PathLike[str], error: type[DwattnError]) -> 
     temporary: Path | None = None
     try:
         target = target_file(path, error)
-        descriptor, name = tempfile.mkstemp(
-            prefix=f".{target.name}.", suffix=".tmp", dir=target.parent
-        )
-        os.close(descriptor)
-        temporary = Path(name)
+        # Known before the file is there: Ctrl-C may come between the two.
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL, 0o600))
         yield temporary
         _flush(temporary)
-        # mkstemp makes files private; the result gets the permissions any new file would have.
+        # It was private until now; the result gets the permissions any new file would have.
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
@@ -49,33 +48,42 @@ def write_atomically(path: str | os.PathLike[str], error: type[DwattnError]) -> 
         raise _cannot_write(path, error, failure) from failure
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            # It may not be there: where it could not be made there was an error.
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 @contextlib.contextmanager
 def stopped_in_order() -> Iterator[None]:
-    """SIGTERM unwinds the stack, as Ctrl-C does, so that temporary files are removed; then the process ends with 143."""
+    """SIGTERM unwinds the stack, as Ctrl-C does, so that temporary files are removed; then the process ends with 143.
 
-    came = False
+    Neither becomes another error, whatever a library inside makes of it.
+    """
 
-    def stop(*_: object) -> None:
+    came: BaseException | None = None
+
+    def stop(number: int, _: object) -> None:
         nonlocal came
-        came = True
-        raise SystemExit(EXIT_TERMINATED)
+        came = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(EXIT_TERMINATED)
+        raise came
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGTERM, stop)
+    # What the caller handles or ignores stays so.
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    taken = {number: how for number, how in usual.items() if signal.getsignal(number) == how}
+    for number in taken:
+        signal.signal(number, stop)
     try:
         yield
     except Exception as error:
-        if came:  # a library has made an error of its own out of the exit
-            raise SystemExit(EXIT_TERMINATED) from error
+        if came is not None:  # such as safetensors' ValueError for a Ctrl-C amid its reading
+            raise type(came)(*came.args) from error
         raise
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, how in taken.items():
+            signal.signal(number, how)
 
 
 def target_file(path: str | os.PathLike[str], error: type[DwattnError]) -> Path:
@@ -141,7 +149,7 @@ def _cannot_write(
 
 @contextlib.contextmanager
 def sole_writer(
-    folder: str | os.PathLike[str], error: type[DwattnError], patience: float = 5.0
+    folder: str | os.PathLike[str], error: type[DwattnError], patience: float = 10.0
 ) -> Iterator[None]:
     """Keep other processes from writing into ``folder`` during the block: each would remove the other's unfinished files.
 
@@ -151,7 +159,7 @@ def sole_writer(
     Args:
         folder: an existing folder.
         error: class to raise where another process holds it.
-        patience: seconds to wait for it; children of a killed process may take a moment to notice.
+        patience: seconds to wait for it; PyTorch's workers look every five seconds whether their parent was killed.
     """
     try:
         import fcntl

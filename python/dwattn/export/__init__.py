@@ -7,8 +7,8 @@ import hashlib
 import importlib.util
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -322,11 +322,10 @@ def _staged(destination: Path) -> Iterator[Path]:
     """A path in a private directory beside the destination; moved there if the block succeeds, else
     removed.
     """
+    # Named before it is there: Ctrl-C may come between the two.
+    folder = destination.with_name(f".dwattn-export-{secrets.token_hex(4)}")
     try:
-        folder = Path(tempfile.mkdtemp(prefix=".dwattn-export-", dir=destination.parent))
-    except OSError as error:
-        raise ExportError(f"{destination} cannot be written: {error.strerror or error}.") from error
-    try:
+        folder.mkdir(mode=0o700)
         staged = folder / destination.name
         yield staged
         data = staged.with_name(staged.name + ".data")

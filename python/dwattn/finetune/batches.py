@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +34,7 @@ def read_batches(
     """
     loader = DataLoader(
         _Batches(data), sampler=_Sampler(order), batch_size=None, collate_fn=_unchanged,
-        num_workers=workers, pin_memory=pin,
+        num_workers=workers, pin_memory=pin, worker_init_fn=partial(_end_without, os.getpid()),
     )  # fmt: skip
     for batch in loader:
         if isinstance(batch, DwattnError):
@@ -89,6 +92,16 @@ class _Sampler:
 
     def __len__(self) -> int:
         return len(self.order)
+
+
+def _end_without(parent: int, _: int) -> None:
+    """End a forked worker whose parent was killed while it started.
+
+    PyTorch's own watch begins after this and takes whatever adopted the worker for its parent: it would wait for ever, and
+    with it the lock on the run's folder would stay.
+    """
+    if multiprocessing.get_start_method() == "fork" and os.getppid() != parent:
+        os._exit(1)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -29,10 +29,12 @@ class CsvLog:
     Args:
         path: of the file, or None to write nothing.
         done: steps that the resumed run has done; later rows, written after its last checkpoint, are dropped.
+
+    ``last`` is the step of the last row, 0 before the first one.
     """
 
     def __init__(self, path: Path | None, done: int = 0) -> None:
-        self.path = path
+        self.path, self.last = path, 0
         self._columns: list[str] | None = None
         if path is None or not path.exists():
             return
@@ -45,7 +47,8 @@ class CsvLog:
         lines = [columns, *(list(row.values()) for row in rows)] if rows else []
         with write_atomically(path, CheckpointError) as temporary:
             temporary.write_text("".join(map(_line, lines)), encoding="utf-8")
-        self._columns = columns if rows else None
+        if rows:
+            self._columns, self.last = columns, _step(rows[-1])
 
     def write(self, row: Mapping[str, float | int | str]) -> None:
         """Append a row that begins with ``step``.
@@ -66,7 +69,7 @@ class CsvLog:
             with contextlib.suppress(OSError):  # no half of a line for the next one to join
                 os.truncate(self.path, size)
             raise CheckpointError(f"Cannot write {str(self.path)!r}: {error.strerror}.") from error
-        self._columns = columns
+        self._columns, self.last = columns, int(row["step"])
 
 
 def _step(row: Mapping[str, str]) -> int:

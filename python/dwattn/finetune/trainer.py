@@ -59,6 +59,9 @@ class Evaluate(Callback):
         path = None if trainer.folder is None or not trainer.main else trainer.folder / "eval.csv"
         # The row of the last step is written again at the end of the resumed run.
         self._log = CsvLog(path, min(trainer.step, trainer.recipe.steps - 1))
+        # A stop amid an evaluation keeps the step, whose evaluation is still to come.
+        if trainer._agreed(path is not None and self._log.last < trainer.step):
+            self.on_step(trainer, trainer.step, {})
 
     def on_step(self, trainer: Trainer, step: int, losses: dict[str, float]) -> None:
         if step % self.every == 0 and step < trainer.recipe.steps:
@@ -221,11 +224,13 @@ class Trainer:
 
     def _loop(self, module: nn.Module) -> None:
         log = CsvLog(self._path("train.csv"), self.step)
+        if log.last < self.step:  # stopped between a step and its row
+            self._try(partial(log.write, self._row()))
         started, saved = time.perf_counter() - self._seconds, time.perf_counter()
         with training_bar(self.show_progress and self.main) as bar:
             task = bar.add_task("training", total=self.recipe.steps, completed=self.step, note="")
             for batch in self.batches():
-                self._losses = self.train_step(module, batch)
+                self.train_step(module, batch)
                 self._seconds = time.perf_counter() - started
                 self._try(partial(log.write, self._row()))
                 bar.update(task, completed=self.step, note=f"loss {self._losses['loss']:.4g}")
@@ -326,8 +331,8 @@ class Trainer:
             cache.fill(items, teach, self.device, lambda count: bar.advance(task, count))
         cache.source = source
 
-    def train_step(self, module: nn.Module, batch: dict[str, Any]) -> dict[str, float]:
-        """Train on a batch; losses are means over all processes."""
+    def train_step(self, module: nn.Module, batch: dict[str, Any]) -> None:
+        """Train on a batch; its losses are kept as means over all processes."""
         # Dropout too depends on the step alone.
         torch.manual_seed(mix(self.recipe.seed, self.step, self.accelerator.process_index))
         rate = self.recipe.rate(self.step)
@@ -352,9 +357,8 @@ class Trainer:
         self.scaler.update()
         if self.average is not None:
             self.average.update(self.step)
-        self.step += 1
+        self.step, self._losses = self.step + 1, means
         self._updating = False
-        return means
 
     def _clipped(self) -> Tensor:
         """The norm of the gradients as they were, which are clipped if the recipe says so."""
