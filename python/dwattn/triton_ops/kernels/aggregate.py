@@ -12,7 +12,9 @@ import triton.language as tl
 @triton.jit
 def load_row(row, j, c, width, channels, token, channel, exists):
     """Values ``(j, c)`` of one grid row in fp32, zero outside the grid."""
-    mask = ((j >= 0) & (j < width) & exists)[:, None] & (c < channels)[None, :]
+    # The row's existence as a bound of j: the interpreter of Triton 3.9 takes no mask that a scalar condition is part of.
+    end = tl.where(exists, width, 0)
+    mask = ((j >= 0) & (j < end))[:, None] & (c < channels)[None, :]
     return tl.load(row + j[:, None] * token + c[None, :] * channel, mask=mask, other=0.0).to(
         tl.float32
     )
@@ -80,7 +82,6 @@ def aggregate(
         start += load_vector(ctx + image * channels, c, channels, 1)
     above = start
     here = start
-    mask = (j < width)[:, None] & (c < channels)[None, :]
     outputs = y + image * y_batch + j[:, None] * y_token + c[None, :] * y_channel
     for i in range(first - 1, stop + 1):
         exists = (i >= 0) & (i < height)
@@ -91,10 +92,12 @@ def aggregate(
         done = above + w20 * left + w21 * centre + w22 * right
         above = here + w10 * left + w11 * centre + w12 * right
         here = start + w00 * left + w01 * centre + w02 * right
+        # The first two rows that are left behind belong to the strip above (as a bound of c: see load_row).
+        complete = tl.where(i > first, channels, 0)
         tl.store(
             outputs + ((i - 1) * width).to(tl.int64) * y_token,
             done.to(y.dtype.element_ty),
-            mask=mask & (i > first),
+            mask=(j < width)[:, None] & (c < complete)[None, :],
         )
 
 
