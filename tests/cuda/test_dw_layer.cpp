@@ -338,6 +338,16 @@ Case drawn_case() {
   return c;
 }
 
+// A grid with a side of 2^15 is left to two products.
+void check_long_side() {
+  using dwattn::cuda::is_narrow;
+  constexpr int64_t kSide = 1 << 15;
+  expect(is_narrow(512, kSide - 1, kSide - 1) && !is_narrow(513, 2, 2), "512 channels are narrow");
+  expect(!is_narrow(8, 1, kSide) && !is_narrow(8, kSide, 1), "a side of 2^15 is not narrow");
+  check<__half>({kWide, kNone, 1, 1, kSide, 1, 8, 8, 8, 0, 0, kBias | kContext, kPacked, 1});
+  check<__half>({kWide, kStatic, 1, kSide, 1, 1, 8, 8, 8, 0, 8, kBias, kPacked, 1});
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -348,6 +358,7 @@ int main(int count, char** arguments) {
   }
   check_workspace();
   check_refusals();
+  check_long_side();
   for (const float louder : {1.0f, 512.0f}) {
     check_one_rounding<__half>(louder);
     check_one_rounding<__nv_bfloat16>(louder);
