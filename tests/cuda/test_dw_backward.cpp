@@ -235,6 +235,30 @@ void check_repeatable() {
   }
 }
 
+// Gradients over very many patches, all of one value: what a long sum loses adds up.
+void check_long_sums() {
+  constexpr int64_t kSide = 256;
+  const std::vector<float> values(kSide * kSide, 0.1f);
+  float dkernel[9], dbeta;
+  DwBackwardParams p{};
+  p.grad = p.v = values.data();
+  p.grad_stride_token = p.v_stride_token = 1;
+  p.dkernel = dkernel;
+  p.dbeta = &dbeta;
+  p.batch = p.channels = 1;
+  p.height = p.width = kSide;
+  simt::machine.multiprocessors = 1;
+  std::vector<float> workspace = poisoned(dwattn::cuda::dw_backward_workspace(p));
+  expect(dwattn::cuda::dw_backward(p, workspace.data(), nullptr) == Status::kOk, "long sums");
+  const double count = kSide * kSide, value = values[0];
+  const double errors[] = {dbeta / (count * value) - 1, dkernel[4] / (count * value * value) - 1};
+  for (const double error : errors) {
+    char what[80];
+    std::snprintf(what, sizeof what, "a gradient of 65536 patches is off by %.1e", error);
+    expect(std::fabs(error) < 3e-6, what);
+  }
+}
+
 Case drawn_case() {
   const Grid grid = drawn_grid(300);
   constexpr Wanted kWanted[] = {Wanted::kAll, Wanted::kAll, Wanted::kValues, Wanted::kCoefficients};
@@ -264,6 +288,7 @@ int main(int count, char** arguments) {
   expect(dwattn::cuda::dw_backward(p, nullptr, nullptr) == Status::kInvalidArgument,
          "null pointers are refused");
   check_repeatable();
+  check_long_sums();
   return run_schedules([] {
     check_empty();
     for (const Case& c : kCases) {
