@@ -171,9 +171,16 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+def smi_id() -> str:
+    """The current GPU by its name for nvidia-smi, which counts all GPUs and not the visible ones."""
+    uuid = getattr(torch.cuda.get_device_properties(), "uuid", None)
+    return "0" if uuid is None else f"GPU-{uuid}"
+
+
 def clocks() -> dict[str, str] | None:
-    """What nvidia-smi says of the first GPU now; None without it."""
-    command = ["nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader", "--id=0"]
+    """What nvidia-smi says now of the GPU that is measured; None without it."""
+    gpu = f"--id={smi_id()}"
+    command = ["nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader", gpu]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):

@@ -39,9 +39,10 @@ ATTENTION = time_of("attention flash", "attention cudnn", "attention efficient")
 PLAIN_VALUES = time_of("eager", "channels-last", "compiled")
 CONVOLUTION = time_of("conv2d", "conv2d channels-last")
 #: Scoring by the first backend that runs, or by the one that the caller names.
-SCORING = time_of(
-    "score, no residual", "score on cuda, no residual", "score on triton, no residual"
-)
+SCORING_WAYS = ("score, no residual", "score on cuda, no residual", "score on triton, no residual")
+SCORING = time_of(*SCORING_WAYS)
+#: Under this name rows of memory have the way that counts for time too: one way has to reach both.
+FASTEST_SCORING = "fastest scoring"
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ TARGETS = (
     ),
     Target(
         "memory of scoring / (state + 256 MB)", "memory", {},
-        over(SCORING, time_of("allowed")), 1.0, at_most=True,
+        over(time_of(FASTEST_SCORING), time_of("allowed")), 1.0, at_most=True,
         floor=over(time_of("state"), time_of("allowed")),
     ),
 )  # fmt: skip

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import bench_gpu
 import gpu_cases
+import gpu_clock
 import gpu_scoring
 import gpu_targets
 
@@ -82,9 +84,38 @@ def test_a_narrow_layer_is_held_to_the_copy_and_to_the_best_attention() -> None:
 
 def test_memory_is_judged_in_bytes() -> None:
     used = {"score, no residual": 900, "state": 800, "allowed": 1000}
-    rows = [{"part": "memory", "case": gpu_scoring.FULL, "bytes": used}]
-    (found,) = gpu_targets.judge(rows)
+    times = {"score, no residual": {"median_ms": 1.0}}
+
+    def judged(used: dict[str, int]) -> gpu_targets.Judgement:
+        rows = [{"part": "memory", "case": gpu_scoring.FULL, "bytes": used}]
+        (found,) = gpu_targets.judge(rows)
+        return found
+
+    found = judged(gpu_scoring.with_fastest(used, times))
     assert (found.ratio, found.floor, found.met) == (0.9, 0.8, True)
+    # A faster way that needs more memory counts there too: one way has to reach both targets.
+    name = "score on cuda, no residual"
+    used[name], times[name] = 1100, {"median_ms": 0.5}
+    found = judged(gpu_scoring.with_fastest(used, times))
+    assert (found.ratio, found.met) == (1.1, False)
+    assert judged(used).ratio is None
+
+
+def test_clocks_are_those_of_the_gpu_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvidia-smi counts all GPUs, PyTorch those of CUDA_VISIBLE_DEVICES."""
+    known = SimpleNamespace(uuid="bd40de86-0a5a")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: known)
+    asked: list[list[str]] = []
+
+    def answer(command: list[str], **_: Any) -> SimpleNamespace:
+        asked.append(command)
+        return SimpleNamespace(stdout="1980 MHz, 2619 MHz\n")
+
+    monkeypatch.setattr(gpu_clock.subprocess, "run", answer)
+    assert gpu_clock.clocks() == {"clocks.sm": "1980 MHz", "clocks.mem": "2619 MHz"}
+    assert "--id=GPU-bd40de86-0a5a" in asked[0]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", SimpleNamespace)
+    assert gpu_clock.smi_id() == "0"
 
 
 def run(monkeypatch: pytest.MonkeyPatch, path: Path, *options: str) -> Row:

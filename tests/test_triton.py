@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,6 +219,22 @@ def test_what_cannot_run_is_refused_with_the_reason() -> None:
     else:
         with pytest.raises(BackendError, match="'cpu'"):
             aggregate(make_case())
+
+
+@pytest.mark.skipif(not INSTALLED, reason="Triton is not installed.")
+def test_the_gpu_of_the_tensor_decides_and_not_the_current_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(triton_ops, "_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda gpu=None: (7, 5) if gpu == 1 else (9, 0)
+    )
+    tokens = SimpleNamespace(device=torch.device("cuda:1"), dtype=torch.float16)
+    with pytest.raises(BackendError, match=r"this GPU has 7\.5"):
+        triton_ops._require(tokens)
+    tokens.device = torch.device("cuda:0")
+    triton_ops._require(tokens)
 
 
 @runs_kernels

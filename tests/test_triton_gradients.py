@@ -96,6 +96,15 @@ def test_gradients_of_many_strips_are_right_repeatable_and_of_any_strides() -> N
 
 
 @runs_kernels
+def test_sums_of_gradients_stay_short() -> None:
+    from dwattn.triton_ops.aggregate import gradient_groups
+
+    assert gradient_groups(units=64 * 25, blocks=16, multiprocessors=132) == 33
+    assert gradient_groups(units=64 * 256, blocks=16, multiprocessors=16) == 256
+    assert gradient_groups(units=3, blocks=1, multiprocessors=132) == 3
+
+
+@runs_kernels
 def test_operators_under_the_compiler() -> None:
     case = make_case(batch=1)
     operator = torch.ops.dwattn_triton.dw_aggregate.default

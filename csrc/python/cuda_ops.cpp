@@ -172,9 +172,6 @@ void dw_attention(const py::object& x, const py::object& wv, const OptionalObjec
   run<&cuda::dw_attention_workspace, &cuda::dw_attention>(arguments, p, stream);
 }
 
-// Up to this inner width the layer is one kernel; wider ones keep U' in the workspace.
-constexpr int64_t kNarrow = 512;
-
 void dw_layer(const py::object& x, const py::object& wv, const OptionalObject& bv,
               const py::object& kernel, const py::object& wo, const OptionalObject& bo,
               int64_t height, int64_t width, int64_t num_prefix, const OptionalObject& kappa,
@@ -194,7 +191,7 @@ void dw_layer(const py::object& x, const py::object& wv, const OptionalObject& b
   p.prefix = cuda::PrefixRows::kNone;
   p.dim_out = p.out_stride_token = dim_out;
   p.out_stride_batch = rows * dim_out;
-  p.narrow = p.channels <= kNarrow;
+  p.narrow = cuda::is_narrow(p.channels, height, width);
   RowCopy copy;
   if (prefix > 0) {
     copy.from = arguments.rows("prefix_out", *prefix_out, {p.batch, prefix, dim_out}).data;

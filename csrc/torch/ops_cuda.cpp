@@ -122,10 +122,6 @@ void narrow_layer(const Values& values, const Geometry& geometry, const Tensor& 
   check_status(cuda::dw_layer(p, workspace.mutable_data_ptr(), current_stream(out)));
 }
 
-// Up to this inner width the layer is one kernel; wider ones are two products, which are then the
-// larger part by far.
-constexpr int64_t kNarrow = 512;
-
 Tensor dw_layer_cuda(const Tensor& x, const Tensor& wv, const OptionalTensor& bv,
                      const Tensor& kernel, const OptionalTensor& kappa, const OptionalTensor& mu,
                      const OptionalTensor& beta, const Tensor& wo, const OptionalTensor& bo,
@@ -148,7 +144,7 @@ Tensor dw_layer_cuda(const Tensor& x, const Tensor& wv, const OptionalTensor& bv
     Tensor head = torch::stable::narrow(out, 1, 0, prefix);
     torch::stable::copy_(head, *prefix_out);
   }
-  if (wv.size(0) <= kNarrow) {
+  if (cuda::is_narrow(wv.size(0), height, width)) {
     // The rows of its weights are contiguous.
     narrow_layer(Values(x, dense(wv, x.scalar_type()), bv, given), geometry, wo, bo, patches);
     return out;

@@ -22,6 +22,11 @@ using nvinfer1::PluginTensorDesc;
 
 constexpr int32_t kSuccess = 0, kFailure = -1;
 
+// The answer of a plugin that cannot tell its workspace: there is no other way to say so, and with
+// 0 bytes an engine would be built whose kernels write into memory that is not theirs. This much no
+// builder has, and it can still be rounded up.
+constexpr size_t kImpossible = size_t{1} << 60;
+
 bool is_supported(DataType type) {
   return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
 }
@@ -256,13 +261,16 @@ int32_t DwPlugin::configurePlugin(const DynamicPluginTensorDesc* inputs, int32_t
 
 size_t DwPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t input_count,
                                   const DynamicPluginTensorDesc*, int32_t) const noexcept {
-  return guard(size_t{0}, [&] {
+  return guard(kImpossible, [&] {
     layer_.check_input_count(input_count);
-    // Upper bounds of the number of tokens and of the grid need not fit together either: take the
-    // grid's word.
+    // Upper bounds need not fit together either: take the grid's word for the number of tokens, and
+    // that of x for the number of images.
     Shapes largest = gather(layer_, [&](int i) { return inputs[i].max; });
     largest[0].d[1] = -1;
-    if (layer_.has(Role::kResidual)) largest[layer_.index(Role::kResidual)].d[1] = -1;
+    if (layer_.has(Role::kResidual)) {
+      nvinfer1::Dims& residual = largest[layer_.index(Role::kResidual)];
+      residual.d[0] = residual.d[1] = -1;
+    }
     const Sizes s = layer_.sizes(largest);
     int anything = 0;  // only whether pointers are null matters
     std::array<const void*, kRoleCount> pointers;

@@ -1,7 +1,7 @@
 // Values and aggregation by definition, and the comparison of a kernel with it.
 #pragma once
 
-#include "harness.h"
+#include "drawn.h"
 #include "kernels/cuda/dw_attention.h"
 
 namespace dw_cases {
@@ -150,5 +150,14 @@ void check(const Case& c, const Run& run) {
 
 // Layouts: packed; wide gaps that keep 16-byte copies possible; nothing aligned.
 inline const Layout kPacked{}, kGaps{16, 64, 8}, kOdd{3, 5, 1};
+
+inline Case drawn_case() {
+  const Grid grid = drawn_grid(260);
+  Case c{between(1, 3), grid.height, grid.width, pick({0, 1, 5}), drawn_size(200), drawn_size(140)};
+  c.terms = static_cast<int>(between(kNothing, kEverything));
+  c.multiprocessors = drawn_multiprocessors();
+  c.x = drawn_layout(), c.wv = drawn_layout(), c.y = drawn_layout();
+  return c;
+}
 
 }  // namespace dw_cases

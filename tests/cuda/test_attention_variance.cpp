@@ -1,5 +1,5 @@
 // attention_variance under the emulation, against loops in fp64.
-#include "harness.h"
+#include "drawn.h"
 #include "kernels/cuda/attention_variance.cu"
 
 namespace {
@@ -157,9 +157,10 @@ class Batch {
     judge_state(h, sum, squares);
   }
 
-  // P is rounded before it meets the values, relative to the largest weight of its row.
+  // P is rounded before it meets the values, relative to the largest weight of its row. In fp32
+  // plain code is off by up to 0.95 of this at d_h = 128: its logits are.
   void judge_output(int b, int h, const std::vector<double>& e, const std::vector<double>& lse) {
-    constexpr double kUnit = sizeof(T) == 4                   ? 0x1p-20
+    constexpr double kUnit = sizeof(T) == 4                   ? 0x1p-19
                              : std::is_same<T, __half>::value ? 0x1p-11
                                                               : 0x1p-8;
     double worst = 0, worst_lse = 0;
@@ -271,9 +272,33 @@ void test_parts() {
   expect(attention_variance(p, nullptr) == Status::kUnsupportedDType, "fp64 is refused");
 }
 
+Case drawn_case() {
+  using harness::coin, harness::between;
+  const auto size = [](int64_t value) { return static_cast<int>(value); };
+  Case c{};
+  c.batch = size(between(1, 3));
+  c.heads = size(between(1, 3));
+  c.skip = size(harness::pick({0, 1, 5}));
+  c.tokens = c.skip + size(harness::pick({1, 7, 23, 58, 59, 63, 64, 65, 97, 131}));
+  c.head_dim = size(harness::pick({1, 7, 16, 32, 40, 64, 72, 80, 96, 128}));
+  c.packed = coin();
+  c.layout = harness::drawn_layout();
+  c.prefix_mean = coin();
+  c.calls = size(between(1, c.batch));
+  c.fp64_state = coin();
+  return c;
+}
+
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  if (count > 2) {
+    return harness::run_drawn(arguments, [](uint32_t which) {
+      which % 3 == 0   ? run<float>(drawn_case())
+      : which % 3 == 1 ? run<__half>(drawn_case())
+                       : run<__nv_bfloat16>(drawn_case());
+    });
+  }
   return harness::run_schedules([] {
     for (const Case& c : kCases) {
       run<__half>(c);

@@ -1,5 +1,5 @@
 // The aggregation of a V in memory on awkward shapes, against an fp64 loop.
-#include "harness.h"
+#include "drawn.h"
 #include "kernels/cuda/dw_attention.h"
 
 namespace {
@@ -120,9 +120,23 @@ void check_long_mean() {
   expect(error < 1e-6, what);
 }
 
+Case drawn_case() {
+  const Grid grid = drawn_grid(300);
+  return {between(1, 3),   grid.height,   grid.width, pick({0, 1, 5}),
+          drawn_size(200), coin(),        coin(),     drawn_multiprocessors(),
+          drawn_layout(),  drawn_layout()};
+}
+
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  if (count > 2) {
+    return run_drawn(arguments, [](uint32_t which) {
+      which % 3 == 0   ? check<float>(drawn_case())
+      : which % 3 == 1 ? check<__half>(drawn_case())
+                       : check<__nv_bfloat16>(drawn_case());
+    });
+  }
   DwAggregateParams p{};
   p.batch = p.height = p.width = p.channels = 1;
   expect(dwattn::cuda::dw_aggregate(p, nullptr, nullptr) == Status::kInvalidArgument,

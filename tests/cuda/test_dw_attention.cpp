@@ -50,7 +50,12 @@ void check_refusals() {
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  if (count > 2) {
+    return run_drawn(arguments, [](uint32_t which) {
+      check_typed(which, [](auto element) { check<decltype(element)>(drawn_case(), run); });
+    });
+  }
   check_refusals();
   return run_schedules([] {
     for (const Case& c : kCases) {

@@ -65,9 +65,30 @@ void check_the_switch() {
   expect(!dwattn::cuda::hopper_wanted(), "it is off by default");
 }
 
+// Of the sizes that the kernel takes.
+Case drawn_for_hopper() {
+  Case c = drawn_case();
+  c.width = std::min<int64_t>(c.width, 95);
+  c.dim = std::max<int64_t>(c.dim, 1);
+  c.channels += c.channels % 2;
+  const auto aligned = [](int64_t length, Layout& layout) {
+    layout = {(8 - length % 8) % 8 + 8 * between(0, 2), 8 * between(0, 2), 8 * between(0, 1)};
+  };
+  aligned(c.dim, c.x);
+  aligned(c.dim, c.wv);
+  c.y = coin() ? kPacked : kGaps;
+  return c;
+}
+
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  if (count > 2) {
+    return run_drawn(arguments, [](uint32_t which) {
+      which % 2 == 0 ? check<__half>(drawn_for_hopper(), run)
+                     : check<__nv_bfloat16>(drawn_for_hopper(), run);
+    });
+  }
   check_refusals();
   check_the_switch();
   return run_schedules([] {

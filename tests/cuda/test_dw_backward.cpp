@@ -1,5 +1,5 @@
 // Gradients of the aggregation on awkward shapes, against fp64 loops.
-#include "harness.h"
+#include "drawn.h"
 #include "kernels/cuda/dw_backward.h"
 
 namespace {
@@ -80,6 +80,10 @@ struct Both {
     exact += a * b;
     plain += static_cast<float>(a) * static_cast<float>(b);
   }
+  void add(const Both& a, const Both& b) {
+    exact += a.exact * b.exact;
+    plain += a.plain * b.plain;
+  }
 };
 
 struct Judged {
@@ -109,8 +113,8 @@ struct Channel {
       sum.add(t.grad(b, n, k));
       mean.add(t.v(b, c.prefix + n, k), 1.0 / patches);
     }
-    beta.add(sum.exact);
-    mu.add(mean.exact, sum.exact);
+    beta.add(sum, {1, 1});
+    mu.add(mean, sum);
     const double floor = c.context ? t.mu[k] * sum.exact / patches : 0;
     for (int64_t n = 0; n < patches; ++n) {
       Both value;
@@ -124,7 +128,8 @@ struct Channel {
     }
     for (int64_t p = 0; p < c.prefix; ++p) {
       const double exact = c.context ? t.kappa[p * c.channels + k] * sum.exact : 0;
-      kappa[p].add(t.v(b, p, k), sum.exact);
+      const float v = static_cast<float>(t.v(b, p, k));
+      kappa[p].add({v, v}, sum);
       values.compare(t.dv(b, p, k), exact, rounded<T>(static_cast<float>(exact)));
     }
   }
@@ -230,14 +235,60 @@ void check_repeatable() {
   }
 }
 
+// Gradients over very many patches, all of one value: what a long sum loses adds up.
+void check_long_sums() {
+  constexpr int64_t kSide = 256;
+  const std::vector<float> values(kSide * kSide, 0.1f);
+  float dkernel[9], dbeta;
+  DwBackwardParams p{};
+  p.grad = p.v = values.data();
+  p.grad_stride_token = p.v_stride_token = 1;
+  p.dkernel = dkernel;
+  p.dbeta = &dbeta;
+  p.batch = p.channels = 1;
+  p.height = p.width = kSide;
+  simt::machine.multiprocessors = 1;
+  std::vector<float> workspace = poisoned(dwattn::cuda::dw_backward_workspace(p));
+  expect(dwattn::cuda::dw_backward(p, workspace.data(), nullptr) == Status::kOk, "long sums");
+  const double count = kSide * kSide, value = values[0];
+  const double errors[] = {dbeta / (count * value) - 1, dkernel[4] / (count * value * value) - 1};
+  for (const double error : errors) {
+    char what[80];
+    std::snprintf(what, sizeof what, "a gradient of 65536 patches is off by %.1e", error);
+    expect(std::fabs(error) < 3e-6, what);
+  }
+}
+
+Case drawn_case() {
+  const Grid grid = drawn_grid(300);
+  constexpr Wanted kWanted[] = {Wanted::kAll, Wanted::kAll, Wanted::kValues, Wanted::kCoefficients};
+  return {pick({1, 2, 3, 9}),
+          grid.height,
+          grid.width,
+          pick({0, 1, 5}),
+          std::max<int64_t>(drawn_size(140), 8),  // of fewer sums the plain ones may be lucky
+          coin(),
+          kWanted[between(0, 3)],
+          drawn_multiprocessors(),
+          drawn_layout()};
+}
+
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  if (count > 2) {
+    return run_drawn(arguments, [](uint32_t which) {
+      which % 3 == 0   ? check<float>(drawn_case())
+      : which % 3 == 1 ? check<__half>(drawn_case())
+                       : check<__nv_bfloat16>(drawn_case());
+    });
+  }
   DwBackwardParams p{};
   p.batch = p.height = p.width = p.channels = 1;
   expect(dwattn::cuda::dw_backward(p, nullptr, nullptr) == Status::kInvalidArgument,
          "null pointers are refused");
   check_repeatable();
+  check_long_sums();
   return run_schedules([] {
     check_empty();
     for (const Case& c : kCases) {

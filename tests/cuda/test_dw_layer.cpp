@@ -1,5 +1,5 @@
 // Whole layers, wide and narrow, with every kind of prefix rows, against their definition in fp64.
-#include "harness.h"
+#include "drawn.h"
 #include "kernels/cuda/dw_layer.h"
 #include "layer_definition.h"
 
@@ -202,9 +202,10 @@ void check(const Case& c) {
 }
 
 // Exact prefix rows are rounded once: with an identity for their projection, what comes out is the
-// definition to half a unit in the last place, and to what fp32 leaves.
+// definition to half a unit in the last place, and to what fp32 leaves. `louder` queries and keys
+// make absorbed queries of `louder` squared.
 template <class T>
-void check_one_rounding() {
+void check_one_rounding(float louder) {
   constexpr double kHalfUnit = std::is_same<T, __half>::value ? 0x1p-11 : 0x1p-8;
   constexpr double kInside = kHalfUnit / 64;
   const Case c{kNarrow, kExact, 1, 7, 5, 2, 64, 16, 48, 3, 48, kBias | kOwn, kPacked};
@@ -212,6 +213,11 @@ void check_one_rounding() {
   for (int64_t d = 0; d < c.dim_out; ++d) {
     for (int64_t k = 0; k < c.prefix_channels; ++k) {
       *layer.prefix_out.at(0, d, k) = from_float<T>(d == k ? 1.0f : 0.0f);
+    }
+  }
+  for (const Tensor<T>* weight : {&layer.query, &layer.key}) {
+    for (int64_t k = 0; k < c.prefix_channels * c.dim; ++k) {
+      weight->data()[k] = from_float<T>(to_float(weight->data()[k]) * louder);
     }
   }
   layer.p.prefix_out_bias = nullptr;
@@ -301,13 +307,62 @@ void check_refusals() {
   expect(dw_layer(none, nullptr, nullptr) == Status::kOk, "no images are fine");
 }
 
+Case drawn_case() {
+  const Grid grid = drawn_grid(80);
+  Case c{coin(),
+         kNone,
+         between(1, 3),
+         grid.height,
+         grid.width,
+         pick({0, 1, 2, 5}),
+         drawn_size(140),
+         drawn_size(140),
+         drawn_size(140),
+         0,
+         0,
+         static_cast<int>(between(0, kBlock | kOwn)),
+         drawn_layout(),
+         drawn_multiprocessors()};
+  if (coin()) {
+    c.prefix = kExact;
+    c.num_heads = between(1, 3);
+    const int64_t heads_dim = pick({1, 7, 8, 32, 64, 80, 128});
+    c.prefix_channels =
+        c.num_heads * (c.num_heads > 1 ? std::min<int64_t>(heads_dim, 80) : heads_dim);
+  } else if (coin()) {
+    c.prefix = kStatic;
+    c.prefix_channels = drawn_size(100);
+  }
+  // Rows of another width need weights of their own.
+  if (c.prefix != kNone && (c.options & kOwn) != kOwn) c.channels = c.prefix_channels;
+  return c;
+}
+
+// A grid with a side of 2^15 is left to two products.
+void check_long_side() {
+  using dwattn::cuda::is_narrow;
+  constexpr int64_t kSide = 1 << 15;
+  expect(is_narrow(512, kSide - 1, kSide - 1) && !is_narrow(513, 2, 2), "512 channels are narrow");
+  expect(!is_narrow(8, 1, kSide) && !is_narrow(8, kSide, 1), "a side of 2^15 is not narrow");
+  check<__half>({kWide, kNone, 1, 1, kSide, 1, 8, 8, 8, 0, 0, kBias | kContext, kPacked, 1});
+  check<__half>({kWide, kStatic, 1, kSide, 1, 1, 8, 8, 8, 0, 8, kBias, kPacked, 1});
+}
+
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  if (count > 2) {
+    return run_drawn(arguments, [](uint32_t which) {
+      check_typed(which, [](auto element) { check<decltype(element)>(drawn_case()); });
+    });
+  }
   check_workspace();
   check_refusals();
-  check_one_rounding<__half>();
-  check_one_rounding<__nv_bfloat16>();
+  check_long_side();
+  for (const float louder : {1.0f, 512.0f}) {
+    check_one_rounding<__half>(louder);
+    check_one_rounding<__nv_bfloat16>(louder);
+  }
   return run_schedules([] {
     for (const Case& c : kCases) {
       check<__half>(c);

@@ -1,5 +1,5 @@
 // lowrank_dw_attention under the emulation, against loops in fp64.
-#include "harness.h"
+#include "drawn.h"
 #include "kernels/cuda/lowrank_dw_plan.cu"
 
 namespace {
@@ -300,9 +300,36 @@ void test_plan_choices() {
          "fp64 has no kernel");
 }
 
+Case drawn_case() {
+  using harness::coin, harness::between, harness::drawn_size;
+  const harness::Grid grid = harness::drawn_grid(150);
+  const auto size = [](int64_t value) { return static_cast<int>(value); };
+  const bool planned = coin();
+  return {size(between(1, 3)),
+          size(grid.height),
+          size(grid.width),
+          size(harness::pick({0, 1, 5})),
+          size(drawn_size(200)),
+          size(drawn_size(200)),
+          size(std::max<int64_t>(drawn_size(260), 8)),  // fewer cancel: no measure for the rest
+          coin(),
+          coin(),
+          coin(),
+          coin(),
+          coin(),
+          harness::drawn_layout(),
+          planned ? 0 : size(between(1, 5)),
+          planned ? 0 : size(between(1, 5))};
+}
+
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  if (count > 2) {
+    return harness::run_drawn(arguments, [](uint32_t which) {
+      harness::check_typed(which, [](auto element) { run<decltype(element)>(drawn_case()); });
+    });
+  }
   test_plans();
   test_plan_choices();
   return harness::run_schedules([] {

@@ -163,7 +163,7 @@ DWATTN_DEVICE void products_commit() {
 }
 
 // Waits until at most N committed groups of products are in flight. Those that have ended have read
-// their operands, and their sums can be read once all have.
+// their operands; their sums may be read after products_end only.
 template <int N>
 DWATTN_DEVICE void products_wait() {
 #ifdef DWATTN_SIMT_HOST
@@ -192,6 +192,17 @@ DWATTN_DEVICE void products_wait() {
       "}"                                                                                       \
       : DWATTN_SUMS64(c)                                                                        \
       : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+
+// Waits for all products into c, which holds their sums from here on. c is an operand: to the
+// compiler the sums are there as soon as a product was issued, and could be read before any wait.
+DWATTN_DEVICE void products_end(float (&c)[64]) {
+#ifdef DWATTN_SIMT_HOST
+  static_cast<void>(c);
+  simt::products_wait(0);
+#else
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : DWATTN_SUMS64(c)::"memory");
+#endif
+}
 
 // c (64 x 128, fp32) = a (64 x 16) b (128 x 16)^T, plus c if `add`; asynchronous, by the 128
 // threads of a warpgroup. With g = lane / 4 and t = lane % 4 a lane of its warp w holds, for

@@ -241,7 +241,7 @@ class Multiplier {
       if (step > 0) release(previous);
       previous = ring_.stage;
     }
-    products_wait<0>();
+    products_end(sums);
     release(previous);
   }
 

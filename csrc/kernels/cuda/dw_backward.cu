@@ -27,6 +27,10 @@ struct Cut {
   int64_t slices, segments, columns, units, parts;
 };
 
+// The error of a sum grows with its length: a warp adds up to about so many patches before its sums
+// are put down. A grid of 37 x 37 and less is not cut for this.
+constexpr int64_t kLongestWalk = 512;
+
 Cut cut(const DwBackwardParams& p) {
   constexpr int64_t kFewestColumns = 4;
   Cut c{};
@@ -36,14 +40,16 @@ Cut cut(const DwBackwardParams& p) {
   const int64_t wanted = kBlocksPerMultiprocessor * kWarps * multiprocessors();
   const auto segments = [&p](int64_t columns) { return (p.width + columns - 1) / columns; };
   c.columns = p.width;
-  while (c.columns > kFewestColumns && walks * strips * segments(c.columns) < wanted) {
+  while (c.columns > kFewestColumns &&
+         (walks * strips * segments(c.columns) < wanted || c.columns * kRows > kLongestWalk)) {
     c.columns = (c.columns + 1) / 2;
   }
   c.segments = segments(c.columns);
   c.units = strips * c.segments;
   // Longer walks of fewer warps leave fewer partial sums.
-  const int64_t spare = walks * c.units / wanted;
-  const int64_t per_block = kWarps * (spare > 1 ? spare : 1);
+  const int64_t spare = walks * c.units / wanted, longest = kLongestWalk / (c.columns * kRows);
+  const int64_t units = spare < longest ? spare : longest;
+  const int64_t per_block = kWarps * (units > 1 ? units : 1);
   c.parts = (c.units + per_block - 1) / per_block;
   return c;
 }

@@ -265,12 +265,12 @@ bool valid_rows(const DwLayerParams& p) {
 // The sizes that the kernels take; they check what else they need.
 bool valid(const DwLayerParams& p) {
   const auto within = [](int64_t size, int64_t end) { return size >= 1 && size < end; };
-  constexpr int64_t kSide = 1 << 15, kFeatures = 1 << 20, kCount = 1 << 30;
-  return within(p.batch, kCount) && within(p.height, kSide) && within(p.width, kSide) &&
-         p.num_prefix >= 0 && p.num_prefix < kSide && within(p.dim, kFeatures) &&
-         within(p.channels, kFeatures) && within(p.dim_out, kFeatures) && p.x != nullptr &&
-         p.out != nullptr && p.wv != nullptr && p.kernel != nullptr && p.wo != nullptr &&
-         valid_rows(p);
+  constexpr int64_t kFeatures = 1 << 20, kCount = 1 << 30;
+  return within(p.batch, kCount) && within(p.height, kCount) && within(p.width, kCount) &&
+         p.height < kCount / p.width && p.num_prefix >= 0 && p.num_prefix < kCount &&
+         within(p.dim, kFeatures) && within(p.channels, kFeatures) &&
+         within(p.dim_out, kFeatures) && p.x != nullptr && p.out != nullptr && p.wv != nullptr &&
+         p.kernel != nullptr && p.wo != nullptr && valid_rows(p);
 }
 
 }  // namespace

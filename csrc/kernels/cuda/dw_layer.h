@@ -78,6 +78,13 @@ struct DwLayerParams {
                 // kept in the workspace
 };
 
+// Whether a layer should be narrow: up to 512 inner channels, wider ones are two products, which
+// are then the larger part by far; and on a grid whose sides the narrow kernel takes.
+constexpr bool is_narrow(int64_t channels, int64_t height, int64_t width) {
+  constexpr int64_t kChannels = 512, kSide = 1 << 15;
+  return channels <= kChannels && height < kSide && width < kSide;
+}
+
 // Bytes of device memory that dw_layer needs, 16-byte aligned. Reads sizes and whether pointers are
 // null, never what they point to, and asks nothing of the GPU. Grows with the batch.
 int64_t dw_layer_workspace(const DwLayerParams& params);

@@ -1,7 +1,7 @@
 // Exact prefix rows in five kernels. A "query" is one prefix token seen by one head, numbered
 // t * heads + h; an image has Q of them. Shapes, all in the workspace and fp32:
 //   q (B, P, Cp), absorbed (B, Q, D), scores (B, Q, N), pooled (B, Q, D)
-// For the tensor cores `absorbed` is kept as two rows of T that add up to it, in the same place.
+// For the tensor cores `absorbed` is kept as two rows of T (AbsorbedPair), in the same place.
 #include "kernels/cuda/prefix_attention.cuh"
 #include "kernels/cuda/prefix_attention_tensor.cuh"
 
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kProductWarps* kWarp)
 
 // A block makes 64 features of one head of four rows; its warps take every eighth channel of the
 // head, and their sums are added in the order of the warps.
-// With kSplit it stores a row of T and the row of what that lost by rounding.
+// With kSplit it stores a row of T and the row of what that lost by rounding (AbsorbedPair).
 template <class T, bool kAligned, bool kSplit>
 __global__ void __launch_bounds__(kProductWarps* kWarp)
     absorb_kernel(const PrefixRowsParams p, const float* q, float* absorbed) {
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kProductWarps* kWarp)
   const int64_t query = (first + warp) * p.num_heads + head;
   if constexpr (kSplit) {
     T* const high = reinterpret_cast<T*>(absorbed) + 2 * query * p.dim + feature;
-    const SplitPair<T> pair(total.x, total.y);
+    const AbsorbedPair<T> pair(total.x, total.y);
     if (valid > 0) *reinterpret_cast<uint32_t*>(high) = pair.high;
     if (valid > 0) *reinterpret_cast<uint32_t*>(high + p.dim) = pair.low;
   } else {

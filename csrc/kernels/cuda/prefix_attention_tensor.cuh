@@ -25,6 +25,26 @@ struct SplitPair {
   }
 };
 
+// Two absorbed queries as pairs of T: their parts high and low, of which scores are made apart.
+// bf16 reaches as far as fp32. fp16 neither holds what is above 65504 nor what rounding loses of
+// small values, so its high part is the smaller by 2^12 (2.6e8 is the end) and low is again larger.
+template <class T>
+struct AbsorbedPair {
+  static constexpr bool kScaled = std::is_same<T, __half>::value;
+  static constexpr float kDown = kScaled ? 1.0f / 4096.0f : 1.0f, kUp = kScaled ? 2048.0f : 1.0f;
+  uint32_t high, low;
+
+  DWATTN_DEVICE AbsorbedPair(float v, float w) : high(pack2<T>(v * kDown, w * kDown)) {
+    const float2 kept = unpack2<T>(high);
+    low = pack2<T>((v * kDown - kept.x) * kUp, (w * kDown - kept.y) * kUp);
+  }
+
+  // A score from those of the parts.
+  static DWATTN_DEVICE float joined(float of_high, float of_low) {
+    return fmaf(of_low, 1.0f / kUp, of_high) * (1.0f / kDown);
+  }
+};
+
 // Eight elements of a row, zeros from `length` on.
 template <class T>
 DWATTN_DEVICE uint4 eight(const T* row, int64_t k, int64_t length) {
@@ -68,7 +88,7 @@ __global__ void __launch_bounds__(kScoreWarps* kWarp)
     const int64_t token = first_token + 8 * j + g < tokens ? first_token + 8 * j + g : tokens - 1;
     x[j] = static_cast<const T*>(p.x) + image * p.x_stride_batch + token * p.x_stride_token;
   }
-  float sum[kTiles][4] = {};
+  float of_high[kTiles][4] = {}, of_low[kTiles][4] = {};
 #pragma unroll 2
   for (int64_t begin = 0; begin < p.dim; begin += 32) {
     const int64_t k = begin + 8 * t;
@@ -81,8 +101,8 @@ __global__ void __launch_bounds__(kScoreWarps* kWarp)
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       const uint4 token = eight(x[j], k, p.dim);
-      multiply_eights<T>(sum[j], high[0], high[1], token);
-      multiply_eights<T>(sum[j], low[0], low[1], token);
+      multiply_eights<T>(of_high[j], high[0], high[1], token);
+      multiply_eights<T>(of_low[j], low[0], low[1], token);
     }
   }
 #pragma unroll
@@ -92,7 +112,8 @@ __global__ void __launch_bounds__(kScoreWarps* kWarp)
       const int64_t query = first_query + g + e / 2 * 8;
       const int64_t token = first_token + 8 * j + 2 * t + e % 2;
       if (query < queries && token < tokens) {
-        scores[(image * queries + query) * tokens + token] = sum[j][e];
+        scores[(image * queries + query) * tokens + token] =
+            AbsorbedPair<T>::joined(of_high[j][e], of_low[j][e]);
       }
     }
   }

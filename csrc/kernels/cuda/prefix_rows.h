@@ -7,7 +7,7 @@
 //
 // Neither keys nor values of all tokens are formed. A key bias would cancel in the softmax. Only Y
 // is rounded: queries, a_th, scores, shares and pooled tokens are kept in fp32, or for the tensor
-// cores as two values of T that add up to it (so a_th has to stay in the range of fp16 there).
+// cores as two values of T that add up to it (in fp16 a_th then ends at 2.6e8, and not at 65504).
 #pragma once
 
 #include <cstdint>

@@ -201,10 +201,18 @@ void check_workspace() {
   Node loose = node;
   std::vector<DynamicPluginTensorDesc> profile = loose.profile();
   profile[0].max.d[1] = profile[1].max.d[1] = 1000;
+  profile[1].max.d[0] = 1000;  // and of the images of the residual
   expect(build(loose.create()).getWorkspaceSize(profile.data(), loose.input_count(), nullptr, 1) ==
              size(node, kBatch, kHeight),
          "loose bounds");
   expect_silence("workspace");
+
+  // Where it cannot be told, no builder has that much: 0 would be an engine that writes anywhere.
+  profile[0].max.d[2] += 1;
+  expect(build(loose.create()).getWorkspaceSize(profile.data(), loose.input_count(), nullptr, 1) >=
+             size_t{1} << 50,
+         "an unknown workspace");
+  expect_said("input 'wv' has the shape", "an unknown workspace");
 }
 
 void check_run_time() {

@@ -52,8 +52,14 @@ def available() -> bool:
     return not load_error()
 
 
-def reasons_against(*, device: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """Why a call on such tensors cannot run, as sentences; empty when it can."""
+def reasons_against(
+    *, device: str, dtype: torch.dtype, index: int | None = None
+) -> tuple[str, ...]:
+    """Why a call on such tensors cannot run, as sentences; empty when it can.
+
+    Args:
+        device: its type; index: which of them, by default the current one.
+    """
     if not available():
         return (load_error(),)
     reasons = []
@@ -66,8 +72,8 @@ def reasons_against(*, device: str, dtype: torch.dtype) -> tuple[str, ...]:
         reasons.append(f"The Triton kernels run on CUDA devices; the tensors are on {device!r}.")
     elif not torch.cuda.is_available():
         reasons.append("PyTorch finds no CUDA device here.")
-    elif torch.cuda.get_device_capability() < (8, 0):
-        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    elif torch.cuda.get_device_capability(index) < (8, 0):
+        capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
         reasons.append(f"Triton needs compute capability 8.0, this GPU has {capability}.")
     return tuple(reasons)
 
@@ -262,7 +268,7 @@ def _interpreted() -> bool:
 def _require(t: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
-    reasons = reasons_against(device=t.device.type, dtype=t.dtype)
+    reasons = reasons_against(device=t.device.type, dtype=t.dtype, index=t.device.index)
     if reasons:
         raise BackendError(" ".join(reasons))
 

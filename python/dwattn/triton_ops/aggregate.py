@@ -15,6 +15,8 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Te
 _SUM_TOKENS, _SUM_ROWS, _SUM_CHANNELS, _CONTEXT_CHANNELS = 256, 16, 64, 128
 _GRADIENT_ROWS, _GRADIENT_COLUMNS, _GRADIENT_CHANNELS = 8, 8, 64
 _GRADIENT_PROGRAMS_PER_PROCESSOR = 4
+#: Most units of work whose products one sum takes, 512 of them: the error of a sum grows with its length.
+_GRADIENT_UNITS = 64
 
 #: The order in which an output's nine products are added is the same in all of them.
 CONFIGS = (
@@ -160,14 +162,19 @@ def backward(
     return dv, dkernel, dkappa, dmu, dbeta
 
 
+def gradient_groups(units: int, blocks: int, multiprocessors: int) -> int:
+    """Groups of programs that share the ``units``; each makes a partial gradient of its own."""
+    wanted = _GRADIENT_PROGRAMS_PER_PROCESSOR * multiprocessors // max(1, blocks)
+    return min(units, max(1, wanted, cdiv(units, _GRADIENT_UNITS)))
+
+
 def taps_gradient(grad: Tensor, patches: Tensor, geometry: Geometry) -> Tensor:
     """``(C, 3, 3)`` fp32."""
     batch, _, channels = patches.shape
     height, width = geometry.grid
     blocks = cdiv(channels, _GRADIENT_CHANNELS)
     units = batch * cdiv(height, _GRADIENT_ROWS) * cdiv(width, _GRADIENT_COLUMNS)
-    wanted = _GRADIENT_PROGRAMS_PER_PROCESSOR * processors(grad.device)
-    groups = min(units, max(1, wanted // max(1, blocks)))
+    groups = gradient_groups(units, blocks, processors(grad.device))
     partial = grad.new_empty(groups, 9, channels, dtype=torch.float32)
     if partial.numel():
         kernel_gradient[(groups * blocks,)](
