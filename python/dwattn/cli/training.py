@@ -111,7 +111,7 @@ def finetune(
         int, typer.Option(min=0, metavar="MB", help="distill: memory for the original's features.")
     ] = 0,
     colour: Annotated[float, typer.Option(help="Colour jitter, from 0 to below 1.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of everything random.")] = 0,
     size: SizeOption = None,
     weights: WeightsOption = None,
     mean: MeanOption = None,
