@@ -21,11 +21,12 @@ from dwattn.plan import ModelInfo
 from dwattn.ranks import Ranks
 from dwattn.scores import LayerScore, Scores
 from dwattn.scoring_run import ScoringRun, scoreable
-from dwattn.untouched import untouched, unwrap
+from dwattn.untouched import ordinary_tensors, untouched, unwrap
 
 __all__ = ["LayerScore", "Scores", "score"]
 
 
+@ordinary_tensors
 def score(
     model: nn.Module,
     data: Any,

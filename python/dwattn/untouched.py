@@ -44,16 +44,19 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 def ordinary_tensors(function: Callable[P, R]) -> Callable[P, R]:
     """Let a function of a model make tensors that can be trained, also under ``torch.inference_mode``, whose tensors never
-    can be; unless the model itself was made there: only inside may its tensors be overwritten.
+    can be; unless the model itself was made there: only inside may its tensors be overwritten. Where tensors are made on
+    the meta device by default (``torch.set_default_device``), which keeps no values, it makes them on the CPU.
     """
 
     @functools.wraps(function)
     def outside(*args: P.args, **kwargs: P.kwargs) -> R:
         model: Any = args[0] if args else kwargs.get("model")
         own = model.parameters() if isinstance(model, nn.Module) else ()
-        if not torch.is_inference_mode_enabled() or any(p.is_inference() for p in own):
-            return function(*args, **kwargs)
-        with torch.inference_mode(False):
+        with contextlib.ExitStack() as stack:
+            if torch.get_default_device().type == "meta":
+                stack.enter_context(torch.device("cpu"))
+            if torch.is_inference_mode_enabled() and not any(p.is_inference() for p in own):
+                stack.enter_context(torch.inference_mode(False))
             return function(*args, **kwargs)
 
     return outside
