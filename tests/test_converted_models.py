@@ -16,8 +16,14 @@ from torch import Tensor, nn
 
 import dwattn
 from dwattn.conversion import conversion
-from dwattn.errors import CheckpointError, GeometryError, PlanError, UnsupportedAttentionError
-from support.models import hf_model, hub_vit, timm_vit
+from dwattn.errors import (
+    CalibrationError,
+    CheckpointError,
+    GeometryError,
+    PlanError,
+    UnsupportedAttentionError,
+)
+from support.models import hf_model, hub_vit, timm_eva, timm_vit
 from support.surgery import Snapshot, plan_for, shims
 
 
@@ -42,6 +48,95 @@ def test_copies_are_independent() -> None:
     assert torch.equal(model(images), original)
     assert not model.patch_embed._forward_pre_hooks
     assert not twin.patch_embed._forward_pre_hooks
+
+
+def wrappers() -> dict[str, Callable[[nn.Module], nn.Module]]:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    return {
+        "torch.compile": partial(torch.compile, backend="eager"),
+        "checkpoint": checkpoint_wrapper,
+    }  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("wrapper", ["torch.compile", "checkpoint"])
+@pytest.mark.parametrize("family", ["timm", "hf-dinov2", "eva"])
+def test_blocks_in_wrappers_are_refused_with_a_remedy(
+    wrapper: str, family: str, tmp_path: Path
+) -> None:
+    """Of a wrapped block of some libraries the attention layer could be read, and what took its place never ran."""
+    wrap = wrappers()[wrapper]
+    model = {"timm": timm_vit, "hf-dinov2": partial(hf_model, "Dinov2"), "eva": timm_eva}[family]()
+    plan, remedy = (
+        plan_for(model),
+        r"is in the wrapper \w+, behind which.*Put .*\.0\._\w+ in its place",
+    )
+
+    def wrap_blocks() -> None:
+        blocks = model.encoder.layer if family == "hf-dinov2" else model.blocks
+        for index, block in enumerate(blocks):
+            blocks[index] = wrap(block)
+
+    twin = copy.deepcopy(model)
+    wrap_blocks()
+    with pytest.raises(UnsupportedAttentionError, match=remedy):
+        dwattn.replace(model, plan)
+    with pytest.raises(UnsupportedAttentionError, match=remedy):
+        dwattn.score(model, torch.randn(2, 3, 32, 32), num_images=2)
+    model = twin
+    dwattn.replace(model, plan)
+    wrap_blocks()
+    with pytest.raises(UnsupportedAttentionError, match=remedy):
+        dwattn.save(model, tmp_path / "model.safetensors")
+    with pytest.raises(PlanError, match=remedy):
+        dwattn.restore(model)
+
+
+def test_compiled_parts_of_blocks_are_not_calibrated() -> None:
+    model, images = timm_vit(), torch.randn(8, 3, 32, 24)
+    model.blocks[2].mlp = torch.compile(model.blocks[2].mlp, backend="eager")
+    with pytest.raises(
+        CalibrationError, match=r"blocks\.2\.mlp is in the wrapper of torch\.compile"
+    ):
+        dwattn.replace(model, plan_for(model), calibrate=images, progress=False)
+    assert not shims(model)
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_the_meta_device_as_default_changes_nothing(calibrate: bool) -> None:
+    images = torch.randn(8, 3, 32, 24)
+    options = {"calibrate": images, "progress": False} if calibrate else {}
+    model, other = timm_vit(), timm_vit()
+    dwattn.replace(model, plan_for(model), **options)
+    plan = plan_for(other)
+    with torch.device("meta"):
+        scores = dwattn.score(other, images, num_images=8, progress=False)
+        dwattn.replace(other, plan, **options)
+    assert torch.equal(other(images), model(images))
+    assert scores.num_images == 8
+
+
+def test_sharded_models_are_told_to_convert_before() -> None:
+    from torch.distributed import HashStore, destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, other = timm_vit(), timm_vit()
+    dwattn.replace(model, plan_for(model), calibrate=torch.randn(8, 3, 32, 24), progress=False)
+    plan = plan_for(other)
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        fully_shard(model, mesh=mesh)
+        fully_shard(other, mesh=mesh)
+        with pytest.raises(
+            PlanError, match=r"is a DTensor now.*Restore before the model is sharded"
+        ):
+            dwattn.restore(model)
+        with pytest.raises(PlanError, match=r"is a DTensor.*replace before the model is sharded"):
+            dwattn.replace(other, plan)
+    finally:
+        destroy_process_group()
 
 
 def test_a_pickled_model_knows_the_grid_it_was_called_with() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -310,7 +311,7 @@ def test_a_full_disk_stops_checkpoints_not_training(
 ) -> None:
     whole = student()
     trainer(whole, None).fit()
-    save, full = state_file.save_file, [True]
+    save, full = safetensors.torch.save_file, [True]
 
     def no_space(*args: Any, **options: Any) -> None:
         if full[0]:
@@ -321,7 +322,7 @@ def test_a_full_disk_stops_checkpoints_not_training(
         def on_step(self, trainer: Trainer, step: int, losses: dict[str, float]) -> None:
             full[0] = step < 8
 
-    monkeypatch.setattr(state_file, "save_file", no_space)
+    monkeypatch.setattr(safetensors.torch, "save_file", no_space)
     module = student()
     result = trainer(module, tmp_path, callbacks=[FreeAtTheEnd()], save_minutes=0.0).fit()
     assert result.complete

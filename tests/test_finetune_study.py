@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import dwattn
 from dwattn.cli import app
-from dwattn.errors import TrainingError
+from dwattn.errors import DwattnError, TrainingError
 from dwattn.finetune import (
     Augment,
     Callback,
@@ -350,7 +350,7 @@ def test_a_grid_file_is_checked(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="No such file"):
         StudyGrid.load(path)
     path.write_text("{")
-    with pytest.raises(TrainingError, match="malformed"):
+    with pytest.raises(TrainingError, match="no JSON"):
         StudyGrid.load(path)
     two = {"a": {"blocks": [2]}}
     for wrong, match in (
@@ -371,6 +371,19 @@ def test_a_grid_file_is_checked(tmp_path: Path) -> None:
             },
             "spvit has no calibration",
         ),
+        (
+            {"comparisons": {"a": {"blocks": [2], "kinds": [{"variant": "spvit"}]}}},
+            "spvit has no calibration",
+        ),
+        (
+            {
+                "comparisons": {
+                    "a": {"blocks": [2], "criteria": ["dsp"], "kernel_inits": ["mean-attention"]}
+                }
+            },
+            "dsp measures no mean attention",
+        ),
+        ({"seeds": [2**63]}, "seeds.0"),
         ({"comparisons": {}}, "comparisons"),
         ({"colour": 1}, "colour"),
         ({"schema_version": 2}, "schema_version"),
@@ -378,6 +391,11 @@ def test_a_grid_file_is_checked(tmp_path: Path) -> None:
         path.write_text(json.dumps({"comparisons": two, "recipe": {"steps": 2}, **wrong}))
         with pytest.raises(TrainingError, match=match):
             StudyGrid.load(path)
+    path.write_text(
+        '{"comparisons": {"a": {"blocks": [2]}, "a": {"blocks": [1]}}, "recipe": {"steps": 2}}'
+    )
+    with pytest.raises(TrainingError, match="'a' is given twice"):
+        StudyGrid.load(path)
     odd = {"steps": 2, "batch_size": 3}
     path.write_text(json.dumps({"comparisons": two, "recipe": odd}))
     with pytest.raises(TrainingError, match="batch_size=3 cannot be halved"):
@@ -386,6 +404,27 @@ def test_a_grid_file_is_checked(tmp_path: Path) -> None:
     assert StudyGrid(comparisons=two, recipe=odd, second={"steps": 1})
     path.write_text(GRID.model_dump_json())
     assert StudyGrid.load(path) == GRID
+
+
+@pytest.mark.parametrize(
+    ("comparison", "calibration", "match"),
+    [
+        ({"blocks": [9]}, {}, "blocks=9 were asked for, but only 4"),
+        ({"heads": [99]}, {}, "heads=99 were asked for, but only 12"),
+        ({"blocks": [1], "kinds": [{"variant": "dww"}]}, {}, "Unknown variant 'dww'"),
+        ({"blocks": [1], "kinds": [{"variant": "dw", "rank": 0.5}]}, {}, "rank=0.5 is an option"),
+        ({"blocks": [1], "kinds": [{"variant": "lowrank_dw", "rank": 4000}]}, {}, "48 channels"),
+        ({"blocks": [1]}, {"refitt": "none"}, "did you mean refit="),
+        ({"blocks": [1]}, {"refit": "nonsense"}, "refit='nonsense'"),
+    ],
+)
+def test_what_cannot_be_replaced_is_refused_before_the_training(
+    comparison: Any, calibration: Any, match: str, tmp_path: Path
+) -> None:
+    grid = {"comparisons": {"a": comparison}, "calibration": calibration, "recipe": RECIPE}
+    with pytest.raises(DwattnError, match=match):
+        run(tmp_path / "study", StudyGrid(**grid))
+    assert not (tmp_path / "study").exists()
 
 
 def test_the_command(tmp_path: Path) -> None:

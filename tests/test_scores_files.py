@@ -91,6 +91,19 @@ def test_damaged_files(scored: Scores, tmp_path: Path, damage, message: str) -> 
         Scores.load(path)
 
 
+def test_a_disk_that_fills_up_is_a_sentence(scored: Scores, tmp_path: Path) -> None:
+    """safetensors has an error of its own for it, as for a file that may not grow."""
+    resource = pytest.importorskip("resource", reason="limits of Unix")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, limits[1]))
+    try:
+        with pytest.raises(ScoreError, match=r"Cannot write '.*full\.safetensors'"):
+            scored.save(tmp_path / "full.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_cannot_be_written_leaves_nothing(scored: Scores, tmp_path: Path) -> None:
     with pytest.raises(ScoreError, match="Cannot write"):
         scored.save(tmp_path / "missing" / "scores.safetensors")

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import dwattn
@@ -27,7 +26,7 @@ from dwattn.conversion import (
     recorded_elsewhere,
 )
 from dwattn.errors import CheckpointError, DwattnError
-from dwattn.files import parse_json, write_atomically
+from dwattn.files import parse_json, write_tensors
 from dwattn.fingerprint import Fingerprint, fingerprint, relative_name
 from dwattn.grid_hook import GridHook
 from dwattn.plan import Plan, problems
@@ -161,11 +160,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     # One key only: safetensors writes several in random order, and equal models should give equal
     # files.
     metadata = {METADATA_KEY: record.model_dump_json(exclude_none=True)}
-    with write_atomically(path, CheckpointError) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as error:
-            raise CheckpointError(f"Cannot write {os.fspath(path)!r}: {error}.") from error
+    write_tensors(path, tensors, CheckpointError, metadata)
 
 
 def _distinct(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dwattn.adapters import ConvertedAttention
+from dwattn.adapters.base import wrapped_layer
 from dwattn.errors import PlanError
 from dwattn.grid_hook import GridHook
 from dwattn.plan import Plan
@@ -203,6 +204,9 @@ def _check_places(holder: nn.Module, path: str, record: Conversion) -> None:
         path: of ``holder`` in the user's model.
     """
     place = f"{path}." if path else ""
+    wrapped = wrapped_layer(path, holder)
+    if wrapped is not None:
+        raise PlanError(wrapped)
     modules = dict(holder.named_modules(remove_duplicate=False))
     for layer in record.layers.values():
         found = modules.get(layer.name)
@@ -215,6 +219,11 @@ def _check_places(holder: nn.Module, path: str, record: Conversion) -> None:
     tensors = dict([*holder.named_parameters(), *holder.named_buffers()])
     for name, value in record.updates.items():
         tensor = tensors.get(name)
+        if type(tensor).__name__ == "DTensor":
+            raise PlanError(
+                f"Calibration changed {place}{name}, which is a DTensor now, of which this process has a part. Restore "
+                f"before the model is sharded (fully_shard), or build the original model anew."
+            )
         if tensor is None or is_wrapped(tensor) or tensor.shape != value.shape:
             now = "gone" if tensor is None else f"a {type(tensor).__name__} {tuple(tensor.shape)}"
             raise PlanError(

@@ -53,6 +53,27 @@ def write_atomically(path: str | os.PathLike[str], error: type[DwattnError]) -> 
                 temporary.unlink()
 
 
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: dict[str, Any],
+    error: type[DwattnError],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write a safetensors file as :func:`write_atomically` does.
+
+    Raises:
+        error: it cannot be written, with path and reason.
+    """
+    from safetensors import SafetensorError  # imported here: dwattn-deploy does without
+    from safetensors.torch import save_file
+
+    with write_atomically(path, error) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as failure:  # which it also makes of a full disk
+            raise error(f"Cannot write {os.fspath(path)!r}: {failure}.") from failure
+
+
 @contextlib.contextmanager
 def stopped_in_order() -> Iterator[None]:
     """SIGTERM unwinds the stack, as Ctrl-C does, so that temporary files are removed; then the process ends with 143.

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dwattn.errors import ScoreError
-from dwattn.files import parse_json, write_atomically
+from dwattn.files import parse_json, write_tensors
 from dwattn.plan import ModelInfo, problems
 from dwattn.printed import Printed
 
@@ -182,8 +182,6 @@ class Scores(Printed):
         Raises:
             ScoreError: the file cannot be written.
         """
-        from safetensors.torch import save_file
-
         tensors: dict[str, Tensor] = {}
         for index, layer in enumerate(self.layers):
             for key in _STORED:
@@ -207,8 +205,7 @@ class Scores(Printed):
                 for x in self.layers
             ],
         )
-        with write_atomically(path, ScoreError) as temporary:
-            save_file(tensors, str(temporary), metadata={"dwattn": header.model_dump_json()})
+        write_tensors(path, tensors, ScoreError, {"dwattn": header.model_dump_json()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:

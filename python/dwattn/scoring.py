@@ -18,9 +18,10 @@ from dwattn.progress import progress_bar
 from dwattn.ranks import Ranks
 from dwattn.scores import Scores
 from dwattn.scoring_run import ScoringRun, scoreable
-from dwattn.untouched import untouched, unwrap
+from dwattn.untouched import ordinary_tensors, untouched, unwrap
 
 
+@ordinary_tensors
 def score(
     model: nn.Module,
     data: Any,

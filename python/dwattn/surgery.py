@@ -106,7 +106,7 @@ def replace(
     layout = describe(model)
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     printed = plan.check_model(layout, allow_stale=allow_stale)
-    _check_names(calibration_options, calibrate is not None)
+    _check_calibration(calibration_options, calibrate is not None)
     options = Options(
         variant=check_variant(variant),
         rank=check_rank(rank, variant, calibrate is not None),
@@ -144,7 +144,7 @@ def replace(
     return report
 
 
-def _check_names(calibration_options: dict[str, Any], calibrates: bool) -> None:
+def _check_calibration(calibration_options: dict[str, Any], calibrates: bool) -> None:
     known = {field.name for field in fields(CalibrationOptions)}
     for name in calibration_options:
         if name not in known:
@@ -157,6 +157,7 @@ def _check_names(calibration_options: dict[str, Any], calibrates: bool) -> None:
         raise DwattnError(
             f"replace() got {names}, which only calibration uses: pass calibrate=images."
         )
+    CalibrationOptions(**calibration_options)  # refuses values now, in a dry run too
 
 
 def install(

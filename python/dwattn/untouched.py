@@ -45,16 +45,19 @@ def untouched(model: nn.Module) -> Iterator[None]:
 def ordinary_tensors(function: Callable[P, R]) -> Callable[P, R]:
     """Decorator: the tensors that ``function(model, ...)`` makes can be trained, even if it is called inside
     ``torch.inference_mode``, because that mode is left for the call. A model that was itself made inside that mode is the
-    exception: its tensors may be overwritten only there.
+    exception: its tensors may be overwritten only there. Where the meta device is the default
+    (``torch.set_default_device``), which keeps no values, new tensors are made on the CPU.
     """
 
     @functools.wraps(function)
     def outside(*args: P.args, **kwargs: P.kwargs) -> R:
         model: Any = args[0] if args else kwargs.get("model")
         own = model.parameters() if isinstance(model, nn.Module) else ()
-        if not torch.is_inference_mode_enabled() or any(p.is_inference() for p in own):
-            return function(*args, **kwargs)
-        with torch.inference_mode(False):
+        with contextlib.ExitStack() as stack:
+            if torch.get_default_device().type == "meta":
+                stack.enter_context(torch.device("cpu"))
+            if torch.is_inference_mode_enabled() and not any(p.is_inference() for p in own):
+                stack.enter_context(torch.inference_mode(False))
             return function(*args, **kwargs)
 
     return outside

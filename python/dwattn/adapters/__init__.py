@@ -24,6 +24,7 @@ from dwattn.adapters.base import (
     CallConvention,
     ConvertedAttention,
     TupleConvention,
+    wrapped_layer,
 )
 from dwattn.adapters.dinov2_hub import HubAttentionAdapter, HubBackboneAdapter
 from dwattn.adapters.dinov3_hub import DinoV3HubAttentionAdapter, DinoV3HubBackboneAdapter
@@ -114,11 +115,14 @@ def describe(model: nn.Module) -> BackboneLayout:
 
     Raises:
         UnsupportedAttentionError: no known backbone; names the attention classes that were found
-            and why each is not replaceable.
+            and why each is not replaceable. Or blocks of it are in wrappers.
     """
     for name, module in model.named_modules():
         for adapter in _backbone_adapters:
             if adapter.matches(module):
+                wrapped = wrapped_layer(name, module)
+                if wrapped is not None:
+                    raise UnsupportedAttentionError(wrapped)
                 return adapter.layout(name, module)
     found = {type(m): m for m in model.modules() if is_attention_name(type(m).__name__)}
     sentences = sorted(

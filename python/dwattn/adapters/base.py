@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from dwattn.adapters.unsupported import is_attention_name
 from dwattn.errors import DataError, UnsupportedAttentionError
 from dwattn.geometry import Geometry
 from dwattn.projections import AttentionWeights, is_wrapped
@@ -50,6 +51,32 @@ def in_repository(module: nn.Module, name: str) -> bool:
     return parts[0] not in ("transformers", "timm") and any(p.startswith(name) for p in parts)
 
 
+#: Where wrappers of single layers keep what they wrap, and what does the same without wrapping.
+_WRAPPERS = {
+    "_orig_mod": "block.compile() compiles in place and needs no wrapper",
+    "_checkpoint_wrapped_module": "set_grad_checkpointing() of timm and gradient_checkpointing_enable() of transformers "
+    "need no wrapper",
+    "_fsdp_wrapped_module": "or convert the model before it is sharded",
+}
+
+
+def wrapped_layer(path: str, backbone: nn.Module) -> str | None:
+    """A sentence where a part of the backbone with an attention layer is in a wrapper (``torch.compile(block)``, activation
+    checkpointing): reading goes through it, but what is set stays on it and never runs.
+
+    Args:
+        path: of the backbone in the user's model.
+    """
+    for name, module in backbone.named_modules(prefix=path):
+        inner = next((key for key in _WRAPPERS if name != path and key in module._modules), None)
+        if inner and any(is_attention_name(type(m).__name__) for m in module.modules()):
+            return (
+                f"{name} is in the wrapper {type(module).__name__}, behind which no layer can be exchanged. Put {name}.{inner} "
+                f"in its place, and wrap it again afterwards; {_WRAPPERS[inner]}."
+            )
+    return None
+
+
 def refuse_projections(*layers: object) -> str | None:
     """A sentence unless all are plain linear layers: LoRA and quantised layers compute something
     else.
@@ -60,6 +87,11 @@ def refuse_projections(*layers: object) -> str | None:
             return (
                 f"One of its projections is a {kind} instead of a plain nn.Linear; "
                 "merge adapters or dequantise it first."
+            )
+        if type(layer.weight).__name__ == "DTensor":
+            return (
+                "The weight of one of its projections is a DTensor, of which this process has a part; score and replace "
+                "before the model is sharded (fully_shard)."
             )
         if is_wrapped(layer.weight):
             return (

@@ -72,12 +72,24 @@ def calibrate(
     """
     started = time.perf_counter()
     chosen = CalibrationOptions(**options)
+    _refuse_compiled(layout)
     device = next(model.parameters()).device.type
     with untouched(model), torch.autocast(device, enabled=False):
         sweep = _Sweep(model, layout, replacements, data, chosen)
         sweep.run()
     sweep.result.seconds = time.perf_counter() - started
     return sweep.result
+
+
+def _refuse_compiled(layout: BackboneLayout) -> None:
+    """Refuse parts of blocks in ``torch.compile``: a copy of one runs the original's graph, and hooks in it are not called."""
+    for site in layout.blocks:
+        for name, module in site.module.named_modules(prefix=site.name):
+            if "_orig_mod" in module._modules:
+                raise CalibrationError(
+                    f"{name} is in the wrapper of torch.compile, into which calibration cannot look. Put {name}._orig_mod in "
+                    f"its place, and compile it again afterwards, or in place: module.compile()."
+                )
 
 
 class _Sweep:

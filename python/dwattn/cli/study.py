@@ -98,6 +98,7 @@ def study(
 ) -> None:
     """Compare variants, selections and recipes on a task, over several seeds, as GRID declares."""
     from dwattn.finetune import Augment, Recipe, estimate, run_study, steps_for
+    from dwattn.finetune.study import require_replaceable
     from dwattn.models import load_model
 
     if task not in LABELLED:
@@ -115,6 +116,7 @@ def study(
         return reader.task_of(load_model(model, weights), pool, split=False, seed=seed)
 
     if dry_run:
+        require_replaceable(wanted, wanted.cells(only or None), first, {})
         _plan(wanted, only, out, estimate(make(0), data, wanted.recipe, device=device), as_json)
         return
     options = {"device": device, "workers": workers, "progress": progress}

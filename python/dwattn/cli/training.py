@@ -290,11 +290,9 @@ def _finish(
 
 def _write(out: Path, module: nn.Module, trained: nn.Module) -> list[Path]:
     """The trained student, and a task's head beside it."""
-    from safetensors.torch import save_file
-
     import dwattn
     from dwattn.conversion import conversion
-    from dwattn.files import write_atomically
+    from dwattn.files import write_tensors
 
     written = []
     if conversion(trained) is not None:
@@ -307,8 +305,7 @@ def _write(out: Path, module: nn.Module, trained: nn.Module) -> list[Path]:
             continue
         path = out / f"{name}.safetensors"
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in part.state_dict().items()}
-        with write_atomically(path, CheckpointError) as temporary:
-            save_file(tensors, temporary)
+        write_tensors(path, tensors, CheckpointError)
         written.append(path)
     return written
 

@@ -81,7 +81,7 @@ CacheOption = Annotated[
         min=0, metavar="MB", help="distill: memory in which the original's features are kept."
     ),
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
 SaveMinutesOption = Annotated[float, typer.Option(min=0.0, help="Minutes between checkpoints.")]
 ResumeOption = Annotated[
     bool,

@@ -15,6 +15,8 @@ from dwattn.plan import problems
 Scope = Literal["all", "blocks", "replaced", "head"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+#: What PyTorch's generators take.
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Recipe(BaseModel):
@@ -61,7 +63,7 @@ class Recipe(BaseModel):
     amp: Amp = "no"
     train: Scope = "all"
     views: Annotated[int, Field(ge=1)] | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
     @classmethod
     def of(cls, **fields: Any) -> Recipe:

@@ -10,11 +10,10 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dwattn.errors import CheckpointError
-from dwattn.files import write_atomically
+from dwattn.files import write_tensors
 from dwattn.finetune.ema import Average
 from dwattn.finetune.recipe import Recipe
 from dwattn.plan import problems
@@ -69,11 +68,7 @@ def save_state(
         k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()
     }
     path = folder / STATE_FILE
-    with write_atomically(path, CheckpointError) as temporary:
-        try:
-            save_file(plain, temporary, metadata={_KEY: progress.model_dump_json()})
-        except SafetensorError as error:
-            raise CheckpointError(f"Cannot write {str(path)!r}: {error}.") from error
+    write_tensors(path, plain, CheckpointError, {_KEY: progress.model_dump_json()})
     return path
 
 

@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from dwattn.adapters import describe
+from dwattn.adapters import describe, refusal
 from dwattn.errors import DwattnError, TrainingError
 from dwattn.files import write_atomically
+from dwattn.finetune.features import head_count
 from dwattn.finetune.gates import Annealing, add_gates, learned_plan, settle
 from dwattn.finetune.recipe import Recipe
 from dwattn.finetune.stages import train_in_stages
 from dwattn.finetune.state import STATE_FILE, remove_leftovers
-from dwattn.finetune.study_grid import Cell, StudyGrid
+from dwattn.finetune.study_grid import Cell, Kind, StudyGrid
 from dwattn.finetune.study_results import StudyResult
 from dwattn.finetune.tasks import Task, evaluate
 from dwattn.finetune.trainer import Callback, Trainer
@@ -36,6 +37,7 @@ from dwattn.refinement import refine
 from dwattn.scores import Scores
 from dwattn.scoring import score
 from dwattn.selection import select
+from dwattn.surgery import replace
 from dwattn.surgery_report import ReplacementReport
 
 #: Scores of the backbone as it was when layers were chosen, in the folder of a first stage or of the study.
@@ -69,15 +71,16 @@ def run_study(
         replace_options: of :func:`dwattn.replace`.
 
     Raises:
+        DwattnError: a replacement that this model does not allow, before anything is trained.
         TrainingError: the folder belongs to another study, or a callback stopped a run.
     """
-    root = Path(folder)
+    cells, first, root = grid.cells(only), make(0), Path(folder)
+    require_replaceable(grid, cells, first.backbone, replace_options)
     (root / "cells").mkdir(parents=True, exist_ok=True)
     remove_leftovers(root)
     remove_leftovers(root / "cells")
-    _claim(root, grid, make(0), [data, test], replace_options)
+    _claim(root, grid, first, [data, test], replace_options)
     study = _Study(grid, make, data, test, root, trainer_options or {}, replace_options)
-    cells = grid.cells(only)
     for number, cell in enumerate(cells, start=1):
         if not study.path(cell).exists():
             note(f"{number} of {len(cells)}: {cell.name}")
@@ -152,9 +155,7 @@ class _Study:
     def _converted(self, cell: Cell, task: Task, recipe: Recipe, folder: Path) -> list[str]:
         assert cell.kind is not None
         assert cell.kernel_init is not None
-        options: dict[str, Any] = {"variant": cell.kind.variant, **self.replace_options}
-        if cell.kind.rank is not None:
-            options["rank"] = cell.kind.rank
+        options = _kind_options(cell.kind, self.replace_options)
         if cell.kernel_init == "calibrated":
             options |= {"calibrate": self._plain(self.grid.calibration_images), "progress": False}
             options |= self.grid.calibration
@@ -246,6 +247,37 @@ class _Study:
             keys = range(min(count, len(self.data)))
             self.images[count] = torch.stack([self.data[index, 0]["pixels"] for index in keys])
         return self.images[count]
+
+
+def require_replaceable(
+    grid: StudyGrid, cells: Sequence[Cell], backbone: nn.Module, replace_options: dict[str, Any]
+) -> None:
+    """Refuse before any training what :func:`dwattn.replace` would refuse behind the first stage.
+
+    Raises:
+        DwattnError: more blocks or heads than can be replaced, or options that do not fit together or the model.
+    """
+    able = [s.attention_name for s in describe(backbone).blocks if refusal(s.attention) is None]
+    most = {"blocks": len(able), "heads": len(able) * head_count(backbone)}
+    kinds: dict[tuple[Kind, bool], Cell] = {}
+    for cell in cells:
+        if cell.count > most[cell.unit]:
+            raise TrainingError(
+                f"{cell.name}: {cell.unit}={cell.count} were asked for, but only {most[cell.unit]} can be replaced."
+            )
+        if cell.kind is not None:
+            kinds.setdefault((cell.kind, cell.kernel_init == "calibrated"), cell)
+    for (kind, calibrated), cell in kinds.items():
+        options = _kind_options(kind, replace_options)
+        if calibrated:
+            options |= {"calibrate": [], **grid.calibration}  # a dry run reads no images
+        replace(backbone, Plan.for_layers(backbone, able[: cell.count]), dry_run=True, **options)
+
+
+def _kind_options(kind: Kind, replace_options: dict[str, Any]) -> dict[str, Any]:
+    """Options of :func:`dwattn.replace` for a kind."""
+    rank = {} if kind.rank is None else {"rank": kind.rank}
+    return {"variant": kind.variant, **replace_options, **rank}
 
 
 def _names(report: ReplacementReport) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dwattn.errors import TrainingError
-from dwattn.finetune.recipe import Recipe
+from dwattn.files import parse_json
+from dwattn.finetune.recipe import Recipe, Seed
 from dwattn.finetune.stages import KernelInit, Stages, second_stage
 from dwattn.plan import problems
 
@@ -67,6 +68,14 @@ class Comparison(BaseModel):
             raise ValueError(f"{', '.join(whole)}: for blocks alone")
         if "refine" in self.criteria and "spvit" in [kind.variant for kind in self.kinds]:
             raise ValueError("refine calibrates what it compares, and spvit has no calibration")
+        if "calibrated" in self.kernel_inits and "spvit" in others:
+            raise ValueError(
+                "spvit has no calibration: its kernel_inits are mean-attention and gaussian"
+            )
+        if "dsp" in self.criteria and "mean-attention" in self.kernel_inits:
+            raise ValueError(
+                "dsp measures no mean attention: its kernel_inits are calibrated and gaussian"
+            )
         gated = (set(self.stages), set(self.kernel_inits)) == ({"two-stage"}, {"gaussian"})
         if "dsp-e2e" in self.criteria and (others or not gated):
             raise ValueError("dsp-e2e trains dw in two-stage from gaussian kernels")
@@ -107,7 +116,7 @@ class StudyGrid(BaseModel):
     kind: Literal["dwattn-study"] = "dwattn-study"
     schema_version: Literal[1] = 1
     comparisons: Annotated[dict[str, Comparison], Field(min_length=1)]
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     score_images: Annotated[int, Field(ge=2)] = 1000
     calibration_images: Annotated[int, Field(ge=1)] = 120
     calibration: dict[str, Any] = {}
@@ -142,13 +151,15 @@ class StudyGrid(BaseModel):
             TrainingError: missing, not JSON, or fields that are wrong, each named.
         """
         try:
-            return cls.model_validate_json(Path(path).read_bytes())
+            return cls.model_validate(parse_json(Path(path).read_bytes()))
         except OSError as error:
             raise TrainingError(f"Cannot read the study {str(path)!r}: {error.strerror}.") from None
         except ValidationError as error:
             raise TrainingError(
                 f"The study {str(path)!r} is malformed: {problems(error)}."
             ) from None
+        except ValueError as error:
+            raise TrainingError(f"The study {str(path)!r} is no JSON: {error}.") from None
 
     def cells(self, only: Sequence[str] | None = None) -> list[Cell]:
         """All cells of all comparisons (or of those named), each once, baselines before the cells compared with them.
