@@ -66,9 +66,7 @@ def test_blocks_in_wrappers_are_refused_with_a_remedy(
 ) -> None:
     """Of a wrapped block of some libraries the attention layer could be read, and what took its place never ran."""
     wrap = wrappers()[wrapper]
-    model = {"timm": timm_vit, "hf-dinov2": partial(hf_model, "Dinov2"), "eva": timm_eva}[
-        family
-    ]()
+    model = {"timm": timm_vit, "hf-dinov2": partial(hf_model, "Dinov2"), "eva": timm_eva}[family]()
     plan, remedy = (
         plan_for(model),
         r"is in the wrapper \w+, behind which.*Put .*\.0\._\w+ in its place",
