@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dwattn.data import count_images, is_reiterable, iterate, require_reiterable
 from dwattn.errors import DataError
+from dwattn.finetune.labelled import labelled_folder
 from dwattn.image_files import image_folder, require_readable
 
 IMAGES = torch.arange(10 * 3 * 4 * 6, dtype=torch.float32).view(10, 3, 4, 6)
@@ -266,6 +268,24 @@ def test_folders_that_cannot_be_read(photos: Path) -> None:
     (photos / "broken.png").write_bytes((photos / "broken.png").read_bytes()[:800])
     with pytest.raises(DataError, match=r"broken\.png cannot be read"):
         list(image_folder(photos, 8))
+
+
+def test_a_folder_that_may_not_be_read_is_not_left_out(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (photos / "secret").mkdir()
+    scandir = os.scandir
+
+    def refused(path: Any) -> Any:
+        if Path(path).name == "secret":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataError, match=r"The folder .*secret cannot be read: Permission denied"):
+        image_folder(photos, 8)
+    with pytest.raises(DataError, match=r"The folder .*secret cannot be read: Permission denied"):
+        labelled_folder(photos / "secret", (8, 8))
 
 
 def test_damaged_files_are_found_before_work_begins(photos: Path) -> None:

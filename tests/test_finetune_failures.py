@@ -336,6 +336,19 @@ def test_a_full_disk_stops_checkpoints_not_training(
     assert [p.name for p in (tmp_path / "other").iterdir()] == ["train.csv"]
 
 
+def test_a_folder_that_takes_no_files_is_refused_before_training(tmp_path: Path) -> None:
+    folder = Path("/proc/self")
+    if not folder.exists():
+        pytest.skip("no /proc")
+    run = trainer(student(), folder)
+    with pytest.raises(CheckpointError, match=r"Cannot write '/proc/self/state\.safetensors'"):
+        run.fit()
+    assert run.step == 0
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="Cannot make the folder"):
+        trainer(student(), tmp_path / "file" / "run").fit()
+
+
 def test_progress_is_validated(tmp_path: Path) -> None:
     trainer(student(), tmp_path, callbacks=[StopAfter(1)]).fit()
     found = state_file.read_progress(tmp_path)

@@ -427,6 +427,17 @@ def test_what_cannot_be_replaced_is_refused_before_the_training(
     assert not (tmp_path / "study").exists()
 
 
+def test_a_folder_of_a_study_that_is_none_and_files_that_are_damaged(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(TrainingError, match="Cannot make the folder"):
+        run(tmp_path / "file")
+    grid = StudyGrid(comparisons={"a": {"blocks": [1], "stages": ["one-stage"]}}, recipe=RECIPE)
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "study.json").write_text("{")
+    with pytest.raises(TrainingError, match=r"study\.json of the study cannot be read.*remove it"):
+        run(tmp_path / "study", grid)
+
+
 def test_the_command(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "factory.py").write_text(FACTORY)

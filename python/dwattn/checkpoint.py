@@ -245,6 +245,9 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     if not Path(path).is_file():
         raise CheckpointError(f"There is no checkpoint to load: {name!r} does not exist.")
     try:
+        Path(path).open(
+            "rb"
+        ).close()  # safetensors takes a file that may not be read for a missing one
         with safe_open(name, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:

@@ -145,6 +145,18 @@ def require_writable(
         raise _cannot_write(path, error, failure) from failure
 
 
+def make_folder(path: Path, error: type[DwattnError]) -> None:
+    """Make a folder and those above it, unless it is there.
+
+    Raises:
+        error: it cannot be made, with path and reason.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as failure:
+        raise error(f"Cannot make the folder {path}: {failure.strerror}.") from failure
+
+
 def require_apart(
     path: str | os.PathLike[str],
     error: type[DwattnError],

@@ -191,7 +191,7 @@ def image_folder(
     if not root.exists():
         raise DataError(f"There is no folder or image {root}.")
     found = [root] if root.is_file() else sorted(files_below(root))
-    files = [file for file in found if file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES]
+    files = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES and _is_file(file)]
     if not files:
         raise DataError(
             f"{root} holds no images; files ending in {', '.join(sorted(IMAGE_SUFFIXES))} are "
@@ -202,12 +202,33 @@ def image_folder(
     return ImageFolder(files, (height, width), mean, std, batch_size)
 
 
+def child_folders(root: Path) -> list[str]:
+    """Names of the folders in a folder, hidden ones left out; raises as :func:`files_below`."""
+    _, folders, _ = next(os.walk(root, onerror=_unreadable))
+    return [name for name in folders if not name.startswith(".")]
+
+
 def files_below(root: Path) -> Iterator[Path]:
-    """Files below a folder, hidden ones (such as macOS's ``._a.jpg``) left out."""
-    for name, folders, files in os.walk(root, followlinks=True):
+    """Files below a folder, hidden ones (such as macOS's ``._a.jpg``) left out.
+
+    Raises:
+        DataError: a folder that may not be read, whose images would be missing without a word.
+    """
+    for name, folders, files in os.walk(root, followlinks=True, onerror=_unreadable):
         folder = Path(name)
         folders[:] = [n for n in folders if not n.startswith(".") and not _leads_back(folder / n)]
         yield from (folder / n for n in files if not n.startswith("."))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except PermissionError:  # said when it is decoded
+        return True
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"The folder {error.filename} cannot be read: {error.strerror}.") from error
 
 
 def _leads_back(path: Path) -> bool:

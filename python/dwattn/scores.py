@@ -312,6 +312,7 @@ def _read(path: Path) -> tuple[_Header, Mapping[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        path.open("rb").close()  # safetensors takes a file that may not be read for a missing one
         with safe_open(str(path), framework="pt") as file:
             text = (file.metadata() or {}).get("dwattn")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -17,6 +17,7 @@ from dwattn.image_files import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ImageFolder,
+    child_folders,
     files_below,
     fit,
     image_folder,
@@ -166,7 +167,7 @@ def labelled_folder(
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"There is no folder {root}.")
-    found = sorted(e.name for e in root.iterdir() if e.is_dir() and not e.name.startswith("."))
+    found = sorted(child_folders(root))
     names = list(classes) if classes is not None else found
     unknown = sorted(set(found) - set(names))
     if unknown:

@@ -20,7 +20,7 @@ from torch import nn
 
 from dwattn.adapters import describe, refusal
 from dwattn.errors import DwattnError, TrainingError
-from dwattn.files import write_atomically
+from dwattn.files import make_folder, parse_json, write_atomically
 from dwattn.finetune.features import head_count
 from dwattn.finetune.gates import Annealing, add_gates, learned_plan, settle
 from dwattn.finetune.recipe import Recipe
@@ -76,7 +76,7 @@ def run_study(
     """
     cells, first, root = grid.cells(only), make(0), Path(folder)
     require_replaceable(grid, cells, first.backbone, replace_options)
-    (root / "cells").mkdir(parents=True, exist_ok=True)
+    make_folder(root / "cells", TrainingError)
     remove_leftovers(root)
     remove_leftovers(root / "cells")
     _claim(root, grid, first, [data, test], replace_options)
@@ -110,8 +110,7 @@ class _Study:
         return self.root / "cells" / f"{cell.name}.json"
 
     def row(self, cell: Cell) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.path(cell).read_text(encoding="utf-8"))
-        return found
+        return _read(self.path(cell))
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Train and measure one cell."""
@@ -315,7 +314,7 @@ def _claim(
     if not path.exists():
         _write(path, json.dumps(mine, indent=1))
         return
-    found = {**mine, **json.loads(path.read_text(encoding="utf-8"))}
+    found = {**mine, **_read(path)}
     other = [
         key for key in ("images", "grid", "replace_options", "head") if found[key] != mine[key]
     ]
@@ -326,6 +325,16 @@ def _claim(
         raise TrainingError(
             f"{root} holds a study with another {other[0]}; give a new folder, or the same {other[0]}."
         )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"{path} of the study cannot be read ({error}); remove it, and it is made again."
+        ) from error
+    return found
 
 
 def _write(path: Path, text: str) -> None:

@@ -16,14 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from dwattn.errors import CheckpointError, TrainingError
-from dwattn.files import sole_writer
+from dwattn.files import make_folder, require_writable, sole_writer
 from dwattn.finetune.batches import in_step, micro_batches, move, read_batches
 from dwattn.finetune.cache import TeacherCache
 from dwattn.finetune.ema import Average
 from dwattn.finetune.groups import param_groups
 from dwattn.finetune.log import CsvLog, training_bar
 from dwattn.finetune.recipe import Recipe
-from dwattn.finetune.state import Progress, load_state, read_progress, remove_leftovers, save_state
+from dwattn.finetune.state import (
+    STATE_FILE,
+    Progress,
+    load_state,
+    read_progress,
+    remove_leftovers,
+    save_state,
+)
 from dwattn.finetune.views import Order, Views, mix
 from dwattn.ranks import Ranks
 
@@ -257,13 +264,11 @@ class Trainer:
         """The folder, made if need be, for this run alone."""
         if self.folder is None:
             return nullcontext()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(
-                f"Cannot make the folder {self.folder}: {error.strerror}."
-            ) from error
-        return sole_writer(self.folder, TrainingError) if self.main else nullcontext()
+        make_folder(self.folder, CheckpointError)
+        if not self.main:
+            return nullcontext()
+        require_writable(self.folder / STATE_FILE, CheckpointError)
+        return sole_writer(self.folder, TrainingError)
 
     def _start(self, resume: bool) -> None:
         if self.folder is None:
