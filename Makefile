@@ -59,6 +59,7 @@ plugin: $(VENV)/.installed $(VENV)/.deploy-tools
 # Ten thousand drawn cases and more, new ones at each run (a failure prints what repeats it); counts at the end.
 fuzz: $(VENV)/.installed
 	DWATTN_FUZZ=12 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_fuzz_operators.py tests/test_fuzz_layers.py tests/test_fuzz_files.py tests/test_fuzz_kernels.py
+	DWATTN_FUZZ=12 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_triton_drawn.py
 
 # Every command, stopped at random moments; then no file may be half-written.
 soak: $(VENV)/.installed
