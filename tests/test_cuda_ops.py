@@ -44,6 +44,7 @@ SHAPES = (
     (5, 230, 1, 1, 64, 66),
     (7, 5, 1, 2, 33, 65),
     (1, 1, 0, 1, 8, 2),
+    (32768, 1, 0, 1, 8, 16),  # a longer side than the one kernel of a layer takes
 )
 
 
@@ -220,6 +221,23 @@ def test_the_current_stream_is_used_and_can_be_captured(
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@pytest.mark.parametrize("run", RUNS)
+def test_another_device_than_the_current_one(run: Callable[[OperatorCase], Tensor]) -> None:
+    """What a kernel is granted, more shared memory than by default, it is granted on one device."""
+    case = make_case(24, 24, 384, dim=384, dtype=torch.float16)
+    expected = run(on_gpu(case))
+    weights.cache_clear()
+    with torch.cuda.device(1):
+        second = on_gpu(case)
+        weights(case.geometry, 384, 64, torch.float16)
+        weights(case.geometry, 384, 576, torch.float16)
+    found = run(second)
+    weights.cache_clear()
+    assert found.device.index == 1
+    torch.testing.assert_close(found.cpu(), expected.cpu())
 
 
 def staged(

@@ -84,7 +84,7 @@ def assert_good(kernel: dict[str, Any], capability: int, folder: Path) -> None:
     assert len(re.findall(rf"\.param [^\n]*\b{name}_param_\d+", ptx)) == arguments
     assert ".local" not in ptx
     assert "/" not in re.sub(r"//[^\n]*", "", ptx)  # no path of this machine
-    assert kernel["shared"] <= 99 * 1024
+    assert kernel["shared"] <= 48 * 1024  # more has to be asked for, which TensorRT may not do
     if PTXAS is not None:
         (folder / "k.ptx").write_text(ptx)
         done = subprocess.run(
