@@ -520,6 +520,11 @@ def test_models_are_timed_once_for_each_size_of_images(
     assert timed == [(list(large.shape[-2:]), 1), (list(large.shape[-2:]), 0), ([28, 28], 1)]
     kept = json.loads((tmp_path / "latency.json").read_text())
     assert kept == [*first, *other]
+    (tmp_path / "latency.json").write_text("[{")
+    with pytest.raises(
+        TrainingError, match=r"latency\.json of the study cannot be read.*remove it"
+    ):
+        measure(large)
 
 
 def test_deviations_are_aligned_on_their_query() -> None:

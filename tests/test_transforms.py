@@ -166,7 +166,9 @@ def test_compiled_without_a_break(name: str) -> None:
     with forward_ad.dual_level():  # the graph without tangents is not taken for this call
         try:
             out = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x)))
-        except torch._dynamo.exc.Unsupported as error:  # PyTorch 2.15 compiles no layer for inputs with tangents
+        except (
+            torch._dynamo.exc.Unsupported
+        ) as error:  # PyTorch 2.15 compiles no layer for inputs with tangents
             assert "dual tensor" in str(error)
             return
     torch.testing.assert_close(out.tangent, tangent(x))

@@ -20,13 +20,13 @@ from torch import nn
 
 from dwattn.adapters import describe, refusal
 from dwattn.errors import DwattnError, TrainingError
-from dwattn.files import make_folder, parse_json, write_atomically
+from dwattn.files import make_folder, write_atomically
 from dwattn.finetune.features import head_count
 from dwattn.finetune.gates import Annealing, add_gates, learned_plan, settle
 from dwattn.finetune.recipe import Recipe
 from dwattn.finetune.stages import train_in_stages
 from dwattn.finetune.state import STATE_FILE, remove_leftovers
-from dwattn.finetune.study_grid import Cell, Kind, StudyGrid
+from dwattn.finetune.study_grid import Cell, Kind, StudyGrid, read_part
 from dwattn.finetune.study_results import StudyResult
 from dwattn.finetune.tasks import Task, evaluate
 from dwattn.finetune.trainer import Callback, Trainer
@@ -110,7 +110,8 @@ class _Study:
         return self.root / "cells" / f"{cell.name}.json"
 
     def row(self, cell: Cell) -> dict[str, Any]:
-        return _read(self.path(cell))
+        found: dict[str, Any] = read_part(self.path(cell))
+        return found
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Train and measure one cell."""
@@ -314,7 +315,7 @@ def _claim(
     if not path.exists():
         _write(path, json.dumps(mine, indent=1))
         return
-    found = {**mine, **_read(path)}
+    found = {**mine, **read_part(path)}
     other = [
         key for key in ("images", "grid", "replace_options", "head") if found[key] != mine[key]
     ]
@@ -325,16 +326,6 @@ def _claim(
         raise TrainingError(
             f"{root} holds a study with another {other[0]}; give a new folder, or the same {other[0]}."
         )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise TrainingError(
-            f"{path} of the study cannot be read ({error}); remove it, and it is made again."
-        ) from error
-    return found
 
 
 def _write(path: Path, text: str) -> None:

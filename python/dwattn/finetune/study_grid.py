@@ -264,3 +264,17 @@ def paper_grid(depth: int, heads: int, recipe: Recipe, **shared: Any) -> StudyGr
         recipe=recipe,
         **shared,
     )  # fmt: skip
+
+
+def read_part(path: Path) -> Any:
+    """A JSON file that a study keeps in its folder.
+
+    Raises:
+        TrainingError: it cannot be read, or is damaged.
+    """
+    try:
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"{path} of the study cannot be read ({error}); remove it, and it is made again."
+        ) from error

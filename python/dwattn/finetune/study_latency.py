@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dwattn.errors import DwattnError
 from dwattn.files import write_atomically
-from dwattn.finetune.study_grid import Cell, StudyGrid
+from dwattn.finetune.study_grid import Cell, StudyGrid, read_part
 from dwattn.latency import fold_ensembles, times_in_turns
 from dwattn.plan import Plan
 from dwattn.surgery import replace
@@ -31,14 +31,14 @@ def study_latency(
         backbone, pixels, options: of :func:`measure_cells`; the size may be another than that of the study's images.
     """
     root, path = Path(folder), Path(folder) / "latency.json"
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    kept = read_part(path) if path.exists() else []
     known = [entry for entry in kept if entry.get("size") == _size(pixels)]
     have = {(entry["attention"], entry["count"]) for entry in known}
     cells = []
     for cell in grid.cells():
         done = root / "cells" / f"{cell.name}.json"
         if done.exists() and (cell.label[0], cell.label[2]) not in have:
-            cells.append((cell, json.loads(done.read_text(encoding="utf-8"))["replaced"]))
+            cells.append((cell, read_part(done)["replaced"]))
     new = measure_cells(backbone, pixels, cells, **options)
     with write_atomically(path, DwattnError) as temporary:
         temporary.write_text(json.dumps(kept + new, indent=1) + "\n", encoding="utf-8")
