@@ -43,6 +43,7 @@ from support.surgery import Snapshot, plan_for, shims
         ({"grid": (4.0, 3.0)}, "two positive integers"),
         ({"grid": 4}, "grid=4 must be two positive integers"),
         ({"seed": "a"}, "seed='a' must be a whole number"),
+        ({"seed": 2**63}, "seed=9223372036854775808 must be from 0 to 2"),
         ({"batch_size": 4}, "got batch_size.*only calibration uses: pass calibrate=images"),
         ({"varient": "conv"}, "no argument varient=; did you mean variant="),
         ({"calibrate": [], "heldout": 0.5}, "no argument heldout=; did you mean held_out="),

@@ -21,7 +21,7 @@ KERNEL_INITS = ("mean-attention", "gaussian")
 def gaussian_init(layer: Replacement, seed: int) -> None:
     """The paper's initialisation, reproducible and without touching torch's global generator."""
     parameter = layer.logits if isinstance(layer, SPViTAttention) else layer.kernel
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % 2**63)
     draw = torch.empty(parameter.shape, dtype=torch.float32)
     parameter.copy_(draw.normal_(std=0.02, generator=generator))
 

@@ -28,3 +28,15 @@ def whole(name: str, value: Any, error: type[DwattnError] = DwattnError) -> int:
     if not is_whole(value):
         raise error(f"{name}={value!r} must be a whole number.")
     return int(value)
+
+
+def valid_seed(value: Any, error: type[DwattnError] = DwattnError) -> int:
+    """The argument ``seed`` as a Python int that PyTorch's generators take.
+
+    Raises:
+        error: it is something else.
+    """
+    seed = whole("seed", value, error)
+    if not 0 <= seed < 2**63:
+        raise error(f"seed={seed} must be from 0 to 2^63 - 1.")
+    return seed

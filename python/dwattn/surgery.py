@@ -28,7 +28,7 @@ from dwattn.conversion import (
 from dwattn.errors import CalibrationError, DwattnError, PlanError
 from dwattn.fingerprint import relative_name
 from dwattn.grid_hook import GridHook
-from dwattn.numeric import whole
+from dwattn.numeric import valid_seed
 from dwattn.plan import Plan
 from dwattn.replacements import (
     Options,
@@ -114,7 +114,7 @@ def replace(
         context=context,
         grid=check_grid(layout, grid, dynamic_grid),
         kernel_init=check_kernel_init(kernel_init, plan),
-        seed=whole("seed", seed),
+        seed=valid_seed(seed),
     )
     previous = _previous(model, layout, options.grid)
     planned, refused = planned_layers(layout, plan)

@@ -59,7 +59,8 @@ class PhotoViews:
         number, self._photos = self._photos, self._photos + 1
         views = []
         for view in range(1, self.count):
-            rng = torch.Generator().manual_seed((self.seed * 1_000_003 + number) * 1_009 + view)
+            mixed = (self.seed * 1_000_003 + number) * 1_009 + view
+            rng = torch.Generator().manual_seed(mixed % 2**63)
             if view == 1:
                 views.append(_crop(image, image.shape[-2:], CROP, rng).flip(-1))
             else:
