@@ -1,4 +1,4 @@
-"""The progress bar of work whose steps can be counted."""
+"""Progress bars of work whose steps can be counted."""
 
 from __future__ import annotations
 
@@ -27,3 +27,11 @@ def progress_bar(doing: str, unit: str, *, show: bool, transient: bool = False) 
         TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     return Progress(*columns, console=Console(stderr=True), transient=transient, disable=not show)
+
+
+def training_bar(show: bool) -> Progress:
+    """Steps with elapsed and remaining time and the loss, on stderr."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True), disable=not show,
+    )  # fmt: skip

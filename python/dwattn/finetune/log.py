@@ -1,4 +1,4 @@
-"""What a training run reports while it runs: a CSV file for plots, and a progress bar."""
+"""The CSV file of a training run, for plots."""
 
 from __future__ import annotations
 
@@ -8,16 +8,6 @@ import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from dwattn.errors import CheckpointError
 from dwattn.files import write_atomically
@@ -85,11 +75,3 @@ def _line(row: list[str]) -> str:
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(row)
     return line.getvalue()
-
-
-def training_bar(show: bool) -> Progress:
-    """Steps with elapsed and remaining time and the loss, on stderr."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True), disable=not show,
-    )  # fmt: skip

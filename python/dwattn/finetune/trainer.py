@@ -21,7 +21,7 @@ from dwattn.finetune.batches import in_step, micro_batches, move, read_batches
 from dwattn.finetune.cache import TeacherCache
 from dwattn.finetune.ema import Average
 from dwattn.finetune.groups import param_groups
-from dwattn.finetune.log import CsvLog, training_bar
+from dwattn.finetune.log import CsvLog
 from dwattn.finetune.recipe import Recipe
 from dwattn.finetune.state import (
     STATE_FILE,
@@ -32,6 +32,7 @@ from dwattn.finetune.state import (
     save_state,
 )
 from dwattn.finetune.views import Order, Views, mix
+from dwattn.progress import training_bar
 from dwattn.ranks import Ranks
 
 
