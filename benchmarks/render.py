@@ -329,7 +329,7 @@ def study_setting(kind: str = "") -> str:
             f"- {study_page.NAMES[task]} (`benchmarks/results/study{kind}-{task}.json` and `.csv`, "
             f"{day(found['created'])}): {s['train_images']} training and "
             f"{s['test_images']} test images of {s['size']} x {s['size']} pixels; {head['steps']} steps of the head alone, "
-            f"{first['steps']} of all weights at {first['lr']:g}, {second['steps']} behind the replacement at "
+            f"{first['steps']} of all weights at {first['lr']:g}, {second['steps']} after the replacement at "
             f"{second['lr']:g}, {first['batch_size']} images each; calibrated on {grid['calibration_images']} images; "
             f"{len(found['runs'])} runs; `{found['command']}`."
         )
@@ -352,6 +352,14 @@ def study_claims(kind: str = "") -> str:
     found = studies(kind)
     columns = ["first minus second, points", "the paper's", *found, "verdict"]
     rows = study_page.claims(found)
+    return _lines(columns, rows) if rows else NOT_RUN
+
+
+def study_summary() -> str:
+    """What replacing costs, in short."""
+    found = studies(LIMITS)
+    columns = ["layer", "replaced", *(study_page.NAMES[task] for task in found)]
+    rows = study_page.short(found)
     return _lines(columns, rows) if rows else NOT_RUN
 
 
@@ -409,6 +417,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "cpu_layers": cpu_layers,
     "cpu_layers_amx": lambda: cpu_layers("cpu-layer-amx"),
     "vit_l": vit_l,
+    "study_summary": study_summary,
     "study_setting": study_setting,
     "study_classify": lambda: _study("classify"),
     "study_segment": lambda: _study("segment"),

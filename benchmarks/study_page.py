@@ -163,6 +163,20 @@ def limits(found: dict[str, Any], metric: str) -> list[list[str]]:
     ]
 
 
+def short(results: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """:func:`losses` of several tasks from the unconverted model trained as long, side by side: a row per layer and number of
+    blocks that all tasks have, or that one has with every block replaced."""
+    by_task = [losses(found, TASKS[task]) for task, found in results.items()]
+    rows = []
+    for key in sorted({key for by_layer in by_task for key in by_layer}):
+        attention, count = key
+        pairs = [by_layer[key][0] if key in by_layer else None for by_layer in by_task]
+        if all(pairs) or (any(pairs) and count == DEPTH):
+            told = ("" if pair is None else signed(pair) for pair in pairs)
+            rows.append([f"`{attention}`", f"{count} of {DEPTH}", *told])
+    return rows
+
+
 def within(found: dict[str, Any], metric: str, allowed: float = 1.0) -> list[str]:
     """A line a baseline: up to how many blocks of each layer the mean loss is at most ``allowed`` points."""
     lines = []
