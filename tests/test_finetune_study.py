@@ -7,17 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import dwattn
 from dwattn.cli import app
 from dwattn.errors import DwattnError, TrainingError
 from dwattn.finetune import (
@@ -29,17 +26,14 @@ from dwattn.finetune import (
     StudyResult,
     Trainer,
     classifier,
-    paper_grid,
     run_study,
 )
 from dwattn.finetune import study as study_module
 from dwattn.finetune import study_latency as latency_module
-from dwattn.finetune.study_grid import Cell
-from dwattn.report.study import StudyReport
-from dwattn.report.study_figures import aligned
 from support.models import BY_NAME
 from test_cli import FACTORY
-from test_finetune_tasks import coloured, save_image
+from test_finetune_tasks import coloured
+from test_labelled_images import save_image
 
 pytest.importorskip("accelerate", reason="training needs the train extra")
 pytest.importorskip("torchmetrics", reason="evaluation needs the train extra")
@@ -310,29 +304,6 @@ def test_a_study_survives_kill_9(tmp_path: Path) -> None:
     assert not left
 
 
-def test_comparisons_share_runs_and_baselines() -> None:
-    cells = GRID.model_copy(update={"seeds": (0, 1)}).cells()
-    assert len(cells) == len(set(cells)) == 2 * (2 + 6 + 2 + 2 + 2)
-    for place, cell in enumerate(cells):
-        assert cell.baseline in cells[: place + 1]
-    assert [c.name for c in GRID.cells(["stages"])] == [
-        "mhsa-one-stage-seed0",
-        "dw-variance-2-one-stage-gaussian-seed0",
-        "mhsa-two-stage-seed0",
-        "dw-variance-2-frozen-gaussian-seed0",
-    ]
-    paper = paper_grid(24, 16, RECIPE)
-    labels = {cell.label for cell in paper.cells()}
-    for wanted in (
-        ("conv", "variance", "12", "two-stage", "calibrated"),
-        ("spvit", "variance", "10", "two-stage", "mean-attention"),
-        ("dw", "dsp", "17", "two-stage", "calibrated"),
-        ("dw", "variance", "192 heads", "two-stage", "calibrated"),
-        ("dw", "highest-variance", "7", "two-stage", "calibrated"),
-    ):
-        assert wanted in labels
-
-
 def test_the_patch_grid_of_replace_is_an_option_of_a_study(tmp_path: Path) -> None:
     def collect(size: tuple[int, int]) -> None:
         views = [LabelledViews(*coloured(count), 3) for count in (12, 9)]
@@ -343,67 +314,6 @@ def test_the_patch_grid_of_replace_is_an_option_of_a_study(tmp_path: Path) -> No
     collect((4, 4))
     with pytest.raises(TrainingError, match="study with another"):
         collect((4, 3))
-
-
-def test_a_grid_file_is_checked(tmp_path: Path) -> None:
-    path = tmp_path / "grid.json"
-    with pytest.raises(TrainingError, match="No such file"):
-        StudyGrid.load(path)
-    path.write_text("{")
-    with pytest.raises(TrainingError, match="no JSON"):
-        StudyGrid.load(path)
-    two = {"a": {"blocks": [2]}}
-    for wrong, match in (
-        ({"recipe": {}}, r"recipe\.steps: Field required"),
-        ({"comparisons": {"a": {"blocks": [0]}}}, r"blocks\.0"),
-        ({"comparisons": {"a": {}}}, "give blocks, heads or both"),
-        ({"comparisons": {"a": {"heads": [2], "kinds": [{"variant": "conv"}]}}}, "not conv"),
-        ({"comparisons": {"a": {"blocks": [2], "criteria": ["dsp-e2e"]}}}, "from gaussian"),
-        (
-            {"comparisons": {"a": {"heads": [2], "criteria": ["refine"]}}},
-            "refine: for blocks alone",
-        ),
-        (
-            {
-                "comparisons": {
-                    "a": {"blocks": [2], "criteria": ["refine"], "kinds": [{"variant": "spvit"}]}
-                }
-            },
-            "spvit has no calibration",
-        ),
-        (
-            {"comparisons": {"a": {"blocks": [2], "kinds": [{"variant": "spvit"}]}}},
-            "spvit has no calibration",
-        ),
-        (
-            {
-                "comparisons": {
-                    "a": {"blocks": [2], "criteria": ["dsp"], "kernel_inits": ["mean-attention"]}
-                }
-            },
-            "dsp measures no mean attention",
-        ),
-        ({"seeds": [2**63]}, "seeds.0"),
-        ({"comparisons": {}}, "comparisons"),
-        ({"colour": 1}, "colour"),
-        ({"schema_version": 2}, "schema_version"),
-    ):
-        path.write_text(json.dumps({"comparisons": two, "recipe": {"steps": 2}, **wrong}))
-        with pytest.raises(TrainingError, match=match):
-            StudyGrid.load(path)
-    path.write_text(
-        '{"comparisons": {"a": {"blocks": [2]}, "a": {"blocks": [1]}}, "recipe": {"steps": 2}}'
-    )
-    with pytest.raises(TrainingError, match="'a' is given twice"):
-        StudyGrid.load(path)
-    odd = {"steps": 2, "batch_size": 3}
-    path.write_text(json.dumps({"comparisons": two, "recipe": odd}))
-    with pytest.raises(TrainingError, match="batch_size=3 cannot be halved"):
-        StudyGrid.load(path)
-    assert StudyGrid(comparisons={"a": {"blocks": [2], "stages": ["one-stage"]}}, recipe=odd)
-    assert StudyGrid(comparisons=two, recipe=odd, second={"steps": 1})
-    path.write_text(GRID.model_dump_json())
-    assert StudyGrid.load(path) == GRID
 
 
 @pytest.mark.parametrize(
@@ -478,21 +388,6 @@ def test_the_command(tmp_path: Path) -> None:
     assert wrong.exit_code == 2
 
 
-def test_the_steps_that_a_run_adds_to_the_shared_first_stage() -> None:
-    grid = GRID.model_copy(
-        update={"recipe": GRID.recipe.but(steps=10), "second": GRID.recipe.but(steps=3)}
-    )
-    dw = next(cell for cell in grid.cells() if cell.kind is not None)
-    steps = {
-        (stages, criterion): grid.own_steps(replace(dw, stages=stages, criterion=criterion))
-        for stages in ("two-stage", "frozen", "one-stage")
-        for criterion in ("variance", "dsp")
-    }
-    assert list(steps.values()) == [3, 6, 3, 6, 10, 13]
-    plain = [grid.own_steps(Cell(0, stages)) for stages in ("one-stage", "two-stage")]
-    assert plain == [0, 3]
-
-
 def test_models_are_timed_once_for_each_size_of_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -525,46 +420,3 @@ def test_models_are_timed_once_for_each_size_of_images(
         TrainingError, match=r"latency\.json of the study cannot be read.*remove it"
     ):
         measure(large)
-
-
-def test_deviations_are_aligned_on_their_query() -> None:
-    height, width = 3, 4
-    deviation = np.zeros((height, width, height, width))
-    for i in range(height):
-        for j in range(width - 1):
-            deviation[i, j, i, j + 1] = 1 + i
-    found = aligned(deviation.reshape(12, 12), (height, width))
-    wanted = np.zeros((5, 7))
-    wanted[2, 4] = 2  # one to the right of the centre, the mean over rows
-    np.testing.assert_allclose(found, wanted)
-
-
-def test_a_report_pairs_selections_and_marks_heads() -> None:
-    pytest.importorskip("matplotlib")
-
-    def row(label: tuple[str, ...], seed: int, value: float, *replaced: str) -> dict[str, Any]:
-        return {"label": list(label), "seed": seed, "replaced": list(replaced), "metrics": {"miou": value}}  # fmt: skip
-
-    model = FAMILY.build()
-    scores = dwattn.score(model, FAMILY.images(4), num_images=4, keep_maps=True, progress=False)
-    dw = ("dw", "variance", "1", "two-stage", "calibrated")
-    heads = ("dw", "dsp", "2 heads", "two-stage", "calibrated")
-    rows = [row(("mhsa", "", "", "two-stage", ""), seed, 0.5) for seed in (0, 1)]
-    rows += [row(dw, 0, 0.49, "blocks.1.attn"), row(dw, 1, 0.47, "blocks.2.attn")]
-    rows += [row(heads, 0, 0.48, "blocks.0.attn:0", "blocks.3.attn:1")]
-    rows += [row((*dw[:4], "gaussian"), 0, 0.40, "blocks.1.attn")]
-    timed = [{"attention": "dw", "count": "1", "ratio": 0.9}, {"attention": "dw", "count": "2 heads", "ratio": 0.95}]  # fmt: skip
-    report = StudyReport(
-        StudyResult(rows), "dwattn study", before=scores, after=scores, latency=timed
-    )
-    best, scattered = report.points()
-    assert best.difference == pytest.approx(-2.0)  # the calibrated start, not the Gaussian one
-    assert (best.blocks, best.ratio, scattered.blocks, scattered.ratio) == (1, 0.9, None, 0.95)
-    chosen = report.chosen(scores)
-    assert chosen["dsp 2 heads"] == [{(0, 0), (3, 1)}]
-    assert [sorted({b for b, _ in run}) for run in chosen["variance 1"]][:2] == [[1], [2]]
-    assert len(report.figures()) == 7
-    titles = [table["title"] for table in report.tables()]
-    assert titles[0].startswith("Layers")
-    assert "Starting kernels" in titles
-    assert not StudyReport(StudyResult(rows[:2]), "nothing but baselines").tables()

@@ -30,7 +30,7 @@ from dwattn.files import parse_json, write_tensors
 from dwattn.fingerprint import Fingerprint, fingerprint, relative_name
 from dwattn.grid_hook import GridHook
 from dwattn.plan import Plan, problems
-from dwattn.projections import is_wrapped, require_linear
+from dwattn.projections import is_sharded, is_wrapped, require_linear
 from dwattn.replacements import build_shim, finish
 from dwattn.surgery import install
 from dwattn.token_grid import Grid, GridSource
@@ -148,7 +148,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         UnsupportedAttentionError: a projection of a replaced layer is an adapter or quantised.
     """
     model = unwrap(model)
-    sharded = next((n for n, p in model.named_parameters() if type(p).__name__ == "DTensor"), None)
+    sharded = next((n for n, p in model.named_parameters() if is_sharded(p)), None)
     if sharded is not None:
         raise CheckpointError(
             f"{sharded} is a DTensor, of which this process has a part. Gather the weights "
@@ -245,9 +245,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     if not Path(path).is_file():
         raise CheckpointError(f"There is no checkpoint to load: {name!r} does not exist.")
     try:
-        Path(path).open(
-            "rb"
-        ).close()  # safetensors takes a file that may not be read for a missing one
+        # safetensors takes a file that may not be read for a missing one.
+        Path(path).open("rb").close()
         with safe_open(name, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:

@@ -17,7 +17,7 @@ from dwattn.adapters.base import wrapped_layer
 from dwattn.errors import PlanError
 from dwattn.grid_hook import GridHook
 from dwattn.plan import Plan
-from dwattn.projections import is_wrapped
+from dwattn.projections import is_sharded, is_wrapped
 from dwattn.untouched import unwrap
 
 ATTRIBUTE = "_dwattn"
@@ -219,7 +219,7 @@ def _check_places(holder: nn.Module, path: str, record: Conversion) -> None:
     tensors = dict([*holder.named_parameters(), *holder.named_buffers()])
     for name, value in record.updates.items():
         tensor = tensors.get(name)
-        if type(tensor).__name__ == "DTensor":
+        if is_sharded(tensor):
             raise PlanError(
                 f"Calibration changed {place}{name}, which is a DTensor now, of which this process has a part. Restore "
                 f"before the model is sharded (fully_shard), or build the original model anew."

@@ -17,6 +17,11 @@ def is_wrapped(weight: object) -> bool:
     return hasattr(type(weight), "__tensor_flatten__")
 
 
+def is_sharded(weight: object) -> bool:
+    """Whether a tensor is one of FSDP2 or tensor parallelism, of which this process has a part."""
+    return type(weight).__name__ == "DTensor"
+
+
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether ``module(x)`` is just ``F.linear(x, weight, bias)``, so that the weights may be used without calling it.
 

@@ -21,7 +21,7 @@ from torch.fx import Proxy
 from dwattn.adapters.unsupported import is_attention_name
 from dwattn.errors import DataError, UnsupportedAttentionError
 from dwattn.geometry import Geometry
-from dwattn.projections import AttentionWeights, is_wrapped
+from dwattn.projections import AttentionWeights, is_sharded, is_wrapped
 from dwattn.rotary import Rotary
 from dwattn.token_grid import Grid
 from dwattn.variants import Replacement
@@ -88,7 +88,7 @@ def refuse_projections(*layers: object) -> str | None:
                 f"One of its projections is a {kind} instead of a plain nn.Linear; "
                 "merge adapters or dequantise it first."
             )
-        if type(layer.weight).__name__ == "DTensor":
+        if is_sharded(layer.weight):
             return (
                 "The weight of one of its projections is a DTensor, of which this process has a part; score and replace "
                 "before the model is sharded (fully_shard)."

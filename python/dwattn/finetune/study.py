@@ -252,7 +252,7 @@ class _Study:
 def require_replaceable(
     grid: StudyGrid, cells: Sequence[Cell], backbone: nn.Module, replace_options: dict[str, Any]
 ) -> None:
-    """Refuse before any training what :func:`dwattn.replace` would refuse behind the first stage.
+    """Refuse before any training what :func:`dwattn.replace` would refuse after the first stage.
 
     Raises:
         DwattnError: more blocks or heads than can be replaced, or options that do not fit together or the model.

@@ -114,7 +114,7 @@ def compile_kernel(name: str, dtype: str, tile: dict[str, Any], capability: int)
 
 
 def without_scratch(ptx: str, name: str, arguments: int) -> str:
-    """PTX without the pointers to scratch memory that Triton adds behind the ``arguments``.
+    """PTX without the pointers to scratch memory that Triton adds after the ``arguments``.
 
     TensorRT passes the plugin's arguments and nothing else.
 
