@@ -92,6 +92,27 @@ def test_agrees_with_whole_maps(shape: tuple[int, ...], dtype: torch.dtype) -> N
     torch.testing.assert_close(found.sum((1, 2)), deviation.sum((1, 2)), rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "heads", "width"),
+    [
+        (torch.float32, 6, 64),
+        (torch.float32, 5, 80),
+        (torch.bfloat16, 12, 64),
+        (torch.float16, 9, 96),
+    ],
+    ids=str,
+)
+def test_large_outputs_are_written_past_the_cache(
+    dtype: torch.dtype, heads: int, width: int
+) -> None:
+    q, k, v = packed(16, heads, 179, width, dtype)
+    whole, parts = AttentionVariance(num_prefix=1), AttentionVariance(num_prefix=1)
+    found = whole.attend(q, k, v)
+    assert found.nbytes > 4 << 20  # and those of one image are not
+    expected = [parts.attend(*one) for one in zip(q.split(1), k.split(1), v.split(1), strict=True)]
+    assert torch.equal(found, torch.cat(expected))
+
+
 def test_all_entries_and_no_values() -> None:
     q, k, v = packed(4, 2, 39, 24, torch.float32)
     state = AttentionVariance(num_prefix=3, entries="all")

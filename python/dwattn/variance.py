@@ -280,12 +280,12 @@ class AttentionVariance:
                 f"makes ({q.shape[1]}, {size}, {size}): images of another resolution or another "
                 "layer cannot be added."
             )
-        for name, tensor in (("q", q), ("k", k)):
-            if not all_finite(tensor):
-                raise ScoreError(
-                    f"{name} has NaN or infinite entries; the attention maps of this batch are not "
-                    "defined."
-                )
+        if not all_finite(q, k):
+            name = "k" if all_finite(q) else "q"
+            raise ScoreError(
+                f"{name} has NaN or infinite entries; the attention maps of this batch are not "
+                "defined."
+            )
 
     def merge(self, other: AttentionVariance) -> AttentionVariance:
         """Join the images of ``other`` to this state (Chan's formula) and return it; ``other`` is
@@ -393,7 +393,7 @@ class AttentionVariance:
                 f"Not a state of an AttentionVariance: mean {tuple(mean.shape)}, m2 "
                 f"{tuple(m2.shape)}, count {count}."
             )
-        if not (all_finite(mean) and all_finite(m2)):
+        if not all_finite(mean, m2):
             raise ScoreError("The state of an AttentionVariance holds NaN or infinite entries.")
         entries = "patches" if patches_only else "all"
         made = cls(num_prefix, entries, dtype=mean.dtype)

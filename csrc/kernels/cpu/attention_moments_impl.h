@@ -110,7 +110,6 @@ class TileMoments {
       batch_moments(l, j, count, moments);
       for (int64_t r = 0; r < W::width && l + r < rows_; ++r) {
         const int64_t row = first_ + l + r - p_.skip, size = p_.tokens - p_.skip;
-        if (row < 0) continue;
         if (j < p_.skip) {
           double* const prefix = static_cast<double*>(p_.prefix_mean);
           join_means(moments.mean[r], count, prefix + (head_ * size + row) * p_.skip + j);

@@ -24,7 +24,9 @@ bool valid(const AttentionVarianceParams& p) {
 }  // namespace
 
 AttentionTiles::AttentionTiles(const AttentionVarianceParams& p)
-    : vectors(padded_lanes(p.tokens) / kLanePad), channels(padded_lanes(p.head_dim)) {
+    : skip(p.skip),
+      vectors(padded_lanes(p.tokens - p.skip) / kLanePad),
+      channels(padded_lanes(p.head_dim)) {
   const int64_t folded = p.batch < kImagesPerFold ? p.batch : kImagesPerFold;
   const int64_t per_row = p.tokens * (4 * folded + 4 + 2 * 8);
   int64_t rows = kTileBytes / per_row / kLanePad * kLanePad;

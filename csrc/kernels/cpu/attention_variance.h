@@ -6,7 +6,8 @@
 // with its queries along the lanes of vectors, so that neither K nor V is transposed and a softmax
 // runs down the lanes, multiplies by V while E is in the cache, and folds E into the moments of the
 // batch, which meet the state once per call, or per kPackedBytes of keys and values. E exists for a
-// tile and kImagesPerFold images only.
+// tile and kImagesPerFold images only. Queries that the state leaves out are not in tiles: one more
+// query behind whole vectors would cost as much as another vector of them.
 #pragma once
 
 #include "kernels/attention_variance_params.h"
@@ -38,8 +39,9 @@ struct AttentionTiles {
   explicit AttentionTiles(const AttentionVarianceParams& params);
 
   // First query of a tile; the tiles are as equal as whole vectors allow.
-  int64_t first_row(int64_t tile) const { return tile * vectors / per_head * kLanePad; }
+  int64_t first_row(int64_t tile) const { return skip + tile * vectors / per_head * kLanePad; }
 
+  int64_t skip;      // queries in front of the tiles
   int64_t vectors;   // of kLanePad queries, in a head
   int64_t per_head;  // tiles
   int64_t lanes;     // of a tile, at most

@@ -6,6 +6,8 @@
 
 #include "kernels/cpu/attention_moments_impl.h"
 #include "kernels/cpu/exp2_impl.h"
+#include "kernels/cpu/few_rows_impl.h"
+#include "kernels/cpu/unroll.h"
 
 namespace dwattn::cpu::DWATTN_ISA {
 namespace {
@@ -26,7 +28,7 @@ class VarianceTile {
 
  public:
   VarianceTile(const AttentionVarianceParams& params, const AttentionTiles& tiles, char* memory)
-      : p_(params), tiles_(tiles), moments_(params, tiles, memory) {
+      : p_(params), tiles_(tiles), moments_(params, tiles, memory), streamed_(streams()) {
     packed_ = take<float>(memory, tiles.packed_bytes);
     weights_ = take<float>(memory, tiles.weights_bytes);
     queries_ = take<float>(memory, tiles.queries_bytes);
@@ -62,27 +64,22 @@ class VarianceTile {
   float* weights(int64_t i) const { return weights_ + i * (p_.tokens + 1) * lanes_; }
   float* inverse(int64_t i) const { return weights(i) + p_.tokens * lanes_; }
 
-  // f(std::integral_constant-like count, first) over groups of rows of a register tile.
+  // f(Size<n>, first) over groups, as equal as possible, of at most kMost of 0 ... count - 1.
   template <int kCount>
   struct Size {
     static constexpr int value = kCount;
   };
-  template <class F>
-  static void each_rows(int64_t count, const F& f) {
-    int64_t i = 0;
-    for (; i + kRows <= count; i += kRows) f(Size<kRows>{}, i);
-    for (; i + 2 <= count; i += 2) f(Size<2>{}, i);
-    if (i < count) f(Size<1>{}, i);
-  }
-  // The same over `count` vectors, in groups as equal as possible.
-  template <class F>
-  static void each_vectors(int64_t count, const F& f) {
-    const int64_t groups = (count + kVectors - 1) / kVectors;
+  template <int kMost, class F>
+  static void each_group(int64_t count, const F& f) {
+    static_assert(kMost <= 6);
+    const int64_t groups = (count + kMost - 1) / kMost;
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = g * count / groups, size = (g + 1) * count / groups - first;
-      if (kVectors >= 4 && size == 4) f(Size<4>{}, first);
-      if (kVectors >= 4 && size == 3) f(Size<3>{}, first);
-      if (size == 2) f(Size<2>{}, first);
+      if (kMost >= 6 && size == 6) f(Size<kMost >= 6 ? 6 : 1>{}, first);
+      if (kMost >= 5 && size == 5) f(Size<kMost >= 5 ? 5 : 1>{}, first);
+      if (kMost >= 4 && size == 4) f(Size<kMost >= 4 ? 4 : 1>{}, first);
+      if (kMost >= 3 && size == 3) f(Size<kMost >= 3 ? 3 : 1>{}, first);
+      if (kMost >= 2 && size == 2) f(Size<kMost >= 2 ? 2 : 1>{}, first);
       if (size == 1) f(Size<1>{}, first);
     }
   }
@@ -91,10 +88,13 @@ class VarianceTile {
 
   // `image` counts from the first packed one; `pack` if this one is not yet.
   void attend(int64_t image, float* e, float* inverse, bool pack) {
-    load_queries(image_ + image);
     const float* const keys = packed(image);
     const float* const values = p_.v == nullptr ? nullptr : keys + p_.tokens * tiles_.channels;
     if (pack) pack_image(image);
+    if (first_ == p_.skip && values != nullptr) {
+      for (int64_t i = 0; i < p_.skip; ++i) attend_row(image_ + image, i, keys, values, e);
+    }
+    load_queries(image_ + image);
     for (int64_t l = 0; l < lanes_; l += V::width) V::all(-FLT_MAX).store(max_ + l);
     const bool more = image + 1 < images_;
     scores(keys, e, [&](int64_t row, int64_t count) {
@@ -107,7 +107,36 @@ class VarianceTile {
       if (values != nullptr) multiply(values + j * tiles_.channels, count, e + j * lanes_, j > 0);
     }
     for (int64_t l = 0; l < lanes_; ++l) inverse[l] = 1.0f / sum_[l];
-    if (values != nullptr) write(image_ + image, inverse);
+    if (values == nullptr) return;
+    for (int64_t i = 0; i < rows_; ++i) {
+      write(image_ + image, first_ + i, output_ + i * tiles_.channels, inverse[i]);
+    }
+  }
+
+  // The output of one query, with its keys along the lanes; e has room for all of them.
+  void attend_row(int64_t image, int64_t query, const float* keys, const float* values, float* e) {
+    copy(at<In>(p_.q, image, p_.q_stride_batch, p_.q_stride_head) + query * p_.q_stride_token,
+         staged_, query_factor());
+    const auto query_row = [&](int64_t) { return staged_; };
+    dots<float>(Matrix<float>{keys, tiles_.channels}, 0, p_.tokens, 1, tiles_.channels, query_row,
+                [&](int64_t j, int64_t, float s) { e[j] = s; });
+    float top = e[0];
+    for (int64_t j = 1; j < p_.tokens; ++j) top = e[j] > top ? e[j] : top;
+    float sum = 0.0f;
+    for (int64_t j = 0; j < p_.tokens; j += kKeyBlock) {
+      const int64_t end = p_.tokens - j < kKeyBlock ? p_.tokens : j + kKeyBlock;
+      V part = V::zero();
+      for (int64_t i = j; i < end; i += V::width) {
+        const int count = end - i < V::width ? static_cast<int>(end - i) : V::width;
+        exp2_of(V::load_n(e + i, count) - V::all(top)).store_n(e + i, count);
+        part = part + V::load_n(e + i, count);
+      }
+      sum += total(part);
+    }
+    const auto output_row = [&](int64_t) { return output_; };
+    mix<float>(Matrix<float>{values, tiles_.channels}, p_.tokens, 0, tiles_.channels, e, 1, 1,
+               output_row);
+    write(image, query, output_, 1.0f / sum);
   }
 
   // Brings rows of an image that are needed soon into the cache: queries of the tile, and keys and
@@ -160,37 +189,39 @@ class VarianceTile {
     for (int64_t i = 0; i < p_.tokens; ++i) copy(rows + i * stride, to + i * tiles_.channels);
   }
 
-  // (lanes, d_h) -> (d_h, lanes), in units that make the softmax one of powers of two.
+  // In these units the softmax is one of powers of two.
+  float query_factor() const { return p_.scale * 1.44269504088896341f; }
+
+  // (lanes, d_h) -> (d_h, lanes), times query_factor().
   void load_queries(int64_t image) {
-    constexpr float kLog2E = 1.44269504088896341f;
-    const float factor = p_.scale * kLog2E;
     const In* const q = queries(image);
     for (int64_t i = 0; i < rows_; ++i) {
-      copy(q + i * p_.q_stride_token, staged_ + i * tiles_.channels);
+      copy(q + i * p_.q_stride_token, staged_ + i * tiles_.channels, query_factor());
     }
-    for (int64_t l = 0; l < lanes_; l += kLanePad) {
-      const float* const from = staged_ + l * tiles_.channels;
-      const int64_t count = rows_ - l < kLanePad ? rows_ - l : kLanePad;
-      for (int64_t d = 0; d < p_.head_dim; ++d) {
-        float* const to = queries_ + d * lanes_ + l;
-        for (int64_t i = 0; i < count; ++i) to[i] = from[i * tiles_.channels + d] * factor;
-        for (int64_t i = count; i < kLanePad; ++i) to[i] = 0.0f;
+    for (int64_t i = rows_ * tiles_.channels; i < lanes_ * tiles_.channels; ++i) staged_[i] = 0.0f;
+    constexpr int kSide = kTransposed<float>;
+    for (int64_t l = 0; l < lanes_; l += kSide) {
+      const float* rows[kSide];
+      for (int64_t d = 0; d < tiles_.channels; d += kSide) {
+        for (int i = 0; i < kSide; ++i) rows[i] = staged_ + (l + i) * tiles_.channels + d;
+        transpose(rows, queries_ + d * lanes_ + l, lanes_);
       }
     }
   }
 
-  // A row in fp32 and with zeros up to the padded width. Four vectors at a time: packing takes half
-  // as long as with one.
-  void copy(const In* from, float* to) const {
+  // A row in fp32, times a factor, and with zeros up to the padded width. Four vectors at a time:
+  // packing takes half as long as with one.
+  void copy(const In* from, float* to, float factor = 1.0f) const {
+    const V times = V::all(factor);
     int64_t d = 0;
     for (; d + 4 * V::width <= p_.head_dim; d += 4 * V::width) {
       V part[4];
-      for (int v = 0; v < 4; ++v) part[v] = V::load(from + d + v * V::width);
+      for (int v = 0; v < 4; ++v) part[v] = V::load(from + d + v * V::width) * times;
       for (int v = 0; v < 4; ++v) part[v].store(to + d + v * V::width);
     }
-    for (; d + V::width <= p_.head_dim; d += V::width) V::load(from + d).store(to + d);
+    for (; d + V::width <= p_.head_dim; d += V::width) (V::load(from + d) * times).store(to + d);
     if (d < p_.head_dim) {
-      V::load_n(from + d, static_cast<int>(p_.head_dim - d)).store(to + d);
+      (V::load_n(from + d, static_cast<int>(p_.head_dim - d)) * times).store(to + d);
       d += V::width;
     }
     for (; d < tiles_.channels; d += V::width) V::zero().store(to + d);
@@ -200,9 +231,9 @@ class VarianceTile {
   // called before each group of keys.
   template <class F>
   void scores(const float* k, float* e, const F& prepare) const {
-    each_rows(p_.tokens, [&](auto rows, int64_t j) {
+    each_group<kRows>(p_.tokens, [&](auto rows, int64_t j) {
       prepare(j, rows.value);
-      each_vectors(lanes_ / V::width, [&](auto vectors, int64_t first) {
+      each_group<kVectors>(lanes_ / V::width, [&](auto vectors, int64_t first) {
         const int64_t l = first * V::width;
         score<rows.value, vectors.value>(k + j * tiles_.channels, queries_ + l, e + j * lanes_ + l,
                                          max_ + l);
@@ -213,20 +244,27 @@ class VarianceTile {
   template <int R, int N>
   void score(const float* k, const float* q, float* e, float* top) const {
     V sum[R][N];
+    DWATTN_UNROLL
     for (int r = 0; r < R; ++r) {
+      DWATTN_UNROLL
       for (int v = 0; v < N; ++v) sum[r][v] = V::zero();
     }
     const int64_t lanes = lanes_, depth = p_.head_dim, stride = tiles_.channels;
     for (int64_t d = 0; d < depth; ++d, q += lanes) {
       V right[N];
+      DWATTN_UNROLL
       for (int v = 0; v < N; ++v) right[v] = V::load(q + v * V::width);
+      DWATTN_UNROLL
       for (int r = 0; r < R; ++r) {
         const V left = V::all(k[r * stride + d]);
+        DWATTN_UNROLL
         for (int v = 0; v < N; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
       }
     }
+    DWATTN_UNROLL
     for (int v = 0; v < N; ++v) {
       V most = V::load(top + v * V::width);
+      DWATTN_UNROLL
       for (int r = 0; r < R; ++r) {
         sum[r][v].store(e + r * lanes + v * V::width);
         most = max(most, sum[r][v]);
@@ -253,9 +291,9 @@ class VarianceTile {
 
   // output (rows, channels) = e^T * values (count, channels), or added to it.
   void multiply(const float* values, int64_t count, const float* e, bool add) const {
-    each_vectors(tiles_.channels / V::width, [&](auto vectors, int64_t first) {
+    each_group<kVectors>(tiles_.channels / V::width, [&](auto vectors, int64_t first) {
       const int64_t c = first * V::width;
-      each_rows(rows_, [&](auto rows, int64_t i) {
+      each_group<kRows>(rows_, [&](auto rows, int64_t i) {
         product<rows.value, vectors.value>(e + i, values + c, count,
                                            output_ + i * tiles_.channels + c, add);
       });
@@ -265,19 +303,26 @@ class VarianceTile {
   template <int R, int N>
   void product(const float* e, const float* values, int64_t count, float* out, bool add) const {
     V sum[R][N];
+    DWATTN_UNROLL
     for (int r = 0; r < R; ++r) {
+      DWATTN_UNROLL
       for (int v = 0; v < N; ++v) sum[r][v] = V::zero();
     }
     const int64_t lanes = lanes_, stride = tiles_.channels;
     for (int64_t j = 0; j < count; ++j, e += lanes, values += stride) {
       V right[N];
+      DWATTN_UNROLL
       for (int v = 0; v < N; ++v) right[v] = V::load(values + v * V::width);
+      DWATTN_UNROLL
       for (int r = 0; r < R; ++r) {
         const V left = V::all(e[r]);
+        DWATTN_UNROLL
         for (int v = 0; v < N; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
       }
     }
+    DWATTN_UNROLL
     for (int r = 0; r < R; ++r) {
+      DWATTN_UNROLL
       for (int v = 0; v < N; ++v) {
         float* const at = out + r * stride + v * V::width;
         (add ? V::load(at) + sum[r][v] : sum[r][v]).store(at);
@@ -285,21 +330,32 @@ class VarianceTile {
     }
   }
 
-  void write(int64_t image, const float* inverse) const {
-    In* const out = at(static_cast<In*>(p_.out), image, p_.out_stride_batch, p_.out_stride_head);
-    for (int64_t i = 0; i < rows_; ++i) {
-      In* const row = out + (first_ + i) * p_.out_stride_token;
-      const float* const from = output_ + i * tiles_.channels;
-      const V factor = V::all(inverse[i]);
-      for (int64_t d = 0; d < p_.head_dim; d += V::width) {
-        const V y = V::load(from + d) * factor;
-        if (p_.head_dim - d >= V::width) {
-          y.store(row + d);
-        } else {
-          y.store_n(row + d, static_cast<int>(p_.head_dim - d));
-        }
-      }
+  void write(int64_t image, int64_t query, const float* from, float inverse) const {
+    In* const row = at(static_cast<In*>(p_.out), image, p_.out_stride_batch, p_.out_stride_head) +
+                    query * p_.out_stride_token;
+    const V factor = V::all(inverse);
+    int64_t d = 0;
+    if (streamed_) {
+      for (; d < p_.head_dim; d += V::width) stream(V::load(from + d) * factor, row + d);
+      return;
     }
+    for (; d + V::width <= p_.head_dim; d += V::width) {
+      (V::load(from + d) * factor).store(row + d);
+    }
+    const int rest = static_cast<int>(p_.head_dim - d);
+    if (rest > 0) (V::load(from + d) * factor).store_n(row + d, rest);
+  }
+
+  // Outputs that do not stay in the cache until they are used are written past it: no line is read
+  // to be overwritten. Measured, 6 % of the whole. Rows must be made of whole cache lines.
+  bool streams() const {
+    constexpr int64_t kCached = 4 << 20, kLine = 64 / sizeof(In);
+    const int64_t size = p_.batch * p_.heads * p_.tokens * p_.head_dim * sizeof(In);
+    const int64_t strides[] = {p_.out_stride_batch, p_.out_stride_head, p_.out_stride_token,
+                               p_.head_dim};
+    bool whole = reinterpret_cast<uintptr_t>(p_.out) % 64 == 0;
+    for (const int64_t stride : strides) whole = whole && stride % kLine == 0;
+    return p_.out != nullptr && size > kCached && whole;
   }
 
   const AttentionVarianceParams& p_;
@@ -312,6 +368,7 @@ class VarianceTile {
   float* max_;      // (lanes)
   float* sum_;      // (lanes)
   TileMoments moments_;
+  const bool streamed_;
   int64_t image_ = 0, images_ = 0;  // packed ones
   int64_t head_ = 0, first_ = 0, lanes_ = 0, rows_ = 0;
 };
@@ -339,6 +396,7 @@ Status run(const AttentionVarianceParams& p, const AttentionTiles& tiles, void* 
                    rest < tiles.images ? rest : tiles.images);
         }
       }
+      finish_streams();
     }
   };
   const int64_t entries = p.batch * p.heads * p.tokens * p.tokens;

@@ -8,6 +8,7 @@
 
 #include "kernels/cpu/dw_aggregate.h"
 #include "kernels/cpu/simd.h"
+#include "kernels/cpu/unroll.h"
 
 // Left to itself the compiler outlines the column step and keeps its partial sums in memory.
 #define DWATTN_INLINE __attribute__((always_inline))
@@ -188,6 +189,7 @@ class Aggregate {
     static const In zeros[V::width] = {};
     const In* v[R + 2];
     int64_t step[R + 2];
+    DWATTN_UNROLL
     for (int r = 0; r < R + 2; ++r) {
       const int64_t row = i + r - 1;
       const bool inside = row >= 0 && row < p_.height;
@@ -198,12 +200,15 @@ class Aggregate {
     const int64_t y_step = p_.y_stride_token, y_row = p_.width * y_step;
 
     V w[9];
+    DWATTN_UNROLL
     for (int tap = 0; tap < 9; ++tap) w[tap] = V::load(taps_ + tap * padded_ + c);
     const Start from = start(b, i, c, n, w);
     V done[R], open[R];  // partial sums of the columns left of and at the current one
+    DWATTN_UNROLL
     for (int r = 0; r < R; ++r) open[r] = from.left;
 
     auto store = [&](int64_t j) DWATTN_INLINE {
+      DWATTN_UNROLL
       for (int r = 0; r < R; ++r) {
         Out* at = y + r * y_row + j * y_step;
         if (Tail) {
@@ -216,15 +221,19 @@ class Aggregate {
     // Column j of V: last taps of column j-1, middle taps of j, first taps of j+1.
     auto visit = [&](int64_t j, bool has_left, bool has_right, const V& next) DWATTN_INLINE {
       V x[R + 2];
+      DWATTN_UNROLL
       for (int r = 0; r < R + 2; ++r) {
         x[r] = Tail ? V::load_n(v[r] + j * step[r], n) : V::load(v[r] + j * step[r]);
       }
       if (has_left) {
+        DWATTN_UNROLL
         for (int r = 0; r < R; ++r) done[r] = taps<2>(w, x + r, done[r]);
         store(j - 1);
       }
+      DWATTN_UNROLL
       for (int r = 0; r < R; ++r) done[r] = taps<1>(w, x + r, open[r]);
       if (has_right) {
+        DWATTN_UNROLL
         for (int r = 0; r < R; ++r) open[r] = taps<0>(w, x + r, next);
       }
     };
@@ -243,6 +252,7 @@ class Aggregate {
   // The three taps of kernel column S, over three rows of V.
   template <int S>
   static V taps(const V (&w)[9], const V* x, V sum) {
+    DWATTN_UNROLL
     for (int r = 0; r < 3; ++r) sum = fma(w[3 * r + S], x[r], sum);
     return sum;
   }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels/cpu/simd.h"
+#include "kernels/cpu/unroll.h"
 
 namespace dwattn::cpu::DWATTN_ISA {
 namespace {
@@ -61,14 +62,19 @@ static void dot_tile(const Matrix<In>& m, int64_t o, const T* const* rows, int64
   const In* const first = m.row(o);
   const auto step = [&](auto load) {
     V right[O];
+    DWATTN_UNROLL
     for (int a = 0; a < O; ++a) right[a] = load(first + a * m.stride);
+    DWATTN_UNROLL
     for (int b = 0; b < R; ++b) {
       const V left = load(rows[b]);
+      DWATTN_UNROLL
       for (int a = 0; a < O; ++a) sum[a][b] = fma(left, right[a], sum[a][b]);
     }
   };
   for (int64_t i = 0; i < k;) {
+    DWATTN_UNROLL
     for (int a = 0; a < O; ++a) {
+      DWATTN_UNROLL
       for (int b = 0; b < R; ++b) sum[a][b] = V::zero();
     }
     const int64_t end = k - i < kDotVectors * V::width ? k : i + kDotVectors * V::width;
@@ -78,11 +84,15 @@ static void dot_tile(const Matrix<In>& m, int64_t o, const T* const* rows, int64
     const int rest = static_cast<int>(end - i);
     if (rest > 0) step([i, rest](const auto* p) { return V::load_n(p + i, rest); });
     i = end;
+    DWATTN_UNROLL
     for (int a = 0; a < O; ++a) {
+      DWATTN_UNROLL
       for (int b = 0; b < R; ++b) dot[a][b] += total(sum[a][b]);
     }
   }
+  DWATTN_UNROLL
   for (int a = 0; a < O; ++a) {
+    DWATTN_UNROLL
     for (int b = 0; b < R; ++b) store(o + a, r + b, dot[a][b]);
   }
 }
@@ -113,21 +123,28 @@ static void mix_tile(const Matrix<In>& m, int64_t j, int64_t count, int64_t colu
                      int64_t factor_stride, T* const* out, const Load& load, const Put& put) {
   using V = Vec<T>;
   V sum[R][N];
+  DWATTN_UNROLL
   for (int b = 0; b < R; ++b) {
+    DWATTN_UNROLL
     for (int v = 0; v < N; ++v) sum[b][v] = V::zero();
   }
   const In* from = m.row(j) + column;
   for (const T* f = factor + j * factor_stride; count > 0; --count) {
     V right[N];
+    DWATTN_UNROLL
     for (int v = 0; v < N; ++v) right[v] = load(from + v * V::width);
+    DWATTN_UNROLL
     for (int b = 0; b < R; ++b) {
       const V left = V::all(f[b]);
+      DWATTN_UNROLL
       for (int v = 0; v < N; ++v) sum[b][v] = fma(left, right[v], sum[b][v]);
     }
     from += m.stride;
     f += factor_stride;
   }
+  DWATTN_UNROLL
   for (int b = 0; b < R; ++b) {
+    DWATTN_UNROLL
     for (int v = 0; v < N; ++v) {
       T* const at = out[b] + column + v * V::width;
       put(j == 0 ? sum[b][v] : sum[b][v] + load(at), at);
@@ -152,6 +169,9 @@ static void mix(const Matrix<In>& m, int64_t height, int64_t first, int64_t last
       int64_t c = first;
       for (; c + N * V::width <= last; c += N * V::width) {
         mix_tile<N, R, T>(m, j, part, c, f, factor_stride, out, load, put);
+      }
+      for (; N >= 8 && c + N / 2 * V::width <= last; c += N / 2 * V::width) {
+        mix_tile<(N > 1 ? N / 2 : 1), R, T>(m, j, part, c, f, factor_stride, out, load, put);
       }
       for (; c + V::width <= last; c += V::width) {
         mix_tile<1, R, T>(m, j, part, c, f, factor_stride, out, load, put);

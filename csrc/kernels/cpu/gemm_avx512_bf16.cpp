@@ -13,6 +13,7 @@
 
 #include "kernels/cpu/half.h"
 #include "kernels/cpu/pairs_impl.h"
+#include "kernels/cpu/unroll.h"
 
 namespace dwattn::cpu::pairs {
 namespace {
@@ -117,9 +118,12 @@ class Gemm {
   template <int N>
   void tile(const BFloat16* a, int64_t stride, int rows, int64_t j, BFloat16* out) const {
     const char* row[kRows];
+    DWATTN_UNROLL
     for (int r = 0; r < kRows; ++r) row[r] = bytes(a + (r < rows ? r : rows - 1) * stride);
     __m512 sum[kRows][N];
+    DWATTN_UNROLL
     for (int r = 0; r < kRows; ++r) {
+      DWATTN_UNROLL
       for (int v = 0; v < N; ++v) sum[r][v] = _mm512_setzero_ps();
     }
     const char* packed =
@@ -127,26 +131,33 @@ class Gemm {
                   : static_cast<const char*>(p_.weight->packed) + j / kLanes * strip_bytes_;
     for (int64_t d = 0; d < pairs_; ++d, packed += 2 * 2 * kLanes) {
       __m512bh right[N];
+      DWATTN_UNROLL
       for (int v = 0; v < N; ++v) {
         right[v] = (__m512bh)_mm512_loadu_si512(packed + v * strip_bytes_);
       }
+      DWATTN_UNROLL
       for (int r = 0; r < kRows; ++r) {
         int32_t pair;
         std::memcpy(&pair, row[r] + 4 * d, sizeof pair);
         const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
+        DWATTN_UNROLL
         for (int v = 0; v < N; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], left, right[v]);
       }
     }
     // Last, so that the partial sums are not rounded at the magnitude of the bias.
     __m512 last[N];
     __mmask16 there[N];
+    DWATTN_UNROLL
     for (int v = 0; v < N; ++v) {
       const int64_t columns = std::min(p_.n - j - v * kLanes, kLanes);
       there[v] = static_cast<__mmask16>((1u << columns) - 1u);
       last[v] = p_.bias == nullptr ? _mm512_setzero_ps()
                                    : _mm512_maskz_loadu_ps(there[v], bias_at(j + v * kLanes));
     }
-    for (int r = 0; r < rows; ++r, out += p_.out_stride_row) {
+    DWATTN_UNROLL
+    for (int r = 0; r < kRows; ++r, out += p_.out_stride_row) {
+      if (r == rows) return;
+      DWATTN_UNROLL
       for (int v = 0; v < N; ++v) {
         const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(sum[r][v], last[v]));
         _mm256_mask_storeu_epi16(out + v * kLanes, there[v], rounded);

@@ -10,6 +10,7 @@
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/cpu/simd.h"
+#include "kernels/cpu/unroll.h"
 
 namespace dwattn::cpu::DWATTN_ISA {
 namespace {
@@ -231,24 +232,37 @@ class Gemm {
   template <int N>
   void tile(const T* a, int64_t stride, int rows, int64_t j, const T* packed, Out* out) const {
     const T* row[kRows];
+    DWATTN_UNROLL
     for (int r = 0; r < kRows; ++r) row[r] = a + (r < rows ? r : rows - 1) * stride;
-    int64_t d = p_.k < kSummed ? p_.k : kSummed;
     V sum[kRows][N];
-    multiply<N>(row, 0, d, packed, sum);
-    while (d < p_.k) {
+    alignas(64) T before[kRows][N * V::width];  // what runs of kSummed products have summed
+    for (int64_t d = 0;;) {
       const int64_t end = p_.k - d < kSummed ? p_.k : d + kSummed;
-      V more[kRows][N];
-      multiply<N>(row, d, end, packed + d * N * V::width, more);
-      for (int r = 0; r < kRows; ++r) {
-        for (int v = 0; v < N; ++v) sum[r][v] = sum[r][v] + more[r][v];
+      multiply<N>(row, d, end, packed + d * N * V::width, sum);
+      if (d > 0) {
+        DWATTN_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          DWATTN_UNROLL
+          for (int v = 0; v < N; ++v) sum[r][v] = V::load(before[r] + v * V::width) + sum[r][v];
+        }
       }
       d = end;
+      if (d == p_.k) break;
+      DWATTN_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        DWATTN_UNROLL
+        for (int v = 0; v < N; ++v) sum[r][v].store(before[r] + v * V::width);
+      }
     }
     // Last, so that the partial sums are not rounded at the magnitude of the bias.
     V last[N];
+    DWATTN_UNROLL
     for (int v = 0; v < N; ++v) last[v] = bias(j + v * V::width);
     const int64_t columns = p_.n - j;
-    for (int r = 0; r < rows; ++r, out += p_.out_stride_row) {
+    DWATTN_UNROLL
+    for (int r = 0; r < kRows; ++r, out += p_.out_stride_row) {
+      if (r == rows) return;
+      DWATTN_UNROLL
       for (int v = 0; v < N; ++v) {
         const int64_t rest = columns - v * V::width;
         if (rest >= V::width) {
@@ -265,14 +279,19 @@ class Gemm {
   __attribute__((always_inline)) static void multiply(const T* const (&row)[kRows], int64_t d,
                                                       int64_t end, const T* packed,
                                                       V (&sum)[kRows][N]) {
+    DWATTN_UNROLL
     for (int r = 0; r < kRows; ++r) {
+      DWATTN_UNROLL
       for (int v = 0; v < N; ++v) sum[r][v] = V::zero();
     }
     for (; d < end; ++d, packed += N * V::width) {
       V right[N];
+      DWATTN_UNROLL
       for (int v = 0; v < N; ++v) right[v] = V::load(packed + v * V::width);
+      DWATTN_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const V left = V::all(row[r][d]);
+        DWATTN_UNROLL
         for (int v = 0; v < N; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
       }
     }

@@ -9,6 +9,8 @@
 //   low_half, high_half  the lanes of a Vec<float> as two Vec<double>
 //   times_power(p, n, limit)  p * 2^n for a whole number n of at least limit, else 0
 //   total                sum of the lanes
+//   stream(v, p)         stores past the cache, to an address that is aligned to the stored vector;
+//                        finish_streams() before another thread may read it
 //   transpose            a square block, kTransposed<T> on a side
 #pragma once
 
@@ -119,6 +121,15 @@ static inline Vec<double> low_half(Vec<float> a) {
 static inline Vec<double> high_half(Vec<float> a) {
   return {_mm512_cvtps_pd(_mm512_extractf32x8_ps(a.r, 1))};
 }
+static inline void stream(Vec<float> a, float* p) { _mm512_stream_ps(p, a.r); }
+template <class Half>
+static inline void stream(Vec<float> a, Half* p) {
+  alignas(32) Half lanes[16];
+  a.store(lanes);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes)));
+}
+static inline void finish_streams() { _mm_sfence(); }
 static inline float total(Vec<float> a) { return _mm512_reduce_add_ps(a.r); }
 static inline double total(Vec<double> a) { return _mm512_reduce_add_pd(a.r); }
 
@@ -226,6 +237,15 @@ static inline Vec<double> low_half(Vec<float> a) {
 static inline Vec<double> high_half(Vec<float> a) {
   return {_mm256_cvtps_pd(_mm256_extractf128_ps(a.r, 1))};
 }
+static inline void stream(Vec<float> a, float* p) { _mm256_stream_ps(p, a.r); }
+template <class Half>
+static inline void stream(Vec<float> a, Half* p) {
+  alignas(16) Half lanes[8];
+  a.store(lanes);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_load_si128(reinterpret_cast<const __m128i*>(lanes)));
+}
+static inline void finish_streams() { _mm_sfence(); }
 static inline float total(Vec<float> a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.r), _mm256_extractf128_ps(a.r, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -320,6 +340,11 @@ static inline Vec<double> high_half(Vec<float> a) {
   for (int i = 0; i < Vec<double>::width; ++i) half.r[i] = a.r[Vec<double>::width + i];
   return half;
 }
+template <class Out>
+static inline void stream(Vec<float> a, Out* p) {
+  a.store(p);
+}
+static inline void finish_streams() {}
 template <class T>
 static inline T total(Vec<T> a) {
   T sum = a.r[0];
