@@ -20,13 +20,14 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc plugins python 
              -not -name '*.pyc' -not -name '*.so' 2>/dev/null)
 
 .DEFAULT_GOAL := demo
-.PHONY: help demo test test-kernels plugin fuzz soak lint docs wheel bench bench-full bench-peers bench-models bench-distill bench-study \
+.PHONY: help demo test test-compilers test-kernels plugin fuzz soak lint docs wheel bench bench-full bench-peers bench-models bench-distill bench-study \
   clean gpu-check gpu-carried gpu-build gpu-hopper gpu-test gpu-test-kernels gpu-test-operators gpu-test-triton \
   gpu-sanitize gpu-bench
 
 define HELP
 make demo          the journey on a real model and real photos, with a report in $(OUT)/
-make test          linters and tests; test-kernels, fuzz, soak: the long ones
+make test          linters and tests
+make test-compilers  the GPU kernels compiled for every GPU, their machine code read; test-kernels, fuzz, soak: the long tests
 make bench         the README's measurements in ten minutes; bench-full and others: hours
 make lint, docs    the linters alone; the documentation site
 make wheel         sdist and wheel, tested in an empty environment
@@ -44,11 +45,13 @@ demo: $(VENV)/.installed $(VENV)/.demo-data
 test: $(VENV)/.installed $(VENV)/.transformers-4.57 $(VENV)/.deploy-tools lint
 	DWATTN_TRANSFORMERS_457=$(HF457) $(DEPLOY_VARIABLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-# The long checks of GPU kernels on a machine without a GPU: planted bugs, all architectures,
-# JetPack's and Triton's compilers.
-test-kernels: $(VENV)/.installed $(VENV)/.kernel-tools $(VENV)/.deploy-tools
+# The GPU kernels on a machine without a GPU: compiled for all architectures by nvcc, with the machine code read back, and
+# by JetPack's and Triton's compilers. test-kernels adds planted bugs and what else takes long.
+test-compilers: MARKERS := compilers
+test-kernels: MARKERS := compilers or thorough
+test-compilers test-kernels: $(VENV)/.installed $(VENV)/.kernel-tools $(VENV)/.deploy-tools
 	PATH=$(CURDIR)/$(VENV)/cuda-tools/nvidia/cu13/bin:$$PATH $(DEPLOY_VARIABLES) OMP_NUM_THREADS=1 \
-	  $(BIN)/python -m pytest -m thorough -n $(JOBS)
+	  $(BIN)/python -m pytest -m "$(MARKERS)" -n $(JOBS) --dist worksteal
 
 # The TensorRT plugin library, with the headers of an installed TensorRT or those that the tests use.
 plugin: $(VENV)/.installed $(VENV)/.deploy-tools

@@ -150,17 +150,25 @@ def plant(name: str, right: str, wrong: str, folder: Path) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("right", "wrong"),
+    ("name", "right", "wrong"),
     [
-        ("W::load(s2_ + entry) - s1 * offset", "W::load(s2_ + entry)"),
-        ("delta * delta * cross", "delta * cross"),
-        ("row < 0) continue", "row < -1) continue"),
+        ("moments", "W::load(s2_ + entry) - s1 * offset", "W::load(s2_ + entry)"),
+        ("moments", "delta * delta * cross", "delta * cross"),
+        ("moments", "row = first_ + l + r - p_.skip", "row = first_ + l + r"),
+        ("variance", "first_ == p_.skip && values", "first_ == 0 && values"),
+        ("variance", "i = rows_ * tiles_.channels; i <", "i = 0; i <"),
+        (
+            "variance",
+            "write(image, query, output_, 1.0f / sum)",
+            "write(image, query, output_, 1.0f)",
+        ),
+        ("variance", "sum += total(part)", "sum = total(part)"),
     ],
 )
-def test_planted_bugs_are_found(right: str, wrong: str, tmp_path: Path) -> None:
+def test_planted_bugs_are_found(name: str, right: str, wrong: str, tmp_path: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
-    plant("attention_moments_impl.h", right, wrong, tmp_path)
+    plant(f"attention_{name}_impl.h", right, wrong, tmp_path)
     build("generic", tmp_path / "check", tmp_path / "csrc")
     done = run(tmp_path / "check")
     assert done.returncode != 0

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,31 +20,50 @@ from test_build import configure
 ROOT = cuda_sources.ROOT
 ARCHITECTURES = ("80", "86", "87", "89", "90a", "100", "120")
 
-#: Kernels that have to use the tensor cores, most of them fed by asynchronous copies and matrix loads;
-#: by their names in the object file, where __half and __nv_bfloat16 appear as 6__half and
-#: 13__nv_bfloat16.
-_SIXTEEN_BITS = r"I(6__half|13__nv_bfloat16)"
-_STAGED = {"HMMA", "LDGSTS", "LDSM"}
-TENSOR_KERNELS = {
-    "dw_attention.cu": (rf"dw_attention_kernel{_SIXTEEN_BITS}Lb1", _STAGED),
-    "lowrank_dw_attention.cu": (rf"lowrank_dw_kernel{_SIXTEEN_BITS}", _STAGED),
-    "linear.cu": (rf"linear_kernel{_SIXTEEN_BITS}", _STAGED),
-    "exact_prefix_rows.cu": (rf"(score|pool)_tensor_kernel{_SIXTEEN_BITS}", {"HMMA"}),
-    "attention_variance.cu": (rf"(attend|fold)_kernel{_SIXTEEN_BITS}", _STAGED),
-}
 
-#: Kernels that exist for fp32 twice: in TF32 on the tensor cores, and in fp32, which must not go there.
-TF32_KERNELS = {
-    "dw_attention.cu": "dw_attention_kernel",
-    "lowrank_dw_attention.cu": "lowrank_dw_kernel",
-    "linear.cu": "linear_kernel",
-}
+class Code(NamedTuple):
+    """What the machine code of some kernels has to use, and what it must not."""
 
-#: Kernels for Hopper, which compile to nothing elsewhere.
-HOPPER_KERNELS = {
+    kernels: str  #: pattern of their names in the object file
+    architectures: tuple[str, ...]
+    uses: set[str]
+    avoids: frozenset[str] = frozenset()
+
+
+#: In names of object files, __half and __nv_bfloat16 are 6__half and 13__nv_bfloat16.
+SIXTEEN_BITS = r"I(6__half|13__nv_bfloat16)"
+#: Tensor cores, most of them fed by asynchronous copies and matrix loads.
+STAGED = {"HMMA", "LDGSTS", "LDSM"}
+
+
+def on_tensor_cores(kernels: str, uses: set[str] = STAGED) -> Code:
+    return Code(kernels + SIXTEEN_BITS, ("80", "87"), uses)
+
+
+def in_two_precisions(kernel: str) -> tuple[Code, Code]:
+    """Kernels that exist for fp32 twice: in TF32 on the tensor cores, and in fp32, which must not go there."""
+    architectures = ("80", "87", "90a")
+    return (
+        Code(rf"{kernel}INS\w+4Tf32E", architectures, {"HMMA.1688.F32.TF32", "LDSM"}),
+        Code(rf"{kernel}If", architectures, {"FFMA"}, frozenset({"HMMA"})),
+    )
+
+
+EXPECTED: dict[str, tuple[Code, ...]] = {
+    "dw_attention.cu": (
+        Code(rf"dw_attention_kernel{SIXTEEN_BITS}Lb1", ("80", "87"), STAGED),
+        *in_two_precisions("dw_attention_kernel"),
+    ),
+    "lowrank_dw_attention.cu": (
+        on_tensor_cores("lowrank_dw_kernel"),
+        *in_two_precisions("lowrank_dw_kernel"),
+    ),
+    "linear.cu": (on_tensor_cores("linear_kernel"), *in_two_precisions("linear_kernel")),
+    "exact_prefix_rows.cu": (on_tensor_cores("(score|pool)_tensor_kernel", {"HMMA"}),),
+    "attention_variance.cu": (on_tensor_cores("(attend|fold)_kernel"),),
+    # Hopper's kernels compile to nothing elsewhere.
     "dw_attention_sm90.cu": (
-        rf"dw_attention_sm90_kernel{_SIXTEEN_BITS}",
-        {"HGMMA", "UTMALDG", "SYNCS"},
+        Code(rf"dw_attention_sm90_kernel{SIXTEEN_BITS}", ("90a",), {"HGMMA", "UTMALDG", "SYNCS"}),
     ),
 }
 
@@ -67,16 +87,28 @@ def compile_cubin(source: str, architecture: str, target: Path) -> str:
     return done.stderr
 
 
-@pytest.mark.thorough
+@pytest.mark.compilers
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", cuda_sources.with_kernels())
-def test_no_kernel_uses_local_memory(source: str, architecture: str, tmp_path: Path) -> None:
+def test_machine_code(source: str, architecture: str, tmp_path: Path) -> None:
+    """No kernel uses local memory, and each the instructions that it is written for."""
     need_nvcc()
-    report = compile_cubin(source, architecture, tmp_path / "kernel.cubin")
+    cubin = tmp_path / "kernel.cubin"
+    report = compile_cubin(source, architecture, cubin)
     assert "warning" not in report, report
+    # ptxas says so where it makes asynchronous products wait for each other.
+    assert not re.search(r"C75\d\d|serialized|is injected", report), report
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", report)
     assert frames, report
     assert all(frame == ("0", "0") for frame in frames), report
+    expected = [code for code in EXPECTED.get(source, ()) if architecture in code.architectures]
+    found = instructions(cubin, cuobjdump()) if expected else {}
+    for code in expected:
+        kernels = {name: used for name, used in found.items() if re.search(code.kernels, name)}
+        assert kernels, f"no kernel has the name {code.kernels}"
+        for name, opcodes in kernels.items():
+            assert code.uses <= opcodes, name
+            assert not ({"LDL", "STL"} | code.avoids) & opcodes, name
 
 
 def cuobjdump() -> str:
@@ -101,62 +133,6 @@ def instructions(cubin: Path, tool: str) -> dict[str, set[str]]:
         full = set(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([\w.]+)", body))
         kernels[name.strip()] = full | {opcode.partition(".")[0] for opcode in full}
     return kernels
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("architecture", ["80", "87"])
-@pytest.mark.parametrize("source", sorted(TENSOR_KERNELS))
-def test_tensor_kernels_use_the_tensor_cores(
-    source: str, architecture: str, tmp_path: Path
-) -> None:
-    need_nvcc()
-    tool = cuobjdump()
-    compile_cubin(source, architecture, tmp_path / "kernel.cubin")
-    pattern, expected = TENSOR_KERNELS[source]
-    check_instructions(tmp_path / "kernel.cubin", tool, pattern, expected)
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("architecture", ["80", "87", "90a"])
-@pytest.mark.parametrize("source", sorted(TF32_KERNELS))
-def test_only_the_tf32_kernels_take_fp32_to_the_tensor_cores(
-    source: str, architecture: str, tmp_path: Path
-) -> None:
-    need_nvcc()
-    tool = cuobjdump()
-    cubin, name = tmp_path / "kernel.cubin", TF32_KERNELS[source]
-    compile_cubin(source, architecture, cubin)
-    check_instructions(cubin, tool, rf"{name}INS\w+4Tf32E", {"HMMA.1688.F32.TF32", "LDSM"})
-    check_instructions(cubin, tool, rf"{name}If", {"FFMA"}, forbidden=frozenset({"HMMA"}))
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("source", sorted(HOPPER_KERNELS))
-def test_hopper_kernels_use_warpgroup_products(source: str, tmp_path: Path) -> None:
-    need_nvcc()
-    tool = cuobjdump()
-    report = compile_cubin(source, "90a", tmp_path / "kernel.cubin")
-    # ptxas says so where it makes asynchronous products wait for each other.
-    assert not re.search(r"C75\d\d|serialized|is injected", report), report
-    check_instructions(tmp_path / "kernel.cubin", tool, *HOPPER_KERNELS[source])
-
-
-def check_instructions(
-    cubin: Path,
-    tool: str,
-    pattern: str,
-    expected: set[str],
-    forbidden: frozenset[str] = frozenset(),
-) -> None:
-    kernels = {
-        name: opcodes
-        for name, opcodes in instructions(cubin, tool).items()
-        if re.search(pattern, name)
-    }
-    assert kernels, "no kernel has the expected name"
-    for name, opcodes in kernels.items():
-        assert expected <= opcodes, name
-        assert not ({"LDL", "STL"} | forbidden) & opcodes, name
 
 
 def test_a_build_for_a_pytorch_without_cuda_says_so(tmp_path: Path) -> None:
@@ -209,7 +185,7 @@ message("${{CMAKE_CUDA_ARCHITECTURES}}")
     assert done.stderr.strip() == expected
 
 
-@pytest.mark.thorough
+@pytest.mark.compilers
 def test_a_cuda_build_also_loads_in_a_pytorch_without_cuda(tmp_path: Path) -> None:
     """One binary for both: everything of PyTorch's CUDA that it uses is a weak reference."""
     need_nvcc()

@@ -15,7 +15,7 @@ import pytest
 
 from support import cuda_sources
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.compilers
 
 #: What NVRTC lacks, for the host code that a .cu file holds beside its kernels. It is only parsed.
 STAND_INS = {

@@ -108,7 +108,7 @@ def test_ptx(capability: int, tmp_path: Path) -> None:
 
 
 @needs_triton
-@pytest.mark.thorough
+@pytest.mark.compilers
 @pytest.mark.parametrize("capability", [87, 90])
 def test_every_kernel_of_a_bundle(capability: int, tmp_path: Path) -> None:
     from dwattn.triton_ops import ahead

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 pytestmark = [
-    pytest.mark.thorough,
+    pytest.mark.compilers,
     pytest.mark.skipif(
         importlib.util.find_spec("triton") is None, reason="Triton is not installed."
     ),
