@@ -256,22 +256,21 @@ static inline double total(Vec<double> a) {
   return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
 }
 
-#else  // any other target: plain loops of a fixed length, which compilers turn into SSE2 or NEON
+#else  // any other target: vectors of 16 bytes of GCC and Clang, which become NEON or SSE2
 
 template <class T>
 struct Vec {
   static constexpr int width = 16 / sizeof(T);
-  T r[width];
+  using Lanes __attribute__((vector_size(16))) = T;
+  using Stored __attribute__((vector_size(16), aligned(alignof(T)), may_alias)) = T;
+  Lanes r;
 
-  static Vec zero() { return all(T(0)); }
-  static Vec all(T a) {
-    Vec v;
-    for (int i = 0; i < width; ++i) v.r[i] = a;
-    return v;
-  }
+  static Vec zero() { return {Lanes{}}; }
+  static Vec all(T a) { return {a - Lanes{}}; }
   template <class In>
   static Vec load(const In* p) {
-    Vec v;
+    if constexpr (std::is_same_v<In, T>) return {*reinterpret_cast<const Stored*>(p)};
+    Vec v = zero();
     for (int i = 0; i < width; ++i) v.r[i] = to_float(p[i]);
     return v;
   }
@@ -283,7 +282,11 @@ struct Vec {
   }
   template <class Out>
   void store(Out* p) const {
-    for (int i = 0; i < width; ++i) from_float(r[i], p + i);
+    if constexpr (std::is_same_v<Out, T>) {
+      *reinterpret_cast<Stored*>(p) = r;
+    } else {
+      for (int i = 0; i < width; ++i) from_float(r[i], p + i);
+    }
   }
   template <class Out>
   void store_n(Out* p, int n) const {
@@ -293,53 +296,34 @@ struct Vec {
 
 template <class T>
 static inline Vec<T> operator+(Vec<T> a, Vec<T> b) {
-  for (int i = 0; i < Vec<T>::width; ++i) a.r[i] += b.r[i];
-  return a;
+  return {a.r + b.r};
 }
 template <class T>
 static inline Vec<T> operator*(Vec<T> a, Vec<T> b) {
-  for (int i = 0; i < Vec<T>::width; ++i) a.r[i] *= b.r[i];
-  return a;
+  return {a.r * b.r};
 }
 template <class T>
 static inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
-  for (int i = 0; i < Vec<T>::width; ++i) c.r[i] += a.r[i] * b.r[i];
-  return c;
+  return {a.r * b.r + c.r};
 }
-
 template <class T>
 static inline Vec<T> operator-(Vec<T> a, Vec<T> b) {
-  for (int i = 0; i < Vec<T>::width; ++i) a.r[i] -= b.r[i];
-  return a;
+  return {a.r - b.r};
 }
-static inline Vec<float> max(Vec<float> a, Vec<float> b) {
-  for (int i = 0; i < Vec<float>::width; ++i) a.r[i] = a.r[i] > b.r[i] ? a.r[i] : b.r[i];
-  return a;
-}
+static inline Vec<float> max(Vec<float> a, Vec<float> b) { return {a.r > b.r ? a.r : b.r}; }
 static inline Vec<float> nearest(Vec<float> a) {
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: the sum has no fraction left
-  for (int i = 0; i < Vec<float>::width; ++i) a.r[i] = (a.r[i] + kShift) - kShift;
-  return a;
+  return {(a.r + kShift) - kShift};
 }
 static inline Vec<float> times_power(Vec<float> p, Vec<float> n, float limit) {
-  for (int i = 0; i < Vec<float>::width; ++i) {
-    const bool kept = !(n.r[i] < limit);
-    const uint32_t exponent = static_cast<uint32_t>(static_cast<int32_t>(kept ? n.r[i] : 0)) << 23;
-    const float scaled = float_from_bits(bits_of_float(p.r[i]) + exponent);
-    p.r[i] = kept ? scaled : 0.0f;
-  }
-  return p;
+  using Bits __attribute__((vector_size(16))) = int32_t;
+  const Bits kept = ~(n.r < limit);  // all ones or zero
+  const Bits whole = __builtin_convertvector(Vec<float>::Lanes(Bits(n.r) & kept), Bits);
+  const Bits scaled = Bits(p.r) + whole * (1 << 23);
+  return {Vec<float>::Lanes(scaled & kept)};
 }
-static inline Vec<double> low_half(Vec<float> a) {
-  Vec<double> half;
-  for (int i = 0; i < Vec<double>::width; ++i) half.r[i] = a.r[i];
-  return half;
-}
-static inline Vec<double> high_half(Vec<float> a) {
-  Vec<double> half;
-  for (int i = 0; i < Vec<double>::width; ++i) half.r[i] = a.r[Vec<double>::width + i];
-  return half;
-}
+static inline Vec<double> low_half(Vec<float> a) { return {Vec<double>::Lanes{a.r[0], a.r[1]}}; }
+static inline Vec<double> high_half(Vec<float> a) { return {Vec<double>::Lanes{a.r[2], a.r[3]}}; }
 template <class Out>
 static inline void stream(Vec<float> a, Out* p) {
   a.store(p);
